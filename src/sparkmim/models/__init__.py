@@ -1,0 +1,9 @@
+"""SparK and what it is made of: feature hierarchies, masks, the decoder."""
+
+from sparkmim.models.encoders import create_encoder
+from sparkmim.models.hierarchy import Hierarchy
+from sparkmim.models.masking import random_visible
+from sparkmim.models.spark import SparK, SparKOutput
+from sparkmim.models.verify import verify
+
+__all__ = ["Hierarchy", "SparK", "SparKOutput", "create_encoder", "random_visible", "verify"]

@@ -1,0 +1,88 @@
+"""Encoders by name: timm, torchvision, or a function in a file."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+
+def create_encoder(name: str, channels: int = 3, drop_path: float | None = None) -> nn.Module:
+    """Builds a network, randomly initialised and without a classifier where it can be left out.
+
+    Args:
+        name: a timm name (`"resnet50"`), `"torchvision/NAME"`, or `"path/to/file.py:factory"`, a function of
+            no required argument that returns a module.
+        channels: image channels.
+        drop_path: stochastic depth rate, for networks that have one; None keeps the network's default.
+
+    Raises:
+        ValueError: if there is no such network, or it cannot be built with these settings.
+    """
+    if ".py:" in name:
+        return _from_file(name, channels)
+    if name.startswith("torchvision/"):
+        return _from_torchvision(name.removeprefix("torchvision/"), channels, drop_path)
+    return _from_timm(name, channels, drop_path)
+
+
+def _from_timm(name: str, channels: int, drop_path: float | None) -> nn.Module:
+    import timm
+
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(near)}?" if near else ""
+        raise ValueError(f"timm has no model named {name!r}{hint}")
+    settings: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+    if drop_path is not None:
+        settings["drop_path_rate"] = drop_path
+    try:
+        model: nn.Module = timm.create_model(name, **settings)
+    except TypeError as error:
+        if "drop_path_rate" in str(error):
+            raise ValueError(f"{name} has no drop path; leave out --drop-path") from error
+        raise
+    return model
+
+
+def _from_torchvision(name: str, channels: int, drop_path: float | None) -> nn.Module:
+    from torchvision.models import get_model, list_models
+
+    if name not in list_models():
+        near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
+        hint = f"; did you mean {', '.join(f'torchvision/{other}' for other in near)}?" if near else ""
+        raise ValueError(f"torchvision has no model named {name!r}{hint}")
+    if channels != 3:
+        raise ValueError(f"torchvision's models take 3 channels, not {channels}; use --channels 3 or a timm model")
+    settings = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
+    try:
+        model: nn.Module = get_model(name, weights=None, **settings)
+    except TypeError as error:
+        if drop_path is None:
+            raise
+        raise ValueError(f"torchvision/{name} has no stochastic depth; leave out --drop-path") from error
+    return model
+
+
+def _from_file(name: str, channels: int) -> nn.Module:
+    file, _, factory_name = name.rpartition(":")
+    path = Path(file)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; --model path/to/file.py:factory names a function in a file")
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    factory = getattr(module, factory_name, None)
+    if not callable(factory):
+        raise ValueError(f"{path} has no function named {factory_name!r}")
+    takes_channels = "in_chans" in inspect.signature(factory).parameters
+    encoder = factory(in_chans=channels) if takes_channels else factory()
+    if not isinstance(encoder, nn.Module):
+        raise ValueError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
+    return encoder

@@ -1,0 +1,192 @@
+"""The feature hierarchy of any convolutional network: its last map at each stride, shallow to deep."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+MAX_MAPS = 4
+"""The method decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
+
+_PROBE_SIZE = {1: 1024, 2: 256, 3: 128}
+"""Image size, by rank, at which strides are read off; on the meta device, so size costs nothing."""
+
+
+class Hierarchy(nn.Module):
+    """Runs an encoder as it is, and returns its feature maps.
+
+    The encoder is never rewritten: the maps come from timm's `forward_intermediates` where the network
+    has it, and from its own modules' outputs otherwise.
+
+    Args:
+        encoder: a module that maps images `[B, C, *S]` to anything, through feature maps.
+        channels: image channels `C`.
+        rank: number of spatial axes.
+        max_maps: how many of the deepest maps to return.
+
+    Attributes:
+        strides: total stride of each map, ascending.
+        channels: channels of each map.
+        unreached: names of the encoder's parameters that no map depends on, such as a classifier's.
+
+    Raises:
+        ValueError: if no hierarchy of maps is found.
+    """
+
+    def __init__(self, encoder: nn.Module, channels: int = 3, rank: int = 2, max_maps: int = MAX_MAPS) -> None:
+        super().__init__()
+        if isinstance(encoder, torch._dynamo.eval_frame.OptimizedModule):
+            raise ValueError("the encoder is wrapped by torch.compile; pass the module itself")
+        self.encoder = encoder
+        self._indices: list[int] | None = None
+        self._names: list[str] | None = None
+        shape = (2, channels) + (_PROBE_SIZE[rank],) * rank
+        if hasattr(encoder, "forward_intermediates") and rank == 2:
+            maps = self._probe(shape, train=False)
+            chosen = _deepest([(_stride(shape, map_.shape), i) for i, map_ in enumerate(maps)], max_maps)
+            self._indices = [i for _, i in chosen]
+        else:
+            self._names = _traced_names(self, shape, max_maps)
+        maps = self._probe(shape, train=True)
+        self.strides = tuple(_stride(shape, map_.shape) or 0 for map_ in maps)
+        self.channels = tuple(map_.shape[1] for map_ in maps)
+        if not maps or any(map_.ndim != 2 + rank for map_ in maps) or not all(self.strides):
+            raise ValueError(
+                f"{type(encoder).__name__} has no hierarchy of {rank}-D feature maps that divide the image evenly "
+                f"(found {[list(map_.shape[1:]) for map_ in maps]} for an image of {list(shape[1:])})"
+            )
+
+    @property
+    def stride(self) -> int:
+        """Total stride of the encoder: that of its deepest map."""
+        return self.strides[-1]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """Feature maps `[B, C_i, *(S / s_i)]` of images `[B, C, *S]`, shallow to deep."""
+        if self._names is not None:
+            return _run_until(self.encoder, images, self._names)
+        extra: dict[str, Any] = {} if self._indices is None else {"indices": self._indices, "stop_early": True}
+        encoder: Any = self.encoder
+        maps: list[Tensor] = encoder.forward_intermediates(images, intermediates_only=True, **extra)
+        return maps
+
+    def _probe(self, shape: tuple[int, ...], train: bool) -> list[Tensor]:
+        """Feature maps on the meta device, where nothing is computed; with `train`, finds what is unreached."""
+        tensors = {
+            name: torch.empty_like(tensor, device="meta").requires_grad_(train and tensor.is_floating_point())
+            for name, tensor in self.named_parameters()
+        }
+        buffers = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.named_buffers()}
+        dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
+        images = torch.empty(shape, device="meta", dtype=dtype)
+        with torch.set_grad_enabled(train):
+            maps: list[Tensor] = functional_call(self, {**tensors, **buffers}, (images,), tie_weights=True)
+        if train:
+            grads = torch.autograd.grad(
+                [map_.sum() for map_ in maps], list(tensors.values()), allow_unused=True, materialize_grads=False
+            )
+            self.unreached = tuple(
+                name.removeprefix("encoder.") for name, grad in zip(tensors, grads, strict=True) if grad is None
+            )
+        return maps
+
+
+def _stride(image: Sequence[int], map_: Sequence[int]) -> int | None:
+    """The stride of a map `[B, C, *S]`, or None if it has none: uneven, pooled to a point, or no map at all."""
+    if len(map_) != len(image) or all(size == 1 for size in map_[2:]):
+        return None
+    strides = {size / extent for size, extent in zip(image[2:], map_[2:], strict=True)}
+    stride = strides.pop()
+    return int(stride) if not strides and stride == int(stride) >= 1 else None
+
+
+def _deepest(found: list[tuple[int | None, Any]], count: int) -> list[tuple[int, Any]]:
+    """The last entry at each stride, of the `count` largest strides, ascending; entries come in order of execution."""
+    last: dict[int, Any] = {}
+    for stride, entry in found:
+        if stride is not None:
+            last[stride] = entry
+    return sorted(last.items())[-count:]
+
+
+@dataclass
+class _Call:
+    """What a traced module made of its input, and when it was done."""
+
+    input: int | None  # stride
+    output: int | None
+    done: int
+
+
+def _traced_names(hierarchy: Hierarchy, shape: tuple[int, ...], max_maps: int) -> list[str]:
+    """Names of the modules whose outputs are the hierarchy."""
+    encoder = hierarchy.encoder
+    calls: dict[str, _Call] = {}
+
+    def record(name: str) -> Any:
+        def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+            strides = [
+                _stride(shape, value.shape) if isinstance(value, Tensor) else None
+                for value in (inputs[0] if inputs else None, output)
+            ]
+            calls[name] = _Call(strides[0], strides[1], len(calls))
+
+        return hook
+
+    handles = [module.register_forward_hook(record(name)) for name, module in encoder.named_modules() if name]
+    tensors = {name: torch.empty_like(t, device="meta") for name, t in encoder.state_dict(keep_vars=True).items()}
+    dtype = next((t.dtype for t in encoder.parameters()), torch.float32)
+    try:
+        functional_call(encoder, tensors, (torch.empty(shape, device="meta", dtype=dtype),), tie_weights=True)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+    def units(prefix: str, module: nn.Module) -> list[str]:
+        """Cuts a module into parts that change the stride by one level at most."""
+        names = []
+        for child_name, child in module.named_children():
+            name = f"{prefix}{child_name}"
+            call = calls.get(name)
+            single_level = call is not None and call.output and call.input and call.output <= 2 * call.input
+            if single_level or (call is not None and not list(child.children())):
+                names.append(name)
+            else:
+                names += units(f"{name}.", child)
+        return names
+
+    found = sorted(((calls[name].done, calls[name].output, name) for name in units("", encoder)), key=lambda x: x[0])
+    return [name for _, name in _deepest([(stride, name) for _, stride, name in found], max_maps)]
+
+
+class _Done(Exception):
+    """All maps are there; what follows in the network is not needed."""
+
+
+def _run_until(encoder: nn.Module, images: Tensor, names: list[str]) -> list[Tensor]:
+    """Runs an encoder until the named modules have all answered, and returns their outputs."""
+    maps: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+            maps[name] = output
+            if len(maps) == len(names):
+                raise _Done
+
+        return hook
+
+    handles = [encoder.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    try:
+        encoder(images)
+    except _Done:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [maps[name] for name in names]

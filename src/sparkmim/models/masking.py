@@ -1,0 +1,95 @@
+"""Random masks, and the checks that a mask and an image must pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def visible_per_sample(grid: Sequence[int], mask_ratio: float) -> int:
+    """How many patches of a sample stay visible: `round(patches · (1 - mask_ratio))`, at least 1, at most all but one.
+
+    Raises:
+        ValueError: if there are fewer than two patches, or the ratio is not between 0 and 1.
+    """
+    patches = int(torch.Size(grid).numel())
+    if patches < 2:
+        raise ValueError(
+            f"a grid of {'×'.join(map(str, grid))} patches leaves nothing to hide; use images of at least two patches"
+        )
+    if not 0 < mask_ratio < 1:
+        raise ValueError(f"mask_ratio is {mask_ratio}; it must lie between 0 and 1, both excluded (the paper's is 0.6)")
+    return min(max(round(patches * (1 - mask_ratio)), 1), patches - 1)
+
+
+def random_visible(
+    batch_size: int,
+    grid: Sequence[int],
+    mask_ratio: float,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draws which patches are visible, uniformly and for each sample on its own.
+
+    Returns:
+        bool `[batch_size, *grid]`, with equally many true values in each sample.
+    """
+    count = visible_per_sample(grid, mask_ratio)
+    source = generator.device if generator is not None else device
+    noise = torch.rand(batch_size, int(torch.Size(grid).numel()), generator=generator, device=source)
+    visible = torch.zeros_like(noise, dtype=torch.bool)
+    visible.scatter_(1, noise.argsort(1)[:, :count], True)
+    return visible.view(batch_size, *grid).to(device)
+
+
+def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple[int, ...]:
+    """The grid of patches of an image.
+
+    Raises:
+        ValueError: if the patch size is no multiple of the encoder's stride, the image size none of the patch
+            size, or the image holds fewer than two patches; names the nearest sizes that would do.
+    """
+    if patch_size <= 0 or patch_size % stride:
+        lower, upper = patch_size // stride * stride, (patch_size // stride + 1) * stride
+        near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
+        raise ValueError(f"patch_size {patch_size} is no multiple of the encoder's stride {stride}; use {near}")
+    if any(size <= 0 or size % patch_size for size in image_size):
+        near = " or ".join(
+            "×".join(str(size) for size in sizes)
+            for sizes in (
+                [size // patch_size * patch_size for size in image_size],
+                [-(-size // patch_size) * patch_size for size in image_size],
+            )
+            if min(sizes) > 0 and sum(size // patch_size for size in sizes) > len(sizes)
+        )
+        shown = "×".join(map(str, image_size))
+        raise ValueError(f"image_size {shown} is no multiple of the patch size {patch_size}; use {near}")
+    grid = tuple(size // patch_size for size in image_size)
+    if int(torch.Size(grid).numel()) < 2:
+        shown = "×".join(map(str, image_size))
+        raise ValueError(
+            f"image_size {shown} holds a single patch of {patch_size}: nothing could be hidden; use images of "
+            f"{2 * patch_size} or more"
+            + (f", or a patch_size of {stride}" if patch_size > stride and min(image_size) >= 2 * stride else "")
+        )
+    return grid
+
+
+def check_visible(visible: Tensor, batch_size: int, grid: Sequence[int]) -> None:
+    """Checks a mask that was given.
+
+    Raises:
+        ValueError: if its shape or type is wrong, or it hides all or nothing of a sample.
+    """
+    if visible.dtype != torch.bool or list(visible.shape) != [batch_size, *grid]:
+        raise ValueError(
+            f"visible must be boolean of shape {[batch_size, *grid]}, not {visible.dtype} of {list(visible.shape)}"
+        )
+    counts = visible.flatten(1).sum(1).tolist()
+    patches = int(torch.Size(grid).numel())
+    for sample, count in enumerate(counts):
+        if count in (0, patches):
+            what = "hides every patch" if count == 0 else "hides nothing"
+            raise ValueError(f"the mask of sample {sample} {what}; show between 1 and {patches - 1} patches")

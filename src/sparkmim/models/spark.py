@@ -1,0 +1,220 @@
+"""SparK: masked image modelling for convolutional networks (Tian et al., ICLR 2023, arXiv:2301.03580)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from sparkmim.models.decoder import Decoder, Densify, NormKind, initialise
+from sparkmim.models.encoders import create_encoder
+from sparkmim.models.hierarchy import Hierarchy
+from sparkmim.models.masking import check_visible, patch_grid, random_visible, visible_per_sample
+from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
+
+
+@dataclass
+class SparKOutput:
+    """What one forward pass gives.
+
+    Attributes:
+        loss: scalar.
+        visible: bool `[B, *grid]`, the mask that was used.
+        prediction: `[B, C, *S]`, the decoder's output: patches normalised by their own mean and deviation.
+        images: `[B, C, *S]`, the input.
+    """
+
+    loss: Tensor
+    visible: Tensor
+    prediction: Tensor
+    images: Tensor
+
+    @property
+    def reconstruction(self) -> Tensor:
+        """`[B, C, *S]` in the input's units: predicted where masked, the input's pixels where visible."""
+        block = [size // cells for size, cells in zip(self.images.shape[2:], self.visible.shape[1:], strict=True)]
+        with torch.no_grad():
+            mean, deviation = patch_statistics(to_patches(self.images, block))
+            predicted = to_patches(self.prediction.to(self.images.dtype), block) * deviation + mean
+            visible = self.visible.flatten(1)[..., None]  # [B, patches, 1]
+            return from_patches(
+                torch.where(visible, to_patches(self.images, block), predicted), self.visible.shape[1:], block
+            )
+
+
+class SparK(nn.Module):
+    """A convolutional encoder with what pretraining adds to it.
+
+    Args:
+        encoder: any convolutional network; a string is a name for `create_encoder`. The module is used as
+            it is: same parameters, same `state_dict`, usable on dense images at any moment.
+        image_size: of the images to come, `S` or one size per axis.
+        mask_ratio: share of the patches that is hidden.
+        patch_size: side of a patch in pixels, a multiple of the encoder's stride; None for the stride itself.
+        decoder_width: channels of the decoder at the deepest map.
+        channels: image channels.
+
+    Raises:
+        ValueError: if sizes do not divide, or the encoder has no usable hierarchy.
+
+    Example:
+        >>> model = SparK("resnet18", image_size=64, decoder_width=64)
+        >>> out = model(torch.randn(2, 3, 64, 64))
+        >>> out.loss.shape, out.visible.shape, out.reconstruction.shape
+        (torch.Size([]), torch.Size([2, 2, 2]), torch.Size([2, 3, 64, 64]))
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module | str,
+        image_size: int | Sequence[int] = 224,
+        mask_ratio: float = 0.6,
+        patch_size: int | None = None,
+        decoder_width: int = 768,
+        channels: int = 3,
+    ) -> None:
+        super().__init__()
+        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
+        rank = len(size)
+        if isinstance(encoder, str):
+            encoder = create_encoder(encoder, channels)
+        self.encoder = encoder
+        self._hierarchy = [Hierarchy(encoder, channels, rank)]  # in a list: its parameters are the encoder's
+        hierarchy = self.hierarchy
+        self.image_size = size
+        self.patch_size = hierarchy.stride if patch_size is None else patch_size
+        self.grid = patch_grid(size, self.patch_size, hierarchy.stride)
+        self.mask_ratio = mask_ratio
+        visible_per_sample(self.grid, mask_ratio)
+
+        norm = encoder_norm(encoder)
+        self.decoder = Decoder(decoder_width, hierarchy.strides, channels, rank)
+        deepest = hierarchy.stride
+        self.densify = nn.ModuleList(
+            Densify(width_in, decoder_width * stride // deepest, norm, stride == deepest, rank)
+            for width_in, stride in zip(hierarchy.channels, hierarchy.strides, strict=True)
+        )
+        initialise(self.decoder)
+        initialise(self.densify)
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """How the encoder's feature maps are found; its `strides`, `channels` and `unreached` parameters."""
+        return self._hierarchy[0]
+
+    @property
+    def unreached_parameters(self) -> tuple[str, ...]:
+        """Names of the parameters that pretraining never reaches, such as a classifier's.
+
+        Keep them out of the optimiser, and set their `requires_grad` to False under
+        `DistributedDataParallel`; `sparkmim.pretrain` does both.
+        """
+        return tuple(f"encoder.{name}" for name in self.hierarchy.unreached)
+
+    def draw_visible(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
+        """A random mask: bool `[batch_size, *grid]`, true where visible."""
+        device = next(self.decoder.parameters()).device
+        return random_visible(batch_size, self.grid, self.mask_ratio, generator, device)
+
+    def encode_packed(self, images: Tensor, visible: Tensor) -> list[PackedTensor]:
+        """Feature maps of the visible patches, shallow to deep, as packed tensors `[B, C_i, *(S / s_i)]`."""
+        if list(images.shape[2:]) != list(self.image_size):
+            expected, got = ("×".join(map(str, size)) for size in (self.image_size, images.shape[2:]))
+            raise ValueError(f"images are {got}, but this model was built for {expected}")
+        check_visible(visible, images.shape[0], self.grid)
+        packed = pack(images, PatchLayout(visible))
+        with naming_modules(self.encoder):
+            maps: list[PackedTensor] = self.hierarchy(packed)
+        return maps
+
+    def encode(self, images: Tensor, visible: Tensor) -> list[Tensor]:
+        """Dense feature maps `[B, C_i, *(S / s_i)]`, shallow to deep, zero where masked.
+
+        Args:
+            images: `[B, C, *S]`.
+            visible: bool `[B, *grid]`.
+        """
+        return [unpack(map_) for map_ in self.encode_packed(images, visible)]
+
+    def forward(
+        self, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> SparKOutput:
+        """Hides patches, rebuilds them, and compares.
+
+        Args:
+            images: `[B, C, *S]`, normalised.
+            visible: bool `[B, *grid]`, true where visible; drawn when None.
+            generator: to draw the mask with.
+
+        Raises:
+            ValueError: if sizes differ from those the model was built for, or the mask hides all or nothing.
+        """
+        if visible is None:
+            visible = self.draw_visible(images.shape[0], generator).to(images.device)
+        maps = self.encode_packed(images, visible)
+        prediction = self.decoder([densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)])
+        loss = reconstruction_loss(prediction, images, visible, self.patch_size)
+        return SparKOutput(loss, visible, prediction, images)
+
+
+def encoder_norm(encoder: nn.Module) -> NormKind:
+    """What normalises the encoder: the kind of norm that it has most of."""
+    kinds: Counter[NormKind] = Counter()
+    for module in encoder.modules():
+        if isinstance(module, _BatchNorm):
+            kinds["batch"] += 1
+        elif isinstance(module, nn.LayerNorm) or type(module).__name__.startswith("LayerNorm"):
+            kinds["layer"] += 1
+        elif isinstance(module, nn.GroupNorm):
+            kinds["none"] += 1
+    return kinds.most_common(1)[0][0] if kinds else "none"
+
+
+def to_patches(images: Tensor, block: Sequence[int]) -> Tensor:
+    """Cuts `[B, C, *S]` into `[B, patches, C · prod(block)]`."""
+    rank = len(block)
+    for axis, size in reversed(list(enumerate(block, start=2))):
+        images = torch.unflatten(images, axis, (-1, size))  # [B, C, grid_1, block_1, …]
+    grid_axes, block_axes = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
+    return images.permute(0, *grid_axes, 1, *block_axes).flatten(1 + rank).flatten(1, rank)
+
+
+def from_patches(patches: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Puts `[B, patches, C · prod(block)]` together to `[B, C, *S]`."""
+    rank = len(block)
+    x = patches.view(patches.shape[0], *grid, -1, *block)  # [B, *grid, C, *block]
+    order = [0, 1 + rank]
+    for axis in range(rank):
+        order += [1 + axis, 2 + rank + axis]
+    x = x.permute(order)  # [B, C, grid_1, block_1, …]
+    return x.reshape(*x.shape[:2], *(cells * size for cells, size in zip(grid, block, strict=True)))
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and `sqrt(variance + 1e-6)` of every patch, the variance unbiased: `[B, patches, 1]` each."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def reconstruction_loss(prediction: Tensor, images: Tensor, visible: Tensor, patch_size: int) -> Tensor:
+    """Squared error to patches normalised one by one, averaged over the masked patches of the batch.
+
+    Args:
+        prediction: `[B, C, *S]`.
+        images: `[B, C, *S]`.
+        visible: bool `[B, *grid]`.
+        patch_size: pixels per side.
+    """
+    block = [patch_size] * (images.ndim - 2)
+    masked = ~visible.flatten(1)  # [B, patches]
+    # In float32 at least: half precision would lose the digits that training is about.
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    target = to_patches(images.to(dtype), block)[masked]  # [masked, C · p²]
+    mean, deviation = patch_statistics(target)
+    error = to_patches(prediction.to(dtype), block)[masked] - (target - mean) / deviation
+    # The original implementation guards its division like this; dropping it moves the ninth digit.
+    return error.square().mean(1).sum() / (error.shape[0] + 1e-8)

@@ -1,0 +1,44 @@
+"""`sparkmim.verify`: is this network exact under masking?"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from sparkmim.models.encoders import create_encoder
+from sparkmim.models.hierarchy import Hierarchy
+from sparkmim.models.masking import patch_grid
+from sparkmim.sparse.verify import VerifyReport, verify_packed
+
+
+def verify(
+    encoder: nn.Module | str,
+    image_size: int | Sequence[int] | None = None,
+    patch_size: int | None = None,
+    channels: int = 3,
+) -> VerifyReport:
+    """Runs a network on visible patches, and against its dense self and the method's definition.
+
+    Forward and backward, in float64, with all patches visible and with partial masks. The encoder is not changed.
+
+    Args:
+        encoder: a network, or a name for `create_encoder`.
+        image_size: `S` or one size per axis; None for three patches along both axes of a 2-D image.
+        patch_size: side of a patch; None for the network's total stride.
+        channels: image channels.
+
+    Raises:
+        ValueError: if sizes do not divide, or no hierarchy is found.
+    """
+    if isinstance(encoder, str):
+        encoder = create_encoder(encoder, channels)
+    rank = 2 if image_size is None or isinstance(image_size, int) else len(image_size)
+    hierarchy = Hierarchy(encoder, channels, rank)
+    patch = hierarchy.stride if patch_size is None else patch_size
+    if image_size is None:
+        size: tuple[int, ...] = (3 * patch,) * rank
+    else:
+        size = (image_size,) * rank if isinstance(image_size, int) else tuple(image_size)
+    grid = patch_grid(size, patch, hierarchy.stride)
+    return verify_packed(hierarchy, (2, channels, *size), grid)

@@ -1,0 +1,133 @@
+"""Which patches of a batch are visible, and which neighbours each of them has."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Taps = tuple[tuple[int, ...], ...]
+"""Per spatial axis, the offsets at which an operation reads, relative to `stride * output position`."""
+
+
+class PatchLayout:
+    """The visible patches of a batch of images, and index tables that tell who stands beside whom.
+
+    All visible patches of the batch are numbered `0 … n-1`, sample by sample and in row-major order
+    within a sample. Everything here depends on the mask alone: a layout is built once per step, and
+    all layers of a network share its tables, which are built when first asked for and then kept.
+
+    Args:
+        visible: bool `[B, *grid]`, true where a patch is visible. The number of grid axes is the
+            spatial rank: 1 for signals, 2 for images, 3 for volumes.
+
+    Raises:
+        ValueError: if `visible` is not boolean, has no grid axis, or hides a whole sample.
+
+    Example:
+        >>> layout = PatchLayout(torch.tensor([[[True, False], [False, True]]]))
+        >>> layout.grid, layout.num_visible, layout.counts
+        ((2, 2), 2, (2,))
+    """
+
+    def __init__(self, visible: Tensor) -> None:
+        if visible.dtype != torch.bool:
+            raise ValueError(f"visible must be a boolean mask, not {visible.dtype}")
+        if visible.ndim < 2:
+            raise ValueError(f"visible must have the shape [batch, *grid], not {list(visible.shape)}")
+        self.visible = visible
+        self.batch_size = visible.shape[0]
+        self.grid = tuple(visible.shape[1:])
+        self.counts: tuple[int, ...] = tuple(visible.flatten(1).sum(1).tolist())
+        if min(self.counts) == 0:
+            raise ValueError(f"sample {self.counts.index(0)} has no visible patch; show at least one")
+        index = visible.nonzero()  # [n, 1 + rank], sorted by sample
+        self.num_visible = index.shape[0]
+        self.sample = index[:, 0]  # [n]
+        self.position = index[:, 1:]  # [n, rank]
+        self.index = index.unbind(1)  # indexes a tensor [B, *grid, …]
+        self._slot = visible.new_full(visible.shape, self.num_visible, dtype=torch.long)  # [B, *grid]
+        self._slot[self.index] = torch.arange(self.num_visible, device=visible.device)
+        self._neighbours: dict[tuple[int, ...], Tensor] = {}
+        self._tables: dict[tuple[tuple[int, ...], tuple[int, ...], Taps], Tensor] = {}
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.grid)
+
+    @property
+    def uniform(self) -> bool:
+        """Whether every sample has the same number of visible patches."""
+        return min(self.counts) == max(self.counts)
+
+    def __repr__(self) -> str:
+        shown = f"{self.num_visible} of {self.visible.numel()}"
+        return f"PatchLayout(batch_size={self.batch_size}, grid={self.grid}, visible={shown})"
+
+    def upsampled(self, block: Sequence[int]) -> Tensor:
+        """The mask at a resolution of `block` positions per patch: bool `[B, *(grid · block)]`."""
+        mask = self.visible
+        for axis, size in enumerate(block, start=1):
+            mask = mask.repeat_interleave(size, dim=axis)
+        return mask
+
+    def neighbours(self, delta: tuple[int, ...]) -> Tensor:
+        """The patch that stands `delta` grid cells away from each visible patch: long `[n]`.
+
+        `n` stands for a masked patch, `n + 1` for a place outside the image.
+        """
+        if delta not in self._neighbours:
+            grid = self.position.new_tensor(self.grid)
+            target = self.position + self.position.new_tensor(delta)  # [n, rank]
+            inside = ((target >= 0) & (target < grid)).all(1)
+            clamped = torch.minimum(target.clamp(min=0), grid - 1)
+            slot = self._slot[(self.sample, *clamped.unbind(1))]
+            self._neighbours[delta] = torch.where(inside, slot, self.num_visible + 1)
+        return self._neighbours[delta]
+
+    def table(self, block: tuple[int, ...], stride: tuple[int, ...], taps: Taps) -> Tensor:
+        """Which input row every tap of every output row reads: int32 `[n · prod(block/stride), prod(taps)]`.
+
+        The rows of a packed map are its positions in memory order: patch, then position in the
+        patch, row-major. Output position `o` of a patch reads, along each axis, the input positions
+        `o · stride + t` for `t` in that axis's `taps`, counted from the patch's own first position;
+        those beyond the patch belong to its neighbours. With `R = n · prod(block)` input rows, row
+        `R` stands for a masked position and row `R + 1` for one outside the image.
+        """
+        key = (block, stride, taps)
+        if key not in self._tables:
+            self._tables[key] = self._build_table(block, stride, taps)
+        return self._tables[key]
+
+    def _build_table(self, block: tuple[int, ...], stride: tuple[int, ...], taps: Taps) -> Tensor:
+        rank, out = self.rank, [size // step for size, step in zip(block, stride, strict=True)]
+        # Along each axis: which patch (how many cells away) and which position in it, [out, taps].
+        reads = [
+            torch.arange(size)[:, None] * step + torch.tensor(offsets)
+            for size, step, offsets in zip(out, stride, taps, strict=True)
+        ]
+        cells = [torch.div(read, size, rounding_mode="floor") for read, size in zip(reads, block, strict=True)]
+        reach = [range(int(cell.min()), int(cell.max()) + 1) for cell in cells]
+        around = torch.stack([self.neighbours(delta) for delta in itertools.product(*reach)], 1)  # [n, cells]
+
+        # Row-major over the axes: [out_1, taps_1, out_2, taps_2, …] -> [out_1, out_2, …, taps_1, taps_2, …]
+        which, where = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
+        for read, cell, cells_of_axis, size in zip(reads, cells, reach, block, strict=True):
+            which = which[..., None, None] * len(cells_of_axis) + (cell - cells_of_axis.start)
+            where = where[..., None, None] * size + read.remainder(size)
+        order = [2 * axis for axis in range(rank)] + [2 * axis + 1 for axis in range(rank)]
+        which = which.permute(order).flatten().to(self.sample.device)
+        where = where.permute(order).flatten().to(self.sample.device)
+
+        rows = self.num_visible * math.prod(block)
+        patch = around[:, which]  # [n, out · taps]
+        table = torch.where(
+            patch < self.num_visible,
+            patch * math.prod(block) + where,
+            patch + (rows - self.num_visible),
+        )
+        return table.view(self.num_visible * math.prod(out), -1).to(torch.int32)

@@ -1,0 +1,236 @@
+"""A tensor type for masked images: it behaves as the dense map and stores the visible patches only.
+
+A visible patch is a small image, and all visible patches of a batch are an ordinary tensor
+`[n, C, *block]`. `PackedTensor` stores just that, and presents itself to the network as the dense map
+`[B, C, *S]` whose masked positions are hidden: `x.shape` is the dense shape, so any shape arithmetic in
+a model's code comes out as it would without a mask. Operations on it look their rule up by name in
+`RULES`; most are elementwise and run on the stored patches unchanged. One without a rule is refused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+
+from sparkmim.sparse.layout import PatchLayout
+
+Rule = Callable[..., Any]
+"""`rule(func, *args, **kwargs)`: computes `func`, the tensor function that was called, on packed arguments."""
+
+RULES: dict[str, Rule] = {}
+"""Rules by the name of the function, without leading and trailing underscores."""
+
+
+class UnsupportedOperation(RuntimeError):
+    """An operation that has no exact meaning on visible patches alone, or no rule yet."""
+
+
+def register_rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers the decorated function as the rule of the tensor functions called `names`.
+
+    A name is that of the function without leading and trailing underscores: `conv2d` stands for
+    `torch.conv2d`, `add` for `torch.add`, `Tensor.add_` and `Tensor.__add__` alike; `get:shape` for the
+    attribute `shape`. Inside a rule, packed tensors are plain tensors `[n, …]` of visible patches.
+    """
+
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, rule))
+        return rule
+
+    return register
+
+
+class PackedTensor(torch.Tensor):
+    """The visible patches of a dense map, posing as that map.
+
+    Attributes:
+        patches: the layout that says which patches these are.
+        axes: where the spatial axes stand, in order. `(2, 3)` for a map `[B, C, H, W]`, `(1, 2)` for
+            `[B, H, W, C]`; a single one for maps whose spatial axes have been flattened into one.
+
+    The batch axis is always the first. What is stored differs from what `shape` tells in two places:
+    the batch axis holds the `n` visible patches, each spatial axis one patch's share of the axis.
+    """
+
+    patches: PatchLayout
+    axes: tuple[int, ...]
+
+    @classmethod
+    def wrap(cls, values: Tensor, patches: PatchLayout, axes: tuple[int, ...]) -> PackedTensor:
+        """Makes a packed tensor of patches `values` `[n, …]`, without a copy.
+
+        The object itself changes class: an alias would be a view, on which autograd makes every
+        in-place operation of the network copy its gradient.
+        """
+        packed: PackedTensor = values  # type: ignore[assignment]
+        packed.__class__ = cls
+        packed.patches = patches
+        packed.axes = axes
+        return packed
+
+    @property
+    def values(self) -> Tensor:  # type: ignore[override]
+        """The stored patches as a plain tensor `[n, …]`."""
+        with DisableTorchFunctionSubclass():
+            return self.view_as(self)
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = getattr(func, "__name__", str(func))
+        if name in ("__get__", "__set__"):
+            owner: Any = func
+            name = f"{name.strip('_')}:{owner.__self__.__name__}"
+        rule = RULES.get(name.strip("_"))
+        if rule is None:
+            raise UnsupportedOperation(
+                f"`{name}` has no rule for masked images. Replace the operation, give the encoder without "
+                f"that part, or write a rule with sparkmim.sparse.register_rule({name.strip('_')!r})"
+            )
+        with DisableTorchFunctionSubclass():
+            return rule(func, *args, **(kwargs or {}))
+
+
+def block_of(x: PackedTensor) -> tuple[int, ...]:
+    """Positions per patch along each spatial axis. For rules: `x` is seen as the plain tensor it stores."""
+    return tuple(x.shape[axis] for axis in x.axes)
+
+
+def dense_shape(x: PackedTensor) -> torch.Size:
+    """The shape of the dense map that `x` stands for. For rules, as `block_of`."""
+    shape = list(x.shape)
+    shape[0] = x.patches.batch_size
+    if len(x.axes) == x.patches.rank:
+        for axis, cells in zip(x.axes, x.patches.grid, strict=True):
+            shape[axis] *= cells
+    else:  # spatial axes flattened into one
+        shape[x.axes[0]] *= math.prod(x.patches.grid)
+    return torch.Size(shape)
+
+
+def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -> PackedTensor:
+    """Wraps the result of a rule with the layout of `x`."""
+    return PackedTensor.wrap(values, x.patches, x.axes if axes is None else axes)
+
+
+def to_rows(x: Tensor) -> Tensor:
+    """`[n, C, *block]` to `[n · prod(block), C]`, a view where memory is channels-last."""
+    return x.movedim(1, -1).reshape(-1, x.shape[1])
+
+
+def from_rows(rows: Tensor, n: int, block: Sequence[int]) -> Tensor:
+    """`[n · prod(block), C]` to `[n, C, *block]` in channels-last memory, a view."""
+    return rows.view(n, *block, rows.shape[-1]).movedim(-1, 1)
+
+
+def gather_patches(dense: Tensor, patches: PatchLayout) -> Tensor:
+    """The visible patches of a dense map: `[B, C, *S]` to `[n, C, *block]` in channels-last memory."""
+    return _by_patch(dense, patches)[patches.index].movedim(-1, 1)
+
+
+def scatter_patches(values: Tensor, patches: PatchLayout) -> Tensor:
+    """A dense map with zeros at masked positions: `[n, C, *block]` to `[B, C, *S]`, channels-last memory."""
+    size = [cells * extent for cells, extent in zip(patches.grid, values.shape[2:], strict=True)]
+    dense = values.new_zeros(patches.batch_size, *size, values.shape[1]).movedim(-1, 1)
+    _by_patch(dense, patches)[patches.index] = values.movedim(1, -1)
+    return dense
+
+
+def _by_patch(dense: Tensor, patches: PatchLayout) -> Tensor:
+    """A view `[B, *grid, *block, C]` of a dense map `[B, C, *S]`."""
+    rank = patches.rank
+    split = dense
+    for axis, cells in reversed(list(enumerate(patches.grid, start=2))):
+        split = torch.unflatten(split, axis, (cells, -1))  # [B, C, grid_1, block_1, grid_2, block_2, …]
+    grid, block = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
+    return split.permute(0, *grid, *block, 1)
+
+
+class _Pack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, dense: Tensor, patches: PatchLayout) -> Tensor:
+        ctx.patches = patches
+        return gather_patches(dense, patches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return scatter_patches(grads[0], ctx.patches), None
+
+
+class _Unpack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, patches: PatchLayout) -> Tensor:
+        ctx.patches = patches
+        return scatter_patches(values, patches)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return gather_patches(grads[0], ctx.patches), None
+
+
+def pack(dense: Tensor, patches: PatchLayout) -> PackedTensor:
+    """Keeps the visible patches of dense maps.
+
+    Args:
+        dense: `[B, C, *S]`, each spatial size a multiple of the grid's.
+        patches: the layout of `B` samples.
+
+    Returns:
+        A packed tensor of dense shape `[B, C, *S]` that stores `[n, C, *(S / grid)]`.
+
+    Raises:
+        ValueError: if the shape does not fit the layout.
+    """
+    expected = [patches.batch_size, dense.shape[1] if dense.ndim > 1 else 0]
+    fits = dense.ndim == 2 + patches.rank and list(dense.shape[:2]) == expected
+    if not fits or any(size % cells for size, cells in zip(dense.shape[2:], patches.grid, strict=True)):
+        raise ValueError(
+            f"a map of shape {list(dense.shape)} does not divide into {patches.batch_size} samples of "
+            f"{'×'.join(map(str, patches.grid))} patches"
+        )
+    axes = tuple(range(2, 2 + patches.rank))
+    values: Tensor = _Pack.apply(dense, patches)
+    return PackedTensor.wrap(values, patches, axes)
+
+
+def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
+    """The dense map `[B, C, *S]`: visible positions from `x`, the others zero or `fill`.
+
+    Args:
+        x: a packed map in the order `[B, C, *S]`.
+        fill: what stands at masked positions; broadcast to the dense shape, `[1, C, 1, 1]` for example.
+    """
+    with DisableTorchFunctionSubclass():
+        dense: Tensor = _Unpack.apply(x.values, x.patches)
+        if fill is None:
+            return dense
+        visible = x.patches.upsampled(block_of(x)).unsqueeze(1)  # [B, 1, *S]
+        return torch.where(visible, dense, fill.to(dense.dtype))
+
+
+@contextmanager
+def naming_modules(root: nn.Module) -> Iterator[None]:
+    """Adds the path of the module at fault, as `root` names it, to errors of operations without a rule."""
+    try:
+        yield
+    except UnsupportedOperation as error:
+        names = {id(module): name for name, module in root.named_modules()}
+        path, traceback = "", error.__traceback__
+        while traceback is not None:
+            module = traceback.tb_frame.f_locals.get("self")
+            path = names.get(id(module), path) or path
+            traceback = traceback.tb_next
+        if not path:
+            raise
+        raise UnsupportedOperation(f"in module `{path}`: {error}") from error

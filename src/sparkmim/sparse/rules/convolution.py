@@ -1,0 +1,173 @@
+"""Convolutions and linear maps over channels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkmim.sparse.gather import Geometry, gather_convolution, gather_windows, multiply_rows
+from sparkmim.sparse.packed import (
+    PackedTensor,
+    UnsupportedOperation,
+    block_of,
+    dense_shape,
+    from_rows,
+    like,
+    pack,
+    register_rule,
+    to_rows,
+    unpack,
+)
+
+_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+_FEW_CHANNELS = 8
+"""Up to this many input channels, rows are too short to gather: windows of the map go to the dense kernel."""
+
+
+def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """`3` or `(3,)` to `(3, 3)`."""
+    values = (value,) if isinstance(value, int) else tuple(value)
+    return values * rank if len(values) == 1 else values
+
+
+def geometry_of(
+    name: str,
+    x: PackedTensor,
+    kernel: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    after: Sequence[int],
+    ceil_mode: bool = False,
+) -> Geometry:
+    """Checks that an operation maps patches to patches, and describes how its window slides.
+
+    Raises:
+        UnsupportedOperation: if its output is not the input's size divided by the stride, or if a patch
+            does not divide by the stride.
+    """
+    rank, block = x.patches.rank, block_of(x)
+    if x.axes != tuple(range(2, 2 + rank)) or x.ndim != 2 + rank:
+        raise UnsupportedOperation(
+            f"`{name}` of a masked map {list(dense_shape(x))}: it must have {rank} spatial axes, after the channels"
+        )
+    sizes = dense_shape(x)[2:]
+    for size, extent, k, s, p, q, d in zip(sizes, block, kernel, stride, padding, after, dilation, strict=True):
+        if extent % s:
+            raise UnsupportedOperation(
+                f"`{name}` has stride {s}, which does not divide the {extent} position(s) that a patch has here; "
+                "use a patch size that is a multiple of the network's total stride"
+            )
+        span = size + p + q - d * (k - 1) - 1
+        out = (span + s - 1) // s + 1 if ceil_mode else span // s + 1
+        if ceil_mode and (out - 1) * s >= size + p:
+            out -= 1
+        if out != size // s:
+            raise UnsupportedOperation(
+                f"`{name}` with kernel {k}, stride {s}, padding {p} and dilation {d} turns {size} positions into {out}, "
+                f"not {size // s}: patches of input and output no longer correspond. Pad it by "
+                f"{max(0, (d * (k - 1) + 1 - s + 1) // 2)}"
+            )
+    return Geometry(block, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
+
+
+@register_rule("conv1d", "conv2d", "conv3d")
+def _convolution(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    groups: int = 1,
+) -> Tensor:
+    rank = x.patches.rank
+    name = func.__name__
+    if int(name[4]) != rank:
+        raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))}, which has {rank} spatial axes")
+    kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, rank), per_axis(dilation, rank)
+    total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+    if isinstance(padding, str):
+        before = tuple(size // 2 if padding == "same" else 0 for size in total)
+        after = tuple(size - size // 2 if padding == "same" else 0 for size in total)
+    else:
+        before = after = per_axis(padding, rank)
+    geometry = geometry_of(name, x, kernel, stride, before, dilation, after)
+    x, weight, bias = _autocast(x, weight, bias)
+    with torch.autocast(x.device.type, enabled=False):
+        if groups == 1 and (weight.shape[1] > _FEW_CHANNELS or _local(geometry)):
+            out = _by_gather(x, weight, bias, geometry)
+        else:
+            out = _by_images(x, weight, bias, geometry, groups)
+    return like(x, out)
+
+
+def _autocast(x: PackedTensor, weight: Tensor, bias: Tensor | None) -> tuple[PackedTensor, Tensor, Tensor | None]:
+    """What autocast would do to a convolution; the gather's own autograd function is beyond its sight."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(x.device.type)
+        x, weight, bias = like(x, x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return x, weight, bias
+
+
+def _local(geometry: Geometry) -> bool:
+    """Whether windows do not overlap and stay inside their patch."""
+    return geometry.kernel == geometry.stride and not any(geometry.padding) and set(geometry.dilation) == {1}
+
+
+def _by_gather(x: PackedTensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Rows and one matrix product."""
+    patches = x.patches
+    if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
+        strided = (slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))
+        rows = multiply_rows(to_rows(x[strided]), weight.flatten(1), bias)
+    else:
+        rows = gather_convolution(to_rows(x), weight, patches, geometry)
+        if bias is not None:
+            rows = rows + bias
+    return from_rows(rows, patches.num_visible, geometry.out_block)
+
+
+def _by_images(x: PackedTensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
+    """The dense kernel on ordinary images: each patch with its halo, or the whole map, whichever is smaller."""
+    patches = x.patches
+    convolution = _CONVOLUTIONS[patches.rank]
+    start, length = geometry.span
+    of_windows = patches.num_visible * math.prod(length)
+    of_map = patches.batch_size * math.prod(dense_shape(x)[2:])
+    if of_windows <= of_map:
+        windows = gather_windows(to_rows(x), patches, geometry.block, start, length)
+        return convolution(windows, weight, bias, geometry.stride, 0, geometry.dilation, groups)
+    dense = unpack(x)
+    total = [d * (k - 1) + 1 - s for d, k, s in zip(geometry.dilation, geometry.kernel, geometry.stride, strict=True)]
+    after = [size - before for size, before in zip(total, geometry.padding, strict=True)]
+    padding: Sequence[int] = geometry.padding
+    if any(b < a for b, a in zip(padding, after, strict=True)):  # more after than before, as `same` may want
+        pairs = [(b, max(a, 0)) for b, a in zip(padding, after, strict=True)]
+        dense, padding = F.pad(dense, [size for pair in reversed(pairs) for size in pair]), (0,) * patches.rank
+    out = convolution(dense, weight, bias, geometry.stride, padding, geometry.dilation, groups)
+    sizes = [size // step for size, step in zip(dense_shape(x)[2:], geometry.stride, strict=True)]
+    for axis, size in enumerate(sizes, start=2):
+        out = out.narrow(axis, 0, size)
+    return pack(out, patches).values
+
+
+@register_rule("linear")
+def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(x, PackedTensor) or x.ndim - 1 in x.axes:
+        raise UnsupportedOperation("`linear` needs channels last in a masked map, and a dense weight")
+    return like(x, func(x, weight, bias))
+
+
+@register_rule("matmul", "rmatmul")
+def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor) -> Tensor:
+    if not isinstance(x, PackedTensor) or other.ndim != 2 or x.ndim - 1 in x.axes or isinstance(other, PackedTensor):
+        raise UnsupportedOperation("`matmul` of masked maps has a rule for channels last times a dense matrix only")
+    return like(x, func(x, other))

@@ -1,0 +1,102 @@
+"""Normalisation: over channels or the batch as it is, over the map per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, dense_shape, like, register_rule
+from sparkmim.sparse.rules.reduction import over_samples
+
+
+@register_rule("batch_norm")
+def _batch_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Statistics over the visible positions of the batch are those of the stored patches."""
+    if 1 in x.axes:
+        raise UnsupportedOperation(f"`batch_norm` of a map {list(dense_shape(x))} whose second axis is spatial")
+    return like(x, func(x, *args, **kwargs))
+
+
+@register_rule("layer_norm", "rms_norm")
+def _layer_norm(
+    func: Callable[..., Any], x: PackedTensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> Tensor:
+    if max((0, *x.axes)) >= x.ndim - len(normalized_shape):
+        raise UnsupportedOperation(
+            f"`{func.__name__}` over {list(normalized_shape)} normalises positions by parameters of their own; "
+            "normalise channels only"
+        )
+    return like(x, func(x, normalized_shape, *args, **kwargs))
+
+
+def _per_sample(x: PackedTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Normalises `[samples, C, positions]` of each sample's visible positions."""
+    if x.axes != tuple(range(2, x.ndim)):
+        raise UnsupportedOperation(f"normalisation per sample of a map {list(dense_shape(x))} with channels not second")
+    block, patches = x.shape[2:], x.patches
+    out = [
+        part.unflatten(2, (-1, *block)).movedim(2, 1).flatten(0, 1)  # [samples · m, C, *block]
+        for part in over_samples(x, x, function)
+    ]
+    values = out[0] if patches.uniform else torch.cat(out)
+    return like(x, values)
+
+
+@register_rule("group_norm")
+def _group_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return _per_sample(x, lambda sample: func(sample, *args, **kwargs))
+
+
+@register_rule("instance_norm")
+def _instance_norm(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    **kwargs: Any,
+) -> Tensor:
+    if not use_input_stats:
+        return like(x, F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps))
+    if running_mean is not None and running_var is not None:
+        # Running statistics are averaged over the batch; a ragged batch is averaged here, not call by call.
+        with torch.no_grad():
+            moments = over_samples(x.detach(), x, lambda sample: torch.var_mean(sample.float(), -1))
+            var, mean = (torch.cat(parts).mean(0) for parts in zip(*moments, strict=True))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
+    return _per_sample(x, lambda sample: F.instance_norm(sample, None, None, weight, bias, True, 0.0, eps))
+
+
+@register_rule("batch_norm_stats", "batch_norm_backward_reduce", "batch_norm_gather_stats_with_counts")
+def _sync_statistics(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The parts of `SyncBatchNorm`, whose autograd function sees packed tensors from the inside."""
+    return func(*(arg.values if isinstance(arg, PackedTensor) else arg for arg in args), **kwargs)
+
+
+@register_rule("batch_norm_elemt")
+def _sync_normalise(func: Callable[..., Any], x: PackedTensor, *args: Any) -> Tensor:
+    return like(x, func(x, *args))
+
+
+@register_rule("batch_norm_backward_elemt")
+def _sync_backward(func: Callable[..., Any], grad: Tensor, x: PackedTensor, *args: Any) -> Tensor:
+    out: Tensor = func(grad, x.values, *args)
+    return out
+
+
+@register_rule("normalize")
+def _normalize(
+    func: Callable[..., Any], x: PackedTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **kwargs: Any
+) -> Tensor:
+    if dim % x.ndim == 0 or dim % x.ndim in x.axes:
+        raise UnsupportedOperation("`normalize` over positions of a masked map has no rule")
+    return like(x, func(x, p, dim, eps))

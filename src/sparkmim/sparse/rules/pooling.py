@@ -1,0 +1,116 @@
+"""Pooling. Windows see zeros at masked positions, and the operation's own padding beyond the border."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkmim.sparse.gather import Geometry, gather_windows
+from sparkmim.sparse.packed import (
+    PackedTensor,
+    UnsupportedOperation,
+    dense_shape,
+    gather_patches,
+    like,
+    register_rule,
+    to_rows,
+)
+from sparkmim.sparse.rules.convolution import geometry_of, per_axis
+from sparkmim.sparse.rules.reduction import over_samples
+
+_MAX_POOLS: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVG_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+def _windows(x: PackedTensor, geometry: Geometry, outside: float) -> Tensor:
+    start, length = geometry.span
+    if not any(start) and length == geometry.block:
+        return like(x, x).values  # windows stay inside their patch
+    return gather_windows(to_rows(x), x.patches, geometry.block, start, length, outside)
+
+
+@register_rule("max_pool1d", "max_pool2d", "max_pool3d")
+def _max_pool(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    if return_indices:
+        raise UnsupportedOperation(f"`{func.__name__}` with return_indices: positions in a masked map have no rule")
+    rank = x.patches.rank
+    kernel = per_axis(kernel_size, rank)
+    steps = per_axis(stride, rank) if stride else kernel
+    padding, dilation = per_axis(padding, rank), per_axis(dilation, rank)
+    geometry = geometry_of(func.__name__, x, kernel, steps, padding, dilation, padding, ceil_mode)
+    windows = _windows(x, geometry, outside=-math.inf)
+    return like(x, _MAX_POOLS[rank](windows, kernel, steps, 0, dilation))
+
+
+@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+def _avg_pool(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """A window divides by what it would divide by without a mask."""
+    rank = x.patches.rank
+    kernel = per_axis(kernel_size, rank)
+    steps = per_axis(stride, rank) if stride else kernel
+    padding = per_axis(padding, rank)
+    geometry = geometry_of(func.__name__, x, kernel, steps, padding, (1,) * rank, padding, ceil_mode)
+    means = _AVG_POOLS[rank](_windows(x, geometry, outside=0.0), kernel, steps)
+    if divisor_override:
+        return like(x, means * (math.prod(kernel) / divisor_override))
+    # Positions near the border divide by fewer: the pool of ones says by how many.
+    ones = x.new_ones(1, 1, *dense_shape(x)[2:])
+    pooled = _AVG_POOLS[rank](ones, kernel, steps, padding, ceil_mode, count_include_pad)
+    outer = [
+        (before, max(0, (out - 1) * step + size - before - extent))
+        for before, out, step, size, extent in zip(
+            padding, pooled.shape[2:], steps, kernel, ones.shape[2:], strict=True
+        )
+    ]
+    inside = _AVG_POOLS[rank](F.pad(ones, [size for pair in reversed(outer) for size in pair]), kernel, steps)
+    for axis, size in enumerate(pooled.shape[2:], start=2):
+        inside = inside.narrow(axis, 0, size)
+    if torch.equal(pooled, inside):
+        return like(x, means)
+    scale = (pooled / inside).expand(x.patches.batch_size, *(-1,) * (rank + 1))  # [B, 1, *S]
+    return like(x, means * gather_patches(scale, x.patches))
+
+
+@register_rule(
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+)  # fmt: skip
+def _adaptive_pool(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    output_size: int | Sequence[int | None] | None,
+    return_indices: bool = False,
+) -> Tensor:
+    """Global pooling: over the visible positions of each sample."""
+    sizes = [output_size] if isinstance(output_size, int) or output_size is None else list(output_size)
+    if any(size != 1 for size in sizes) or return_indices or x.axes != tuple(range(2, x.ndim)):
+        raise UnsupportedOperation(
+            f"`{func.__name__}` to {output_size}: only global pooling (output size 1) is defined on a masked map"
+        )
+    maximum = "max" in func.__name__
+    pooled = over_samples(x, x, lambda sample: sample.amax(-1) if maximum else sample.mean(-1))
+    out: Tensor = torch.cat(pooled)
+    return out.reshape(*out.shape, *(1,) * x.patches.rank)  # [B, C, 1, …]

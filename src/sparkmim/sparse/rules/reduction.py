@@ -1,0 +1,118 @@
+"""Reductions: over channels as they are, over the map per sample and over its visible positions only."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, dense_shape, like, register_rule
+from sparkmim.sparse.rules.elementwise import elementwise
+
+
+def over_samples(x: Tensor, x_of: PackedTensor, function: Callable[[Tensor], Any]) -> list[Any]:
+    """Calls `function` on the visible positions of whole samples, as `[samples, C, positions]`.
+
+    One call for the batch if all samples show equally many patches, else one per sample.
+
+    Args:
+        x: what is stored, spatial axes last: `[n, C, *block]`.
+        x_of: the packed tensor that it belongs to.
+        function: computes on `[samples, C, positions]`.
+    """
+    patches = x_of.patches
+    if patches.uniform:
+        grouped = x.reshape(patches.batch_size, -1, *x.shape[1:])  # [B, m, C, *block]
+        return [function(grouped.movedim(1, 2).flatten(2))]
+    return [function(part.transpose(0, 1).flatten(1)[None]) for part in torch.split(x, patches.counts)]
+
+
+@register_rule(
+    "mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "logsumexp", "norm",
+    "vector_norm", "linalg_vector_norm", "prod", "any", "all", "nanmean", "nansum", "count_nonzero", "aminmax",
+    "softmax", "log_softmax", "softmin", "argmax", "argmin", "cumsum", "cumprod", "sort", "topk", "median",
+)  # fmt: skip
+def _reduce(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Any:
+    name = func.__name__.removeprefix("linalg_")
+    if name in ("max", "min") and args and isinstance(args[0], Tensor):
+        return elementwise(func, x, *args, **kwargs)
+    position = {"norm": 1, "vector_norm": 1, "topk": 1}.get(name, 0)
+    dims = _dims(x, name, position, args, kwargs)
+    if dims is None:
+        if name in ("mean", "sum", "amax", "amin", "max", "min", "any", "all", "nansum", "count_nonzero"):
+            return func(x, *args, **kwargs)  # over everything that is visible
+        raise UnsupportedOperation(f"`{name}` over a whole masked batch has no rule; name the axes")
+    spatial = set(x.axes)
+    if 0 in dims:
+        raise UnsupportedOperation(f"`{name}` over the batch axis of a masked map {list(dense_shape(x))} has no rule")
+    if not spatial & set(dims):
+        return _reduce_channels(func, x, dims, args, kwargs)
+    if not spatial <= set(dims):
+        raise UnsupportedOperation(
+            f"`{name}` over axes {dims} of a masked map {list(dense_shape(x))} reduces part of the map's axes: rows "
+            "and columns have no fixed number of visible positions"
+        )
+    if name in ("softmax", "log_softmax", "softmin", "argmax", "argmin", "cumsum", "cumprod", "sort", "topk", "median"):
+        raise UnsupportedOperation(f"`{name}` over the positions of a masked map has no rule")
+    return _reduce_positions(func, x, dims, args, kwargs, position)
+
+
+def _dims(x: PackedTensor, name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
+    dim = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else None))
+    if isinstance(dim, bool) or dim is None:  # `x.var(False)`: an old spelling of `correction`
+        return None
+    return [axis % x.ndim for axis in (dim if isinstance(dim, Sequence) else [dim])]
+
+
+def _reduce_channels(
+    func: Callable[..., Any], x: PackedTensor, dims: list[int], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Any:
+    out = func(x, *args, **kwargs)
+    first = out if isinstance(out, Tensor) else out[0]
+    axes = x.axes
+    if first.ndim < x.ndim:
+        axes = tuple(axis - sum(dim < axis for dim in dims) for axis in x.axes)
+    if isinstance(out, Tensor):
+        return like(x, out, axes)
+    parts = [like(x, part, axes) for part in out]
+    return type(out)(parts) if hasattr(out, "values") else tuple(parts)
+
+
+def _reduce_positions(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    dims: list[int],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    position: int,
+) -> Any:
+    kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
+    if len(args) > position + 1 and isinstance(args[position + 1], bool) and func.__name__ in ("var", "std"):
+        kwargs["unbiased"] = args[position + 1]
+        args = args[: position + 1]
+    keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", args[position + 1] if len(args) > position + 1 else False))
+    lead = args[:position]
+    rest = [axis for axis in range(1, x.ndim) if axis not in x.axes]  # axes that are neither batch nor map
+    kept = [axis for axis in rest if axis not in dims]
+    gone = [axis for axis in rest if axis in dims]
+    moved = x.permute(0, *kept, *gone, *x.axes)  # [n, *kept, *gone, *block]
+    sizes = [x.shape[axis] for axis in kept]
+    moved = moved.reshape(x.shape[0], -1, *moved.shape[1 + len(kept) :])  # [n, prod(kept), *gone, *block]
+
+    def reduce(part: Tensor) -> Any:  # [samples, prod(kept), positions] -> [samples, prod(kept)]
+        return func(part, *lead, dim=-1, **kwargs)
+
+    def restore(part: Tensor) -> Tensor:
+        part = part.reshape(part.shape[0], *sizes)
+        for axis in sorted(dims) if keepdim else ():
+            part = part.unsqueeze(axis)
+        return part
+
+    results = over_samples(moved, x, reduce)
+    if isinstance(results[0], Tensor):
+        return restore(torch.cat(results))
+    if hasattr(results[0], "indices"):
+        raise UnsupportedOperation(f"`{func.__name__}` with positions has no rule; use amax or amin")
+    return tuple(restore(torch.cat(parts)) for parts in zip(*results, strict=True))

@@ -1,0 +1,163 @@
+"""Is a network exact under masking? Packed against dense, and packed against the definition."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparkmim.sparse.layout import PatchLayout
+from sparkmim.sparse.oracle import MaskedDense
+from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, naming_modules, pack, unpack
+
+TOLERANCE = 1e-6
+"""Relative error, in float64, up to which a network counts as exact. Round-off stays below 1e-9."""
+
+
+@dataclass
+class VerifyReport:
+    """What `verify` found.
+
+    Attributes:
+        exact: whether the packed network computes what it should, forward and backward.
+        error: the worst relative error, by L2 norm, of a feature map or gradient; infinite if the network was refused.
+        module: the first module whose output differs, or that was refused; None if exact, or if only gradients differ.
+        message: one line for people.
+    """
+
+    exact: bool
+    error: float
+    module: str | None
+    message: str
+
+
+def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int], seed: int = 0) -> VerifyReport:
+    """Holds a network that runs on packed images against its dense self and against the masked definition.
+
+    Three comparisons in float64 and training mode, each forward and backward: all patches visible against
+    the dense network; a partial mask against the definition (`MaskedDense`); and a partial mask with
+    different numbers of visible patches per sample. The network itself is left untouched.
+
+    Args:
+        network: maps images `[B, C, *S]` to a list of feature maps.
+        shape: of the images, `[B, C, *S]`; B at least 2.
+        grid: patches along each axis.
+        seed: of images, masks and whatever the network draws.
+    """
+    network = copy.deepcopy(network).double().train()
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(tuple(shape), dtype=torch.float64, generator=generator)
+    patches = int(torch.Size(grid).numel())
+    worst = 0.0
+    for kind in ("all visible", "partial mask", "ragged mask"):
+        visible = torch.zeros(shape[0], patches, dtype=torch.bool)
+        for sample in range(shape[0]):
+            extra = sample if kind == "ragged mask" else 0
+            count = patches if kind == "all visible" else min(max(1, round(0.4 * patches)) + extra, patches)
+            visible[sample, torch.randperm(patches, generator=generator)[:count]] = True
+        visible = visible.view(shape[0], *grid)
+        try:
+            packed = _run(network, images, visible, packed=True, seed=seed)
+        except UnsupportedOperation as error:
+            module = str(error).split("`")[1] if str(error).startswith("in module `") else None
+            return VerifyReport(False, float("inf"), module, str(error))
+        dense = _run(network, images, visible, packed=False, seed=seed)
+        error, module, message = _compare(packed, dense, kind)
+        worst = max(worst, error)
+        if error > TOLERANCE:
+            return VerifyReport(False, error, module, message)
+    return VerifyReport(True, worst, None, f"exact: worst relative error {worst:.1e}, forward and backward")
+
+
+@dataclass
+class _Run:
+    modules: dict[str, Tensor]  # outputs of every module, in order of execution
+    maps: list[Tensor]
+    grads: dict[str, Tensor]
+
+
+def _run(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed: int) -> _Run:
+    network = copy.deepcopy(network)  # so that running statistics start alike
+    outputs: dict[str, Tensor] = {}
+
+    def dense(value: Any) -> Tensor | None:
+        """A map with zeros at masked positions."""
+        if isinstance(value, PackedTensor):
+            spatial = value.axes == tuple(range(2, value.ndim)) and len(value.axes) == visible.ndim - 1
+            return unpack(value) if spatial else None
+        if not isinstance(value, Tensor) or packed:
+            return value if isinstance(value, Tensor) else None
+        mask = MaskedDense(visible).mask_of(value)
+        return value if mask is None else torch.where(mask, value, 0)
+
+    def keep(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            value = dense(output)
+            if value is not None:
+                outputs[name] = value.detach().clone()
+
+        return hook
+
+    for name, module in network.named_modules():
+        if name:
+            module.register_forward_hook(keep(name))
+    torch.manual_seed(seed)
+    if packed:
+        with naming_modules(network):
+            maps = network(pack(images, PatchLayout(visible)))
+    else:
+        block = [size // cells for size, cells in zip(images.shape[2:], visible.shape[1:], strict=True)]
+        mask = PatchLayout(visible).upsampled(block).unsqueeze(1)
+        with MaskedDense(visible):
+            maps = network(images * mask)
+    maps = [value for value in map(dense, maps) if value is not None]
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(map_.shape, dtype=map_.dtype, generator=generator) for map_ in maps]
+    parameters = dict(network.named_parameters())
+    total = torch.stack([(map_ * weight).sum() for map_, weight in zip(maps, weights, strict=True)]).sum()
+    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    found = {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
+    return _Run(outputs, [map_.detach() for map_ in maps], found)
+
+
+def _compare(packed: _Run, dense: _Run, kind: str) -> tuple[float, str | None, str]:
+    """Worst relative error, the first module that differs, and a line that says so."""
+    worst = 0.0
+    for index, (ours, theirs) in enumerate(zip(packed.maps, dense.maps, strict=True)):
+        error = _relative(ours, theirs, floor=0.0)
+        worst = max(worst, error)
+        if error > TOLERANCE:
+            module = next(
+                (
+                    name
+                    for name, output in packed.modules.items()
+                    if name in dense.modules and _relative(output, dense.modules[name], floor=1e-12) > TOLERANCE
+                ),
+                None,
+            )
+            return (
+                error,
+                module,
+                f"feature map {index} is off by {error:.1e} ({kind}); `{module}` is the first to differ",
+            )
+    # Gradients that are zero by construction (a bias before BatchNorm) are round-off of the others.
+    floor = 1e-6 * max((grad.norm().item() for grad in dense.grads.values()), default=0.0)
+    for name in dense.grads:
+        if name not in packed.grads:
+            return float("inf"), None, f"the gradient of `{name}` is missing ({kind})"
+        error = _relative(packed.grads[name], dense.grads[name], floor)
+        worst = max(worst, error)
+        if error > TOLERANCE:
+            return error, name.rpartition(".")[0], f"the gradient of `{name}` is off by {error:.1e} ({kind})"
+    return worst, None, ""
+
+
+def _relative(ours: Tensor, theirs: Tensor, floor: float) -> float:
+    if ours.shape != theirs.shape:
+        return float("inf")
+    error = (ours - theirs).norm() / theirs.norm().clamp(min=max(floor, 1e-300))
+    return float("inf") if not torch.isfinite(error) else error.item()
