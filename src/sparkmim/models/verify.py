@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from torch import nn
@@ -41,4 +42,7 @@ def verify(
     else:
         size = (image_size,) * rank if isinstance(image_size, int) else tuple(image_size)
     grid = patch_grid(size, patch, hierarchy.stride)
-    return verify_packed(hierarchy, (2, channels, *size), grid)
+    report = verify_packed(hierarchy, (2, channels, *size), grid)
+    # Name modules as the user's network does.
+    module = None if report.module is None else report.module.removeprefix("encoder.")
+    return dataclasses.replace(report, module=module, message=report.message.replace("`encoder.", "`"))

@@ -5,7 +5,7 @@ Slow on purpose. It is what `verify` and the tests hold the packed network again
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_SEE_ZEROS = ("conv1d", "conv2d", "conv3d", "max_pool1d", "max_pool2d", "max_pool3d",
-              "avg_pool1d", "avg_pool2d", "avg_pool3d")  # fmt: skip
-_GLOBAL = {"mean": "mean", "sum": "sum", "amax": "amax", "amin": "amin", "var": "var", "std": "std",
-           "var_mean": "var_mean"}  # fmt: skip
+_SEE_ZEROS = {"conv1d", "conv2d", "conv3d", "max_pool1d", "max_pool2d", "max_pool3d",
+              "avg_pool1d", "avg_pool2d", "avg_pool3d"}  # fmt: skip
+_PER_SAMPLE = {"group_norm", "instance_norm"}
+_ADAPTIVE = {"adaptive_avg_pool1d": "mean", "adaptive_avg_pool2d": "mean", "adaptive_avg_pool3d": "mean",
+             "adaptive_max_pool1d": "amax", "adaptive_max_pool2d": "amax", "adaptive_max_pool3d": "amax"}  # fmt: skip
+_REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1,
+           "norm": 2, "vector_norm": 2, "linalg_vector_norm": 2}  # fmt: skip
+"""Reductions, and at which position their axes stand."""
 
 
 class MaskedDense(TorchFunctionMode):
@@ -33,68 +37,84 @@ class MaskedDense(TorchFunctionMode):
     def __init__(self, visible: Tensor) -> None:
         super().__init__()
         self.visible = visible
-        self.grid = visible.shape[1:]
+        self.rank = visible.ndim - 1
 
-    def mask_of(self, x: Tensor) -> Tensor | None:
-        """The mask `[B, 1, *S]` of a map `[B, C, *S]`, or None if it is no map (pooled, a weight)."""
-        sizes = x.shape[2:]
-        whole = x.ndim == self.visible.ndim + 1 and x.shape[0] == self.visible.shape[0]
-        if not whole or any(size % cells for size, cells in zip(sizes, self.grid, strict=True)):
+    def mask_of(self, x: Tensor, axes: Sequence[int] | None = None) -> Tensor | None:
+        """The mask `[B, *S]` of a map whose spatial axes stand at `axes` (by default after the channels).
+
+        None if `x` is no map: something pooled, or a weight.
+        """
+        axes = range(2, 2 + self.rank) if axes is None else axes
+        if x.ndim != self.rank + 2 or len(axes) != self.rank or x.shape[0] != self.visible.shape[0]:
             return None
-        mask = self.visible[:, None]
-        for axis, (size, cells) in enumerate(zip(sizes, self.grid, strict=True), start=2):
-            mask = mask.repeat_interleave(size // cells, dim=axis)
+        mask = self.visible
+        for position, axis in enumerate(axes, start=1):
+            if x.shape[axis] % mask.shape[position]:
+                return None
+            mask = mask.repeat_interleave(x.shape[axis] // mask.shape[position], dim=position)
         return mask
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         x = args[0] if args and isinstance(args[0], Tensor) else None
-        mask = self.mask_of(x) if x is not None and name in _HANDLED else None
-        if x is None or mask is None:
+        if x is None:
+            return func(*args, **kwargs)
+        if name in _REDUCE and (axes := _axes(x, name, args, kwargs)) and 0 not in axes:
+            if (mask := self.mask_of(x, axes)) is None:
+                return func(*args, **kwargs)
+            position = _REDUCE[name]
+            kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
+            keepdim = kwargs.pop("keepdim", args[position + 1] if len(args) > position + 1 else False)
+            return self._reduce(func, args[1:position], kwargs, x, mask, axes, keepdim)
+        if (mask := self.mask_of(x)) is None:
             return func(*args, **kwargs)
         if name in _SEE_ZEROS:
-            return func(torch.where(mask, x, 0), *args[1:], **kwargs)
+            return func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
+        if name in _ADAPTIVE:
+            return self._reduce(getattr(torch, _ADAPTIVE[name]), (), {}, x, mask, list(range(2, x.ndim)), True)
         if name == "batch_norm":
-            rows = F.batch_norm(_visible(x, mask), *args[1:], **kwargs)  # [positions, C]
-            out = rows.new_zeros(x.shape[0], *x.shape[2:], x.shape[1])
-            out[mask[:, 0]] = rows
+            normed = F.batch_norm(x.movedim(1, -1)[mask], *args[1:], **kwargs)  # [positions, C]
+            out = normed.new_zeros(x.shape[0], *x.shape[2:], x.shape[1])
+            out[mask] = normed
             return out.movedim(-1, 1)
-        if name in ("group_norm", "instance_norm"):
+        if name in _PER_SAMPLE:
             out = torch.zeros_like(x)
-            for sample in range(x.shape[0]):
-                seen = func(_visible(x[sample : sample + 1], mask[sample : sample + 1]).t()[None], *args[1:], **kwargs)
-                out[sample].movedim(0, -1)[mask[sample, 0]] = seen[0].t()
+            for sample, seen in enumerate(mask):
+                positions = x[sample].movedim(0, -1)[seen].t()[None]  # [1, C, positions]
+                out[sample].movedim(0, -1)[seen] = func(positions, *args[1:], **kwargs)[0].t()
             return out
-        if name.startswith("adaptive"):
-            reduction = "amax" if "max" in name else "mean"
-            return self._reduce(reduction, x, mask, tuple(range(2, x.ndim)), True, {})
-        dims = kwargs.pop("dim", args[1] if len(args) > 1 else None)
-        keepdim = kwargs.pop("keepdim", args[2] if len(args) > 2 else False)
-        if not isinstance(dims, tuple | list) or sorted(dim % x.ndim for dim in dims) != list(range(2, x.ndim)):
-            return func(*args, **kwargs, **({} if dims is None or len(args) > 1 else {"dim": dims, "keepdim": keepdim}))
-        return self._reduce(name, x, mask, tuple(dims), keepdim, kwargs)
+        return func(*args, **kwargs)
 
     @staticmethod
     def _reduce(
-        name: str, x: Tensor, mask: Tensor, dims: tuple[int, ...], keepdim: bool, kwargs: dict[str, Any]
+        func: Callable[..., Any],
+        lead: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        x: Tensor,
+        mask: Tensor,
+        axes: Sequence[int],
+        keepdim: bool,
     ) -> Any:
-        results = [
-            getattr(torch, name)(_visible(x[b : b + 1], mask[b : b + 1]), 0, **kwargs) for b in range(x.shape[0])
-        ]  # each [C]
-        shape = (x.shape[0], x.shape[1], *((1,) * (x.ndim - 2) if keepdim else ()))
-        if isinstance(results[0], tuple):
-            return tuple(torch.stack(parts).view(shape) for parts in zip(*results, strict=True))
-        return torch.stack(results).view(shape)
+        maps = x.movedim(list(axes), list(range(1, 1 + len(axes))))  # [B, *S, …]
+        results = [func(map_[seen], *lead, dim=0, **kwargs) for map_, seen in zip(maps, mask, strict=True)]
+
+        def join(parts: Sequence[Tensor]) -> Tensor:
+            out = torch.stack(list(parts))
+            for axis in sorted(axes) if keepdim else ():
+                out = out.unsqueeze(axis)
+            return out
+
+        if isinstance(results[0], Tensor):
+            return join(results)
+        return tuple(join(parts) for parts in zip(*results, strict=True))
 
 
-_HANDLED = {*_SEE_ZEROS, *_GLOBAL, "batch_norm", "group_norm", "instance_norm",
-            "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
-            "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d"}  # fmt: skip
-
-
-def _visible(x: Tensor, mask: Tensor) -> Tensor:
-    """The visible positions `[positions, C]` of a map `[B, C, *S]`."""
-    return x.movedim(1, -1)[mask[:, 0]]
+def _axes(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+    """The axes a reduction is over, none of them if it is over everything or just one."""
+    dim = kwargs.get("dim", kwargs.get("axis", args[_REDUCE[name]] if len(args) > _REDUCE[name] else None))
+    if isinstance(dim, bool) or dim is None:
+        return []
+    return sorted(axis % x.ndim for axis in (dim if isinstance(dim, Sequence) else [dim]))

@@ -50,6 +50,12 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
     """
     network = copy.deepcopy(network).double().train()
     generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.numel() > 1 and parameter.min() == parameter.max():
+                # Zeros and ones of a fresh network (residual scales, GRN) would hide what they multiply.
+                noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
+                parameter.add_(noise, alpha=0.1)
     images = torch.randn(tuple(shape), dtype=torch.float64, generator=generator)
     patches = int(torch.Size(grid).numel())
     worst = 0.0
@@ -62,9 +68,9 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
         visible = visible.view(shape[0], *grid)
         try:
             packed = _run(network, images, visible, packed=True, seed=seed)
-        except UnsupportedOperation as error:
-            module = str(error).split("`")[1] if str(error).startswith("in module `") else None
-            return VerifyReport(False, float("inf"), module, str(error))
+        except UnsupportedOperation as refusal:
+            module = str(refusal).split("`")[1] if str(refusal).startswith("in module `") else None
+            return VerifyReport(False, float("inf"), module, str(refusal))
         dense = _run(network, images, visible, packed=False, seed=seed)
         error, module, message = _compare(packed, dense, kind)
         worst = max(worst, error)
@@ -92,7 +98,7 @@ def _run(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed
         if not isinstance(value, Tensor) or packed:
             return value if isinstance(value, Tensor) else None
         mask = MaskedDense(visible).mask_of(value)
-        return value if mask is None else torch.where(mask, value, 0)
+        return value if mask is None else torch.where(mask.unsqueeze(1), value, 0)
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:

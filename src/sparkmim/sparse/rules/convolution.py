@@ -70,8 +70,8 @@ def geometry_of(
             out -= 1
         if out != size // s:
             raise UnsupportedOperation(
-                f"`{name}` with kernel {k}, stride {s}, padding {p} and dilation {d} turns {size} positions into {out}, "
-                f"not {size // s}: patches of input and output no longer correspond. Pad it by "
+                f"`{name}` with kernel {k}, stride {s}, padding {p} and dilation {d} turns {size} positions into "
+                f"{out}, not {size // s}: patches of input and output no longer correspond. Pad it by "
                 f"{max(0, (d * (k - 1) + 1 - s + 1) // 2)}"
             )
     return Geometry(block, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))

@@ -72,16 +72,14 @@ def align(x: PackedTensor, other: Tensor) -> Tensor:
         shape = moved.shape[1 : 1 + len(rest)]
         packed = gather_patches(moved.reshape(moved.shape[0], -1, *moved.shape[-len(last) :]), x.patches)
         packed = packed.reshape(packed.shape[0], *shape, *packed.shape[2:])
-        back: Tensor = packed.permute([order.index(axis) for axis in range(other.ndim)])
-        return back
+        return torch.permute(packed, [order.index(axis) for axis in range(other.ndim)])
     if other.shape[0] == 1:
         return other
     if other.shape[0] != x.patches.batch_size:
         raise UnsupportedOperation(
             f"an operand of shape {list(other.shape)} does not fit the masked map {list(dense_shape(x))}"
         )
-    repeated: Tensor = other.index_select(0, x.patches.sample)
-    return repeated
+    return torch.index_select(other, 0, x.patches.sample)
 
 
 @register_rule(*UNARY.split())
@@ -120,5 +118,4 @@ def _feature_dropout(
     if func.__name__.startswith("feature_alpha"):
         raise UnsupportedOperation("`feature_alpha_dropout` has no rule for masked images; use dropout")
     ones = x.new_ones(x.patches.batch_size, x.shape[1], *(1,) * (x.ndim - 2))
-    scale = F.dropout(ones, p, training)
-    return elementwise(torch.mul, x, scale)
+    return elementwise(torch.mul, x, F.dropout(ones, p, training))

@@ -26,7 +26,7 @@ def over_samples(x: Tensor, x_of: PackedTensor, function: Callable[[Tensor], Any
     if patches.uniform:
         grouped = x.reshape(patches.batch_size, -1, *x.shape[1:])  # [B, m, C, *block]
         return [function(grouped.movedim(1, 2).flatten(2))]
-    return [function(part.transpose(0, 1).flatten(1)[None]) for part in torch.split(x, patches.counts)]
+    return [function(part.transpose(0, 1).flatten(1)[None]) for part in torch.split(x, list(patches.counts))]
 
 
 @register_rule(
