@@ -1,0 +1,32 @@
+"""sparkmim: self-supervised pretraining of any convolutional network.
+
+The public names load on first use, so that importing the package, or asking the command line for help, is quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sparkmim.commands import pretrain as pretrain
+    from sparkmim.commands import verify as verify
+    from sparkmim.models import SparK as SparK
+    from sparkmim.training.weights import load as load
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "SparK": "sparkmim.models",
+    "verify": "sparkmim.commands",
+    "pretrain": "sparkmim.commands",
+    "load": "sparkmim.training.weights",
+}
+
+__all__ = ["SparK", "__version__", "load", "pretrain", "verify"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'sparkmim' has no attribute {name!r}")

@@ -4,6 +4,6 @@ from sparkmim.models.encoders import create_encoder
 from sparkmim.models.hierarchy import Hierarchy
 from sparkmim.models.masking import random_visible
 from sparkmim.models.spark import SparK, SparKOutput
-from sparkmim.models.verify import verify
+from sparkmim.models.verify import verify_encoder
 
-__all__ = ["Hierarchy", "SparK", "SparKOutput", "create_encoder", "random_visible", "verify"]
+__all__ = ["Hierarchy", "SparK", "SparKOutput", "create_encoder", "random_visible", "verify_encoder"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,7 +85,7 @@ class Hierarchy(nn.Module):
         buffers = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.named_buffers()}
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
         images = torch.empty(shape, device="meta", dtype=dtype)
-        with torch.set_grad_enabled(train):
+        with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
             maps: list[Tensor] = functional_call(self, {**tensors, **buffers}, (images,), tie_weights=True)
         if train:
             grads = torch.autograd.grad(
@@ -94,6 +95,18 @@ class Hierarchy(nn.Module):
                 name.removeprefix("encoder.") for name, grad in zip(tensors, grads, strict=True) if grad is None
             )
         return maps
+
+
+@contextmanager
+def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
+    """Says what was being done when the network would not run."""
+    try:
+        yield
+    except Exception as error:
+        size = "×".join(map(str, shape[1:]))
+        raise ValueError(
+            f"{type(encoder).__name__} could not be run on an image of {size} to find its feature maps: {error}"
+        ) from error
 
 
 def _stride(image: Sequence[int], map_: Sequence[int]) -> int | None:
@@ -142,7 +155,8 @@ def _traced_names(hierarchy: Hierarchy, shape: tuple[int, ...], max_maps: int) -
     tensors = {name: torch.empty_like(t, device="meta") for name, t in encoder.state_dict(keep_vars=True).items()}
     dtype = next((t.dtype for t in encoder.parameters()), torch.float32)
     try:
-        functional_call(encoder, tensors, (torch.empty(shape, device="meta", dtype=dtype),), tie_weights=True)
+        with _finding_maps(encoder, shape):
+            functional_call(encoder, tensors, (torch.empty(shape, device="meta", dtype=dtype),), tie_weights=True)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,4 +1,4 @@
-"""`sparkmim.verify`: is this network exact under masking?"""
+"""Verification of encoders by name or instance. The public function is `sparkmim.verify`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sparkmim.models.masking import patch_grid
 from sparkmim.sparse.verify import VerifyReport, verify_packed
 
 
-def verify(
+def verify_encoder(
     encoder: nn.Module | str,
     image_size: int | Sequence[int] | None = None,
     patch_size: int | None = None,

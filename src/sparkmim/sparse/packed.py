@@ -120,7 +120,9 @@ def dense_shape(x: PackedTensor) -> torch.Size:
 
 
 def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -> PackedTensor:
-    """Wraps the result of a rule with the layout of `x`."""
+    """Wraps the result of a rule with the layout of `x`. What is packed already (in-place operations) stays."""
+    if isinstance(values, PackedTensor):
+        return values
     return PackedTensor.wrap(values, x.patches, x.axes if axes is None else axes)
 
 

@@ -70,12 +70,12 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
             packed = _run(network, images, visible, packed=True, seed=seed)
         except UnsupportedOperation as refusal:
             module = str(refusal).split("`")[1] if str(refusal).startswith("in module `") else None
-            return VerifyReport(False, float("inf"), module, str(refusal))
+            return VerifyReport(False, float("inf"), module, f"NOT supported: {refusal}")
         dense = _run(network, images, visible, packed=False, seed=seed)
         error, module, message = _compare(packed, dense, kind)
         worst = max(worst, error)
         if error > TOLERANCE:
-            return VerifyReport(False, error, module, message)
+            return VerifyReport(False, error, module, f"NOT exact: {message}")
     return VerifyReport(True, worst, None, f"exact: worst relative error {worst:.1e}, forward and backward")
 
 

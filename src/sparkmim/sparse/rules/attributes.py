@@ -61,9 +61,7 @@ def _contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -
 )  # fmt: skip
 def _same_elements(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = func(x, *args, **kwargs)
-    if isinstance(x, PackedTensor) and not isinstance(out, PackedTensor):
-        return like(x, out)
-    return out
+    return like(x, out) if isinstance(x, PackedTensor) else out
 
 
 @register_rule("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")

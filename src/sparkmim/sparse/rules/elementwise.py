@@ -87,7 +87,7 @@ def _unary(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Te
     if not isinstance(x, PackedTensor) or any(isinstance(arg, Tensor) and arg.ndim for arg in args):
         return elementwise(func, x, *args, **kwargs)
     out: Tensor = func(x, *args, **kwargs)
-    return out if isinstance(out, PackedTensor) else like(x, out)
+    return like(x, out)
 
 
 @register_rule(*BINARY.split())
@@ -101,7 +101,7 @@ def elementwise(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     args = tuple(align(x, arg) if isinstance(arg, Tensor) else arg for arg in args)
     kwargs = {key: align(x, arg) if isinstance(arg, Tensor) else arg for key, arg in kwargs.items()}
     out: Tensor = func(*args, **kwargs)
-    return out if isinstance(out, PackedTensor) else like(x, out)
+    return like(x, out)
 
 
 @register_rule("prelu")

@@ -30,7 +30,7 @@ _AVG_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d
 def _windows(x: PackedTensor, geometry: Geometry, outside: float) -> Tensor:
     start, length = geometry.span
     if not any(start) and length == geometry.block:
-        return like(x, x).values  # windows stay inside their patch
+        return x.values  # windows stay inside their patch
     return gather_windows(to_rows(x), x.patches, geometry.block, start, length, outside)
 
 

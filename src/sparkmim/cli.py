@@ -1,0 +1,96 @@
+"""The command line, generated from the functions in `sparkmim.commands`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+
+from sparkmim import __version__, commands
+
+COMMANDS: dict[str, Callable[..., Any]] = {"pretrain": commands.pretrain, "verify": commands.verify}
+
+_PYTHON_ONLY = {"callbacks"}
+
+
+class _Parser(ArgumentParser):
+    """Shows flags with dashes, as the shell expects them; both spellings are understood."""
+
+    def format_help(self) -> str:
+        return re.sub(r"--(?!print_config)[a-z]+(_[a-z]+)+", lambda flag: flag[0].replace("_", "-"), super().format_help())
+
+
+def _spelled_as_arguments(argv: list[str]) -> list[str]:
+    """`--image-size 64 --resume` to `--image_size 64 --resume=true`."""
+    flags = {
+        f"--{parameter.name}"
+        for function in COMMANDS.values()
+        for parameter in inspect.signature(function).parameters.values()
+        if isinstance(parameter.default, bool)
+    }
+    out = []
+    for position, word in enumerate(argv):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            word = name.replace("-", "_").replace("__", "--", 1) + equals + value
+            following = argv[position + 1] if position + 1 < len(argv) else "--"
+            if word in flags and following.lower() not in ("true", "false"):
+                word += "=true"
+        out.append(word)
+    return out
+
+
+def build_parser() -> ArgumentParser:
+    """One subcommand per function, one flag per argument."""
+    parser = _Parser(
+        prog="sparkmim",
+        description="Self-supervised pretraining of any convolutional network.",
+        version=__version__,
+    )
+    subcommands = parser.add_subcommands(dest="command", required=True)
+    for name, function in COMMANDS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        sub = _Parser(prog=f"sparkmim {name}", description=summary)
+        sub.add_argument("--config", action=ActionConfigFile, help="YAML file of arguments; a run's config.yaml is one")
+        sub.add_function_arguments(function, skip=_PYTHON_ONLY, as_group=False, fail_untyped=False)
+        subcommands.add_subcommand(name, sub, help=summary)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs a command. A mistake of the user's is one line on stderr and status 2; an interrupted run ends with 130."""
+    parser = build_parser()
+    config = parser.parse_args(_spelled_as_arguments(sys.argv[1:] if argv is None else argv))
+    arguments: Namespace = config[config.command]
+    arguments.pop("config", None)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    try:
+        result = COMMANDS[config.command](**{key: value for key, value in vars(arguments).items()})
+    except (ValueError, FileNotFoundError, RuntimeError) as error:
+        if not _is_ours(error):
+            raise
+        print(f"sparkmim {config.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    if config.command == "verify":
+        print(f"{arguments.model}: {result.message}")
+        raise SystemExit(0 if result.exact else 1)
+    if not result.finished:
+        raise SystemExit(130)
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether the sentence was written for the user: raised by this package, not below it."""
+    traceback = error.__traceback__
+    while traceback is not None and traceback.tb_next is not None:
+        traceback = traceback.tb_next
+    module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
+    return module.split(".")[0] == "sparkmim"

@@ -1,0 +1,1 @@
+"""Training: recipes, schedules, the Lightning module, the run folder."""

@@ -1,0 +1,340 @@
+"""Pretraining, top to bottom. The public function with its documentation is in `sparkmim.commands`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from sparkmim.commands import PretrainResult
+from sparkmim.data import PretrainDataset, SkipLog, find_images, normalisation, pretrain_transform
+from sparkmim.models import SparK, create_encoder
+from sparkmim.models.spark import encoder_norm
+from sparkmim.training import weights
+from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
+from sparkmim.training.loader import StepBatchSampler, make_loader
+from sparkmim.training.module import OptimizerSettings, PretrainModule
+from sparkmim.training.recipes import PAPER_DROP_PATH, count_parameters, recipe_named
+from sparkmim.training.run import RunFolder, log_to
+
+log = logging.getLogger("sparkmim")
+
+MAY_CHANGE = {
+    "data", "out", "workers", "devices", "accelerator", "num_nodes", "accumulate", "save_minutes", "log_every",
+    "picture_every", "max_unreadable", "resume", "init_weights",
+}  # fmt: skip
+"""Arguments that a resumed run may be given anew: they change no result."""
+
+
+def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]) -> PretrainResult:
+    """Runs `sparkmim.pretrain`.
+
+    Args:
+        settings: its arguments, as given.
+        defaults: its arguments' defaults.
+        callbacks: further Lightning callbacks.
+    """
+    console = Console(stderr=True)
+    folder = RunFolder(settings["out"])
+    main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    if settings["resume"]:
+        settings = _resumed(settings, defaults, folder.read_config())
+    elif main:
+        folder.check_new()
+    settings = in_force(settings)
+
+    torch.manual_seed(settings["seed"])
+    model = build_model(settings)
+    if settings["init_weights"] and not settings["resume"]:
+        weights.load_into(model, settings["init_weights"])
+    dataset = build_dataset(settings, model)
+    batch_size, steps_per_epoch = _steps(settings, len(dataset))
+    steps = max(1, round(settings["epochs"] * steps_per_epoch))
+    world_size, trainer_devices = _devices(settings)
+    parts = settings["accumulate"]
+    if batch_size % (parts * world_size):
+        raise ValueError(
+            f"batch_size {batch_size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
+            f"use {max(1, batch_size // (parts * world_size)) * parts * world_size}"
+        )
+    if settings["channels_last"] and len(model.image_size) == 2:
+        model = model.to(memory_format=torch.channels_last)
+
+    rate_scale = batch_size / 256
+    module = PretrainModule(
+        model,
+        OptimizerSettings(
+            optimizer=settings["optimizer"],
+            peak=settings["learning_rate"] * rate_scale,
+            betas=(settings["beta1"], settings["beta2"]),
+            weight_decay=settings["weight_decay"],
+            weight_decay_end=settings["weight_decay_end"],
+            clip_grad=settings["clip_grad"],
+            steps=steps,
+            warmup=min(round(settings["warmup_epochs"] * steps_per_epoch), steps - 1),
+        ),
+        seed=settings["seed"],
+    )
+
+    skipped = SkipLog(settings["max_unreadable"])
+    monitor = Monitor(
+        batch_size, steps_per_epoch, settings["log_every"], folder.checkpoint, skipped,
+        console if console.is_terminal and main else None,
+    )  # fmt: skip
+    ema = Ema(module, settings["ema"]) if settings["ema"] else None
+    metadata = _metadata(settings, model)
+    keeper = Keeper(folder, settings["save_minutes"], metadata, monitor, ema)
+    every = [monitor, *([ema] if ema else []), *callbacks, keeper]
+    if settings["picture_every"] and len(model.image_size) == 2:
+        samples = [dataset[0, index] for index in range(min(6, len(dataset)))]
+        every.insert(
+            0, Pictures(samples, settings["picture_every"] * steps_per_epoch, settings["mean"], settings["std"])
+        )
+
+    with warnings.catch_warnings():
+        _silence_what_is_meant(warnings)
+        trainer = pl.Trainer(
+            accelerator=settings["accelerator"],
+            devices=trainer_devices,
+            num_nodes=settings["num_nodes"],
+            strategy="ddp" if world_size > 1 else "auto",
+            precision=settings["precision"],
+            max_steps=steps,
+            max_epochs=-1,
+            accumulate_grad_batches=parts,
+            gradient_clip_val=settings["clip_grad"],
+            use_distributed_sampler=False,
+            sync_batchnorm=world_size > 1 and settings["accelerator"] == "cuda",
+            logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
+            callbacks=every,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        if trainer.is_global_zero:
+            # Python objects have no place in a file; resuming asks for them again.
+            plain = {key: None if key in ("model", "data") and not isinstance(value, str) else value
+                     for key, value in settings.items()}  # fmt: skip
+            folder.write_config({**plain, "resume": False})
+            _say_settings(console, settings, model, len(dataset), steps_per_epoch, steps)
+        _, handler = log_to(folder.path / "log.txt") if trainer.is_global_zero else (None, logging.NullHandler())
+        skipped.on_report(lambda report: log.warning("unreadable image skipped: %s", report))
+        log.info("%s %s on %s", "resumes" if settings["resume"] else "starts", settings["model"], trainer.strategy)
+        sampler = StepBatchSampler(
+            len(dataset), batch_size, parts, trainer.global_rank, trainer.world_size, settings["seed"],
+            position=lambda: trainer.global_step,
+        )  # fmt: skip
+        loader = make_loader(dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda")
+        try:
+            trainer.fit(
+                module,
+                loader,
+                ckpt_path=folder.checkpoint if settings["resume"] else None,
+                weights_only=True,
+            )
+        finally:
+            log.removeHandler(handler)
+            handler.close()
+    result = PretrainResult(
+        folder.path, trainer.global_step, steps, monitor.epoch_loss, monitor.images_per_second, model.eval()
+    )
+    if trainer.is_global_zero:
+        if result.finished:
+            console.print(f"done: loss {result.loss:.4f}; weights in {folder.weights}")
+        else:
+            console.print(f"stopped at step {result.step} of {steps}; continue with --out {folder.path} --resume")
+        if skipped.count:
+            console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.path}/log.txt")
+    return result
+
+
+def in_force(settings: dict[str, Any]) -> dict[str, Any]:
+    """Fills what was left to the recipe and to the machine.
+
+    Raises:
+        ValueError: if a setting is out of its range.
+    """
+    settings = dict(settings)
+    recipe = recipe_named(settings["recipe"])
+    for name in (
+        "epochs", "batch_size", "optimizer", "learning_rate", "warmup_epochs", "weight_decay", "weight_decay_end",
+        "clip_grad", "mask_ratio", "decoder_width", "crop_scale",
+    ):  # fmt: skip
+        if settings[name] is None:
+            settings[name] = getattr(recipe, name)
+    if settings["drop_path"] is None and settings["recipe"] == "paper" and isinstance(settings["model"], str):
+        settings["drop_path"] = PAPER_DROP_PATH.get(settings["model"])
+    mean, std = normalisation(settings["channels"])
+    settings["mean"] = list(settings["mean"] or mean)
+    settings["std"] = list(settings["std"] or std)
+    if isinstance(settings["image_size"], int):
+        settings["image_size"] = [settings["image_size"]] * 2
+    settings["image_size"] = list(settings["image_size"])
+    if settings["accelerator"] == "auto":
+        settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings["precision"] == "auto":
+        settings["precision"] = "bf16-mixed" if has_bfloat16(settings["accelerator"]) else "32-true"
+    if settings["workers"] is None:
+        settings["workers"] = max(1, (os.cpu_count() or 2) - 1) if settings["accelerator"] == "cuda" else 2
+    settings["out"] = str(settings["out"])
+    for name in ("data", "init_weights"):
+        if isinstance(settings[name], Path):
+            settings[name] = str(settings[name])
+    for name, low in (("epochs", 0), ("batch_size", 0), ("learning_rate", 0), ("clip_grad", 0), ("accumulate", 0),
+                      ("save_minutes", 0), ("log_every", 0)):  # fmt: skip
+        if settings[name] <= low:
+            raise ValueError(f"{name} is {settings[name]}; it must be above {low}")
+    if settings["optimizer"] not in ("lamb", "adamw"):
+        raise ValueError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
+    for name in ("mean", "std"):
+        if len(settings[name]) != settings["channels"]:
+            raise ValueError(f"{name} has {len(settings[name])} values for {settings['channels']} channel(s)")
+    if not 0 < settings["crop_scale"] <= 1:
+        raise ValueError(f"crop_scale is {settings['crop_scale']}; it is a share of the image, above 0 and at most 1")
+    if not 0 <= settings["ema"] < 1:
+        raise ValueError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
+    return settings
+
+
+def has_bfloat16(accelerator: str) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself."""
+    if accelerator == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return accelerator == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def build_model(settings: dict[str, Any]) -> SparK:
+    """The model that settings in force describe; sets `beta2`, which depends on the network's norm."""
+    encoder = settings["model"]
+    if isinstance(encoder, str):
+        encoder = create_encoder(encoder, settings["channels"], settings["drop_path"])
+    elif not isinstance(encoder, nn.Module):
+        raise ValueError(f"model is a {type(encoder).__name__}; pass a name or a torch.nn.Module")
+    if settings["beta2"] is None:
+        settings["beta2"] = recipe_named(settings["recipe"]).beta2[encoder_norm(encoder)]
+    model = SparK(
+        encoder,
+        image_size=settings["image_size"],
+        mask_ratio=settings["mask_ratio"],
+        patch_size=settings["patch_size"],
+        decoder_width=settings["decoder_width"],
+        channels=settings["channels"],
+    )
+    settings["patch_size"] = model.patch_size
+    return model
+
+
+def build_dataset(settings: dict[str, Any], model: SparK) -> PretrainDataset:
+    """Images with their masks."""
+    data = settings["data"]
+    if data is None:
+        raise ValueError("no data given; --data names a folder of images or a text file of paths")
+    source = find_images(data) if isinstance(data, str) else data
+    transform = pretrain_transform(
+        tuple(settings["image_size"]), settings["mean"], settings["std"], crop_scale=(settings["crop_scale"], 1.0)
+    )
+    return PretrainDataset(
+        source, transform, model.grid, settings["mask_ratio"], settings["seed"], channels=settings["channels"]
+    )
+
+
+def _steps(settings: dict[str, Any], images: int) -> tuple[int, int]:
+    batch_size = settings["batch_size"]
+    if batch_size > images:
+        raise ValueError(f"batch_size {batch_size} is more than the {images} images there are; use {images} or less")
+    return batch_size, images // batch_size
+
+
+def _devices(settings: dict[str, Any]) -> tuple[int, int | str]:
+    """Number of processes in all, and per node for Lightning."""
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
+        settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    devices = settings["devices"]
+    if devices == "auto":
+        devices = torch.cuda.device_count() if settings["accelerator"] == "cuda" else 1
+    return int(devices) * settings["num_nodes"], int(devices)
+
+
+def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
+    """The saved settings; what was given now must agree with them, or be free to change."""
+    clash = [
+        name
+        for name in settings
+        if name not in MAY_CHANGE and settings[name] != defaults[name] and not _same(settings[name], saved.get(name))
+    ]
+    if clash:
+        shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
+        raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
+    given = {name: settings[name] for name in MAY_CHANGE if name in settings and settings[name] != defaults[name]}
+    missing = [name for name in ("model", "data") if saved.get(name) is None and name not in given]
+    for name in missing:
+        if settings.get(name) is None or settings[name] == defaults[name]:
+            raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
+    return {**saved, **given, "out": settings["out"], "resume": True}
+
+
+def _same(given: Any, saved: Any) -> bool:
+    if isinstance(given, int) and isinstance(saved, list):
+        return saved == [given] * len(saved)
+    return bool(given == saved or (isinstance(given, tuple) and list(given) == saved) or str(given) == str(saved))
+
+
+def _metadata(settings: dict[str, Any], model: SparK) -> dict[str, Any]:
+    return {
+        "model": settings["model"] if isinstance(settings["model"], str) else None,
+        "image_size": list(model.image_size),
+        "patch_size": model.patch_size,
+        "mask_ratio": model.mask_ratio,
+        "decoder_width": settings["decoder_width"],
+        "channels": settings["channels"],
+        "mean": settings["mean"],
+        "std": settings["std"],
+    }
+
+
+def _say_settings(
+    console: Console, settings: dict[str, Any], model: SparK, images: int, steps_per_epoch: int, steps: int
+) -> None:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    rate = settings["learning_rate"]
+    name = settings["model"] if isinstance(settings["model"], str) else type(settings["model"]).__name__
+    side = "×".join(map(str, model.image_size))
+    rows = {
+        "model": f"{name}, {count_parameters(model.encoder):.1f} M parameters (decoder {count_parameters(model) - count_parameters(model.encoder):.1f} M)",
+        "data": f"{images:,} images at {side}, {'×'.join(map(str, model.grid))} patches of {model.patch_size}, "
+        f"{settings['mask_ratio']:.0%} hidden",
+        "length": f"{settings['epochs']} epochs × {steps_per_epoch} steps of {settings['batch_size']} = {steps:,} steps",
+        "optimiser": f"{settings['optimizer']}, rate {rate:g} per 256 = {rate * settings['batch_size'] / 256:g}, "
+        f"betas {settings['beta1']} {settings['beta2']}, decay {settings['weight_decay']} to "
+        f"{settings['weight_decay_end']}, clip {settings['clip_grad']}",
+        "device": f"{settings['accelerator']}, {settings['precision']}, {settings['workers']} loader workers, "
+        f"seed {settings['seed']}",
+        "run folder": str(settings["out"]),
+    }
+    for key, value in rows.items():
+        table.add_row(f"[bold]{key}", value)
+    console.print(table)
+
+
+def _silence_what_is_meant(where: Any) -> None:
+    """Lightning's advice that does not apply: the stream of batches has no length by design."""
+    for message in (
+        r".*does not have many workers.*", r".*`max_epochs`.*", r".*Checkpoint directory.*exists and is not empty.*",
+        r".*GPU available but not used.*", r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
+    ):  # fmt: skip
+        where.filterwarnings("ignore", message=message)
+

@@ -1,0 +1,74 @@
+"""The run folder: what stands where, and that nothing in it is ever lost by accident."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CHECKPOINT = Path("checkpoints") / "last.ckpt"
+
+
+class RunFolder:
+    """A folder that holds one run.
+
+    `config.yaml` the settings in force; `checkpoints/last.ckpt` all that resuming needs; `weights/` the
+    results; `tensorboard/` curves and pictures; `log.txt` what was said.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.path / CHECKPOINT
+
+    @property
+    def weights(self) -> Path:
+        return self.path / "weights"
+
+    def check_new(self) -> None:
+        """Refuses a folder that something stands in.
+
+        Raises:
+            ValueError: naming what to do instead.
+        """
+        if self.config.is_file():
+            raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise ValueError(f"{self.path} is not empty and holds no run; choose another --out")
+        if self.path.exists() and not self.path.is_dir():
+            raise ValueError(f"{self.path} is a file; --out names a folder")
+
+    def read_config(self) -> dict[str, Any]:
+        """The settings of an existing run.
+
+        Raises:
+            ValueError: if there is no run.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} holds no run to resume; leave out --resume to start one there")
+        settings: dict[str, Any] = yaml.safe_load(self.config.read_text())
+        return settings
+
+    def write_config(self, settings: Mapping[str, Any]) -> None:
+        """Saves settings in a form that `--config` takes."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.config.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+
+
+def log_to(path: Path) -> tuple[logging.Logger, logging.Handler]:
+    """The run's logger, writing to `path`; close the handler when the run is over."""
+    logger = logging.getLogger("sparkmim")
+    logger.setLevel(logging.INFO)
+    handler = logging.FileHandler(path)
+    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    logger.addHandler(handler)
+    return logger, handler
