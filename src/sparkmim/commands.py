@@ -65,6 +65,7 @@ def pretrain(
     clip_grad: float | None = None,
     ema: float = 0.0,
     crop_scale: float | None = None,
+    flip: float = 0.5,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
@@ -111,6 +112,7 @@ def pretrain(
         clip_grad: largest global gradient norm
         ema: decay of an average of the weights, saved beside them; 0 for none
         crop_scale: smallest share of an image that a random crop covers
+        flip: how often an image is mirrored left to right
         mean: of each channel, in 0..1; None for ImageNet's
         std: of each channel, in 0..1; None for ImageNet's
         max_unreadable: share of unreadable images above which the run fails

@@ -119,8 +119,10 @@ class _GatherConvolution(torch.autograd.Function):
         ctx.save_for_backward(rows, weight)
         ctx.patches, ctx.geometry = patches, geometry
         table = patches.table(geometry.block, geometry.stride, geometry.taps)
-        matrix = weight.movedim(1, -1).flatten(1)  # [out, taps · C]
-        return _product(rows, table, matrix)
+        matrix = weight.to(rows.dtype).movedim(1, -1).flatten(1)  # [out, taps · C]
+        out = _product(rows, table, matrix)
+        # Not a view, or the network could not work on it in place; this shares its memory, and nothing else.
+        return out.new_empty(0).set_(out)  # type: ignore[call-overload, no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -129,12 +131,13 @@ class _GatherConvolution(torch.autograd.Function):
         grad = grads[0].contiguous()  # [m, out]
         grad_rows = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_rows = _convolution_input_grad(grad, weight, patches, geometry)
+            grad_rows = _convolution_input_grad(grad, weight.to(grad.dtype), patches, geometry)
         if ctx.needs_input_grad[1]:
             table = patches.table(geometry.block, geometry.stride, geometry.taps)
             products = (grad[part].t() @ gathered for part, gathered in _chunks(rows, table))
             matrix = _sum(products)  # [out, taps · C]
-            grad_weight = matrix.view(weight.shape[0], *geometry.kernel, weight.shape[1]).movedim(-1, 1)
+            matrix = matrix.to(weight.dtype).view(weight.shape[0], *geometry.kernel, weight.shape[1])
+            grad_weight = matrix.movedim(-1, 1)
         return grad_rows, grad_weight, None, None
 
 
@@ -173,7 +176,8 @@ def gather_convolution(rows: Tensor, weight: Tensor, patches: PatchLayout, geome
 
     Args:
         rows: `[n · prod(block), C]`, the input map's rows.
-        weight: `[out, C, *kernel]`.
+        weight: `[out, C, *kernel]`; may be of higher precision than the rows. It is rounded to theirs where it
+            is used, so that no copy waits for the backward pass.
         patches: the layout.
         geometry: how the kernel slides.
 

@@ -142,10 +142,10 @@ def gather_patches(dense: Tensor, patches: PatchLayout) -> Tensor:
 
 
 def scatter_patches(values: Tensor, patches: PatchLayout) -> Tensor:
-    """A dense map with zeros at masked positions: `[n, C, *block]` to `[B, C, *S]`, channels-last memory."""
-    size = [cells * extent for cells, extent in zip(patches.grid, values.shape[2:], strict=True)]
-    dense = values.new_zeros(patches.batch_size, *size, values.shape[1]).movedim(-1, 1)
-    _by_patch(dense, patches)[patches.index] = values.movedim(1, -1)
+    """A dense map with zeros at masked positions: `[n, *block, C]` to `[B, *S, C]`."""
+    size = [cells * extent for cells, extent in zip(patches.grid, values.shape[1:-1], strict=True)]
+    dense = values.new_zeros(patches.batch_size, *size, values.shape[-1])
+    _by_patch(dense.movedim(-1, 1), patches)[patches.index] = values
     return dense
 
 
@@ -159,26 +159,34 @@ def _by_patch(dense: Tensor, patches: PatchLayout) -> Tensor:
     return split.permute(0, *grid, *block, 1)
 
 
+# What an autograd function returns must not be a view, or the network could not work on it in place:
+# channels are last inside, and moved outside.
+
+
 class _Pack(torch.autograd.Function):
+    """`[B, C, *S]` to `[n, *block, C]`."""
+
     @staticmethod
     def forward(ctx: Any, dense: Tensor, patches: PatchLayout) -> Tensor:
         ctx.patches = patches
-        return gather_patches(dense, patches)
+        return _by_patch(dense, patches)[patches.index]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return scatter_patches(grads[0], ctx.patches), None
+        return scatter_patches(grads[0], ctx.patches).movedim(-1, 1), None
 
 
 class _Unpack(torch.autograd.Function):
+    """`[n, C, *block]` to `[B, *S, C]`."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, patches: PatchLayout) -> Tensor:
         ctx.patches = patches
-        return scatter_patches(values, patches)
+        return scatter_patches(values.movedim(1, -1), patches)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return gather_patches(grads[0], ctx.patches), None
+        return gather_patches(grads[0].movedim(-1, 1), ctx.patches), None
 
 
 def pack(dense: Tensor, patches: PatchLayout) -> PackedTensor:
@@ -203,7 +211,7 @@ def pack(dense: Tensor, patches: PatchLayout) -> PackedTensor:
         )
     axes = tuple(range(2, 2 + patches.rank))
     values: Tensor = _Pack.apply(dense, patches)
-    return PackedTensor.wrap(values, patches, axes)
+    return PackedTensor.wrap(values.movedim(-1, 1), patches, axes)
 
 
 def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
@@ -214,7 +222,7 @@ def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
         fill: what stands at masked positions; broadcast to the dense shape, `[1, C, 1, 1]` for example.
     """
     with DisableTorchFunctionSubclass():
-        dense: Tensor = _Unpack.apply(x.values, x.patches)
+        dense: Tensor = _Unpack.apply(x.values, x.patches).movedim(-1, 1)
         if fill is None:
             return dense
         visible = x.patches.upsampled(block_of(x)).unsqueeze(1)  # [B, 1, *S]

@@ -104,7 +104,8 @@ class Monitor(StepCallback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, PretrainModule)
-        self.skipped.add(batch)
+        for report in self.skipped.add(batch):
+            log.warning("unreadable image skipped: %s", report)
         # The loss of the batch before is there already: looking at it keeps no device waiting.
         self.check_finite()
         self._pending = (pl_module.step_losses[-1], trainer.global_step, pl_module.rate)

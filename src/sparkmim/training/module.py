@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from timm.optim import Lamb, param_groups_weight_decay
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
+from sparkmim.data import counted_seed
 from sparkmim.models import SparK
 from sparkmim.training import schedules
 
@@ -93,9 +93,3 @@ class PretrainModule(pl.LightningModule):
     ) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad)
-
-
-def counted_seed(*parts: int | str) -> int:
-    """A seed that depends on all of `parts`, and on nothing else."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1

@@ -46,6 +46,7 @@ def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callback
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder = RunFolder(settings["out"])
     main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
     if settings["resume"]:
@@ -87,7 +88,7 @@ def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callback
         seed=settings["seed"],
     )
 
-    skipped = SkipLog(settings["max_unreadable"])
+    skipped = SkipLog(settings["max_unreadable"], epoch_size=len(dataset))
     monitor = Monitor(
         batch_size, steps_per_epoch, settings["log_every"], folder.checkpoint, skipped,
         console if console.is_terminal and main else None,
@@ -130,7 +131,6 @@ def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callback
             folder.write_config({**plain, "resume": False})
             _say_settings(console, settings, model, len(dataset), steps_per_epoch, steps)
         _, handler = log_to(folder.path / "log.txt") if trainer.is_global_zero else (None, logging.NullHandler())
-        skipped.on_report(lambda report: log.warning("unreadable image skipped: %s", report))
         log.info("%s %s on %s", "resumes" if settings["resume"] else "starts", settings["model"], trainer.strategy)
         sampler = StepBatchSampler(
             len(dataset), batch_size, parts, trainer.global_rank, trainer.world_size, settings["seed"],
@@ -203,6 +203,8 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
             raise ValueError(f"{name} has {len(settings[name])} values for {settings['channels']} channel(s)")
     if not 0 < settings["crop_scale"] <= 1:
         raise ValueError(f"crop_scale is {settings['crop_scale']}; it is a share of the image, above 0 and at most 1")
+    if not 0 <= settings["flip"] <= 1:
+        raise ValueError(f"flip is {settings['flip']}; it is a probability between 0 and 1")
     if not 0 <= settings["ema"] < 1:
         raise ValueError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
     return settings
@@ -244,7 +246,8 @@ def build_dataset(settings: dict[str, Any], model: SparK) -> PretrainDataset:
         raise ValueError("no data given; --data names a folder of images or a text file of paths")
     source = find_images(data) if isinstance(data, str) else data
     transform = pretrain_transform(
-        tuple(settings["image_size"]), settings["mean"], settings["std"], crop_scale=(settings["crop_scale"], 1.0)
+        tuple(settings["image_size"]), settings["mean"], settings["std"], crop_scale=(settings["crop_scale"], 1.0),
+        flip=settings["flip"],
     )
     return PretrainDataset(
         source, transform, model.grid, settings["mask_ratio"], settings["seed"], channels=settings["channels"]

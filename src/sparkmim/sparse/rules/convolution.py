@@ -100,21 +100,15 @@ def _convolution(
     else:
         before = after = per_axis(padding, rank)
     geometry = geometry_of(name, x, kernel, stride, before, dilation, after)
-    x, weight, bias = _autocast(x, weight, bias)
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
+    bias = None if bias is None else bias.to(x.dtype)
     with torch.autocast(x.device.type, enabled=False):
         if groups == 1 and (weight.shape[1] > _FEW_CHANNELS or _local(geometry)):
             out = _by_gather(x, weight, bias, geometry)
         else:
-            out = _by_images(x, weight, bias, geometry, groups)
+            out = _by_images(x, weight.to(x.dtype), bias, geometry, groups)
     return like(x, out)
-
-
-def _autocast(x: PackedTensor, weight: Tensor, bias: Tensor | None) -> tuple[PackedTensor, Tensor, Tensor | None]:
-    """What autocast would do to a convolution; the gather's own autograd function is beyond its sight."""
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(x.device.type)
-        x, weight, bias = like(x, x.to(dtype)), weight.to(dtype), None if bias is None else bias.to(dtype)
-    return x, weight, bias
 
 
 def _local(geometry: Geometry) -> bool:
@@ -127,7 +121,7 @@ def _by_gather(x: PackedTensor, weight: Tensor, bias: Tensor | None, geometry: G
     patches = x.patches
     if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
         strided = (slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))
-        rows = multiply_rows(to_rows(x[strided]), weight.flatten(1), bias)
+        rows = multiply_rows(to_rows(x[strided]), weight.flatten(1).to(x.dtype), bias)
     else:
         rows = gather_convolution(to_rows(x), weight, patches, geometry)
         if bias is not None:

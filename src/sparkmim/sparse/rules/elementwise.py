@@ -25,7 +25,7 @@ UNARY = """
     isnan lgamma log log10 log1p log2 logical_not logit mvlgamma nan_to_num neg negative polygamma positive pos
     rad2deg reciprocal round rsqrt sgn sigmoid sign signbit sin sinc sinh softplus sqrt square tan tanh trunc invert
     relu relu6 leaky_relu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh hardshrink softshrink
-    softsign tanhshrink threshold logsigmoid dropout alpha_dropout
+    softsign tanhshrink threshold logsigmoid log_sigmoid dropout alpha_dropout
     zeros_like ones_like empty_like full_like rand_like randn_like bernoulli fill zero
 """
 BINARY = """

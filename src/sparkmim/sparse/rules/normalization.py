@@ -69,7 +69,8 @@ def _instance_norm(
     if running_mean is not None and running_var is not None:
         # Running statistics are averaged over the batch; a ragged batch is averaged here, not call by call.
         with torch.no_grad():
-            moments = over_samples(x.detach(), x, lambda sample: torch.var_mean(sample.float(), -1))
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            moments = over_samples(x.detach(), x, lambda sample: torch.var_mean(sample.to(dtype), -1))
             var, mean = (torch.cat(parts).mean(0) for parts in zip(*moments, strict=True))
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(var.to(running_var.dtype), momentum)

@@ -113,4 +113,4 @@ def _adaptive_pool(
     maximum = "max" in func.__name__
     pooled = over_samples(x, x, lambda sample: sample.amax(-1) if maximum else sample.mean(-1))
     out: Tensor = torch.cat(pooled)
-    return out.reshape(*out.shape, *(1,) * x.patches.rank)  # [B, C, 1, …]
+    return out.reshape(*out.shape, *(1,) * len(x.axes))  # [B, C, 1, …]

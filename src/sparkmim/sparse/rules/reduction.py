@@ -89,9 +89,9 @@ def _reduce_positions(
     position: int,
 ) -> Any:
     kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
-    if len(args) > position + 1 and isinstance(args[position + 1], bool) and func.__name__ in ("var", "std"):
-        kwargs["unbiased"] = args[position + 1]
-        args = args[: position + 1]
+    if len(args) > position + 1 and func.__name__ in ("var", "std", "var_mean", "std_mean"):
+        kwargs["unbiased"] = args[position + 1]  # an old spelling, (dim, unbiased, keepdim)
+        args = (*args[: position + 1], *args[position + 2 :])
     keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", args[position + 1] if len(args) > position + 1 else False))
     lead = args[:position]
     rest = [axis for axis in range(1, x.ndim) if axis not in x.axes]  # axes that are neither batch nor map

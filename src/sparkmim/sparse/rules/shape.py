@@ -54,21 +54,23 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
     axes: list[int] = []  # where the spatial axes come to stand
     for inputs, outputs in _matching_axes(before, after):
         special = [axis for axis in inputs if axis == 0 or axis in x.axes]
+        wide_in = [axis for axis in inputs if axis in special or before[axis] > 1]
+        wide_out = [axis for axis in outputs if after[axis] > 1] or outputs[:1]
         if not special:
             stored += [after[axis] for axis in outputs]
         elif inputs == outputs == [0]:
             stored.append(x.shape[0])
-        elif len(inputs) == 1 and len(outputs) == 1 and 0 not in inputs:
-            axes.append(outputs[0])
-            stored.append(x.shape[inputs[0]])
-        elif tuple(inputs) == x.axes and len(outputs) == 1:  # all spatial axes into one
-            axes.append(outputs[0])
-            stored.append(math.prod(block_of(x)))
-        elif _splits_like_grid(x, inputs, [after[axis] for axis in outputs]):  # and back again
+        elif 0 in special:
+            raise _refuse(func, x, f"to {after} mixes the batch with other axes")
+        elif _splits_like_grid(x, inputs, [after[axis] for axis in outputs]):  # flattened before, and back again
             axes += outputs
             stored += [after[axis] // cells for axis, cells in zip(outputs, x.patches.grid, strict=True)]
+        elif wide_in == special and len(wide_out) == 1 and (len(special) == 1 or tuple(special) == x.axes):
+            axes += wide_out  # one spatial axis as it is, or all of them into one
+            size = math.prod(x.shape[axis] for axis in special)
+            stored += [size if axis in wide_out else 1 for axis in outputs]
         else:
-            raise _refuse(func, x, f"to {after} mixes the batch or part of the map with other axes")
+            raise _refuse(func, x, f"to {after} mixes part of the map with other axes")
     return like(x, x.reshape(stored), tuple(axes))
 
 
@@ -103,7 +105,6 @@ def _matching_axes(before: list[int], after: list[int]) -> list[tuple[list[int],
                     outputs.append(j - 1)
                 else:
                     break
-            # An axis of size 1 pairs with another size; put it back where it belongs.
             groups.append((inputs, outputs))
         elif i < len(before):
             groups.append(([i], []))
@@ -123,8 +124,9 @@ def _unsqueeze(func: Callable[..., Any], x: PackedTensor, dim: int) -> Tensor:
 
 
 @register_rule("squeeze")
-def _squeeze(func: Callable[..., Any], x: PackedTensor, *dims: Any) -> Tensor:
+def _squeeze(func: Callable[..., Any], x: PackedTensor, *args: Any, dim: Any = None) -> Tensor:
     shape = dense_shape(x)
+    dims = args if dim is None else (dim,)
     asked = _sizes(dims) if dims else list(range(x.ndim))
     gone = {dim % x.ndim for dim in asked if shape[dim] == 1}
     if 0 in gone or gone & set(x.axes):
@@ -157,8 +159,9 @@ def _free_dim(func: Callable[..., Any], x: PackedTensor, dim: int) -> int:
 
 
 @register_rule("chunk", "split", "tensor_split", "split_with_sizes", "unsafe_chunk", "unsafe_split")
-def _split(func: Callable[..., Any], x: PackedTensor, sections: Any, dim: int = 0) -> tuple[Tensor, ...]:
-    parts = func(x, sections, dim=_free_dim(func, x, dim))
+def _split(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> tuple[Tensor, ...]:
+    _free_dim(func, x, kwargs["dim"] if "dim" in kwargs else (args[1] if len(args) > 1 else 0))
+    parts = func(x, *args, **kwargs)
     return tuple(like(x, part) for part in parts)
 
 

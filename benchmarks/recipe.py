@@ -1,0 +1,104 @@
+"""Which settings suit thousands of images on one machine: pretrain with each, compare frozen features by k-NN.
+
+    python benchmarks/recipe.py --data cifar10/ --json benchmarks/results/recipe.json
+
+`--data` holds `train/<class>/` and `test/<class>/` folders; labels are used for the comparison alone. The
+network is the small one of `examples/small_cnn.py`, with 32×32 images in patches of 8.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+import sparkmim
+from sparkmim.data import decode, eval_transform, find_images
+from sparkmim.evaluation import knn_accuracy, pooled_features
+from sparkmim.models import Hierarchy, create_encoder
+
+MODEL = str(Path(__file__).parents[1] / "examples" / "small_cnn.py") + ":small_cnn"
+
+CANDIDATES: dict[str, dict[str, Any]] = {
+    "paper's rates": {"learning_rate": 2e-4, "optimizer": "lamb"},
+    "lamb 1e-3": {"learning_rate": 1e-3, "optimizer": "lamb"},
+    "lamb 4e-3": {"learning_rate": 4e-3, "optimizer": "lamb"},
+    "lamb 1.6e-2": {"learning_rate": 1.6e-2, "optimizer": "lamb"},
+    "adamw 5e-4": {"learning_rate": 5e-4, "optimizer": "adamw"},
+    "adamw 2e-3": {"learning_rate": 2e-3, "optimizer": "adamw"},
+}
+"""Each in turn, everything else being the default recipe."""
+
+
+def load(folder: Path, limit: int | None) -> tuple[list[Tensor], Tensor]:
+    """Batches of normalised images, and their labels by class folder."""
+    paths = find_images(folder, progress=False)
+    if limit:
+        paths = paths[:: max(1, len(paths) // limit)]
+    classes = sorted({Path(path).parent.name for path in paths})
+    transform = eval_transform((32, 32))
+    images = torch.stack([transform(decode(path)) for path in paths])
+    labels = torch.tensor([classes.index(Path(path).parent.name) for path in paths])
+    return list(images.split(256)), labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--epochs", type=float, default=20)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--only", nargs="*", help="names of candidates")
+    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings, for all")
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    extra = {name: json.loads(value) for name, value in (item.split("=") for item in args.set)}
+
+    bank, bank_labels = load(args.data / "train", 5000)
+    queries, query_labels = load(args.data / "test", 2000)
+
+    def accuracy(encoder: torch.nn.Module) -> float:
+        hierarchy = Hierarchy(encoder)
+        return knn_accuracy(
+            pooled_features(hierarchy, bank), bank_labels, pooled_features(hierarchy, queries), query_labels
+        )
+
+    torch.manual_seed(0)
+    rows: list[dict[str, Any]] = [{"name": "random network", "knn": accuracy(create_encoder(MODEL))}]
+    for name, settings in CANDIDATES.items():
+        if args.only and name not in args.only:
+            continue
+        start = time.perf_counter()
+        with tempfile.TemporaryDirectory() as folder:
+            result = sparkmim.pretrain(
+                data=str(args.data / "train"), out=f"{folder}/run", model=MODEL, image_size=32, patch_size=8,
+                epochs=args.epochs, batch_size=args.batch_size, warmup_epochs=args.epochs / 10, picture_every=0,
+                **{**settings, **extra},
+            )  # fmt: skip
+        rows.append({
+            "name": name, **settings, **extra, "loss": result.loss, "knn": accuracy(result.model.encoder),
+            "seconds": time.perf_counter() - start,
+        })  # fmt: skip
+        print(json.dumps(rows[-1]), flush=True)
+
+    table = Table("candidate", "loss", "k-NN accuracy", "time")
+    for row in sorted(rows, key=lambda row: -row["knn"]):
+        loss = f"{row['loss']:.4f}" if "loss" in row else ""
+        table.add_row(row["name"], loss, f"{row['knn']:.1%}", f"{row['seconds']:.0f} s" if "seconds" in row else "")
+    Console(width=100).print(table)
+    if args.json:
+        report = {"epochs": args.epochs, "batch_size": args.batch_size, "torch": torch.__version__,
+                  "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""What happens to a decoded image before the network sees it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torchvision.transforms import v2
+
+Transform = Callable[[Tensor], Tensor]
+"""From uint8 `[C, H, W]` of any size to float32 `[C, *image_size]`."""
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """The mean and standard deviation to normalise by when none are given.
+
+    ImageNet's for 3 channels, else the average of its three for every channel.
+
+    Example:
+        >>> normalisation(3)
+        ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    """
+    if channels == 3:
+        return IMAGENET_MEAN, IMAGENET_STD
+    return (sum(IMAGENET_MEAN) / 3,) * channels, (sum(IMAGENET_STD) / 3,) * channels
+
+
+def pretrain_transform(
+    image_size: tuple[int, int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    crop_scale: tuple[float, float] = (0.67, 1.0),
+    flip: float = 0.5,
+) -> Transform:
+    """The paper's augmentation: a random crop, resized with bicubic filtering, and a horizontal flip.
+
+    Args:
+        image_size: height and width of the result.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+        crop_scale: smallest and largest share of the image's area that a crop covers; its aspect ratio lies
+            between 3:4 and 4:3.
+        flip: how often images are mirrored.
+
+    Raises:
+        ValueError: if `crop_scale` or `flip` is out of range, or mean and std differ in length.
+    """
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip is {flip}; it is a probability between 0 and 1")
+    crop = v2.RandomResizedCrop(
+        image_size, scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
+    )
+    transform: Transform = v2.Compose([crop, v2.RandomHorizontalFlip(flip), *_to_float(mean, std)])
+    return transform
+
+
+def eval_transform(
+    image_size: tuple[int, int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    crop: float = 0.875,
+) -> Transform:
+    """Nothing random: the shorter side is resized, and the centre cropped.
+
+    Args:
+        image_size: height and width of the result.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+        crop: the longer side of the result, as a share of the resized shorter side: 224 of 256 by default.
+
+    Raises:
+        ValueError: if `crop` is out of range, or mean and std differ in length.
+    """
+    if not 0 < crop <= 1:
+        raise ValueError(f"crop is {crop}; it is a share, above 0 and at most 1")
+    shorter = round(max(image_size) / crop)
+    resize = v2.Resize(shorter, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    transform: Transform = v2.Compose([resize, v2.CenterCrop(image_size), *_to_float(mean, std)])
+    return transform
+
+
+def _to_float(mean: Sequence[float], std: Sequence[float]) -> list[Transform]:
+    if len(mean) != len(std):
+        raise ValueError(f"mean has {len(mean)} values and std {len(std)}; both take one per channel")
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

@@ -1,0 +1,327 @@
+"""The samples of pretraining, their order, and the account of those that could not be read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate
+
+from sparkmim.data.augmentation import Transform
+from sparkmim.data.decoding import UnreadableImage, check_channels, decode, from_pil
+from sparkmim.models.masking import random_visible, visible_per_sample
+
+MAX_STAND_INS = 50
+"""So many unreadable images in a row are no accident."""
+
+_ACCEPTED = (
+    "a path, a PIL image, a uint8 or float tensor [C, H, W], a numpy array [H, W] or [H, W, C], "
+    "or a tuple, list or dict with one of these first, or as 'image'"
+)
+
+
+def counted_seed(*parts: int | str) -> int:
+    """A seed of 63 bits that depends on all of `parts`, and on nothing else."""
+    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class PretrainDataset(Dataset[dict[str, Any]]):
+    """Augmented images with their masks, each determined by (seed, epoch, index) alone.
+
+    It is indexed by `(epoch, index)`, as `EpochBatchSampler` does, and returns
+
+    - `image`: float `[C, H, W]`, whatever `transform` makes;
+    - `visible`: bool `[*grid]`, true where a patch is visible. The transform has no influence on it;
+    - `index`: the index that was asked for;
+    - `skipped`: how many images were unreadable on the way to the one shown, `index + skipped` (from the start
+      again after the last). Where it is 0, the image asked for is the one shown;
+    - `unreadable`: for each of them, its path and the reason.
+
+    The image that stands in is cropped and masked as the one asked for would have been, so it is no copy of its
+    own sample in the same epoch.
+
+    Args:
+        source: paths of images, or a map-style dataset. Items are paths, PIL images, uint8 or float tensors
+            `[C, H, W]`, numpy arrays `[H, W]` or `[H, W, C]`, or a tuple or list with one of these first, or a
+            dict with one as `image`. Floats must lie in [0, 1]: they stand for 0 to 255, and are rounded to it.
+        transform: from uint8 `[C, H, W]` to float `[C, *image_size]`. It may draw from the generators of torch
+            (on CPU), numpy and Python, which are seeded around it and then put back.
+        grid: patches along each axis.
+        mask_ratio: the share of the patches that is hidden.
+        seed: of everything random.
+        channels: of the images. Files and PIL images are converted to it (1 or 3), tensors and arrays must have it.
+
+    Raises:
+        TypeError: if the source is of no accepted kind. Reading a sample, if an item is.
+        ValueError: if the source is empty or the mask impossible. Reading a sample, if an image has the wrong shape
+            or range.
+        RuntimeError: reading a sample, if it and the next ones, 50 in a row, are unreadable.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[str | Path] | Dataset[Any],
+        transform: Transform,
+        grid: Sequence[int],
+        mask_ratio: float,
+        seed: int = 0,
+        channels: int = 3,
+    ) -> None:
+        if isinstance(source, (str, Path)) or not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
+            raise TypeError(
+                f"source is of type {type(source).__name__}; it takes a list of paths (see find_images), or a dataset "
+                "with a length and items"
+            )
+        if len(source) == 0:
+            raise ValueError("source holds no images")
+        visible_per_sample(grid, mask_ratio)  # raises if the mask is impossible
+        self._source: Any = source
+        self._of_paths = isinstance(source, (list, tuple)) and all(isinstance(item, (str, Path)) for item in source)
+        if isinstance(source, (list, tuple)) and self._of_paths:
+            check_channels(channels)
+            # One block of memory, which worker processes share. Strings would be copied by counting references.
+            self._source = np.array([os.fsencode(path) for path in source])
+        self.transform = transform
+        self.grid = tuple(grid)
+        self.mask_ratio = mask_ratio
+        self.seed = seed
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        with _seeded(counted_seed(self.seed, epoch, index, "image")):
+            image, unreadable = self._read(index)
+            image = self.transform(image)
+        generator = torch.Generator().manual_seed(counted_seed(self.seed, epoch, index, "mask"))
+        return {
+            "image": image,
+            "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0],
+            "index": index,
+            "skipped": len(unreadable),
+            "unreadable": unreadable,
+        }
+
+    def _read(self, index: int) -> tuple[Tensor, list[str]]:
+        """The first readable image from `index` on, uint8 `[C, H, W]`, and the complaints about those before."""
+        unreadable: list[str] = []
+        for offset in range(min(MAX_STAND_INS, len(self))):
+            place = (index + offset) % len(self)
+            name = f"item {place}"
+            try:
+                item = self._source[place]
+                if self._of_paths:
+                    item = os.fsdecode(item)
+                return to_image(item, self.channels, name), unreadable
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+            except OSError as error:  # a dataset that opens files itself
+                unreadable.append(f"{name}: {error}")
+        raise RuntimeError(
+            f"{len(unreadable)} images in a row are unreadable, from number {index} of {len(self)} on. "
+            f"The first are {'; '.join(unreadable[:3])}"
+        )
+
+
+def to_image(item: Any, channels: int, name: str = "item") -> Tensor:
+    """The image in an item of a dataset: uint8 `[channels, H, W]`. See `PretrainDataset` for what is accepted.
+
+    Raises:
+        TypeError: if there is no image in it.
+        ValueError: if a tensor or array has the wrong shape or range.
+        UnreadableImage: if the file or PIL image can't be read.
+    """
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            raise TypeError(f"{name} is a dict of {', '.join(map(repr, item)) or 'nothing'}, without 'image'")
+        item = item["image"]
+    elif isinstance(item, (tuple, list)):
+        if not item:
+            raise TypeError(f"{name} is an empty {type(item).__name__}; accepted is {_ACCEPTED}")
+        item = item[0]
+    if isinstance(item, (str, Path)):
+        return decode(item, channels)
+    if isinstance(item, Image.Image):
+        return from_pil(item, channels, name)
+    if isinstance(item, np.ndarray):
+        if item.ndim not in (2, 3):
+            raise ValueError(f"{name} is an array of shape {list(item.shape)}; images are [H, W] or [H, W, C]")
+        pixels = torch.from_numpy(np.array(item))  # a copy: arrays may be read-only or flipped
+        item = (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+    elif not isinstance(item, Tensor):
+        raise TypeError(f"{name} is of type {type(item).__name__}; accepted is {_ACCEPTED}")
+    return _check_tensor(item.as_subclass(Tensor), channels, name)
+
+
+def _check_tensor(image: Tensor, channels: int, name: str) -> Tensor:
+    if image.ndim != 3 or image.numel() == 0:
+        raise ValueError(f"{name} is a tensor of shape {list(image.shape)}; images are [C, H, W]")
+    if image.shape[0] != channels:
+        hint = "; arrays are [H, W, C] and tensors [C, H, W]" if image.shape[-1] == channels else ""
+        raise ValueError(f"{name} has {image.shape[0]} channels, but channels is {channels}{hint}")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise TypeError(f"{name} is of {image.dtype}; images are uint8, or float in [0, 1]")
+    low, high = image.min().item(), image.max().item()
+    if not (low >= 0 and high <= 1):  # so that NaN fails
+        raise ValueError(
+            f"{name} has floats from {low:.3g} to {high:.3g}; they must lie in [0, 1]. "
+            "Leave normalising to the transform"
+        )
+    return image.mul(255).round().to(torch.uint8)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seeds the generators of torch (on CPU), numpy and Python, and puts them back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (transforms may use it)
+    with torch.random.fork_rng(devices=[]):
+        # Not torch.manual_seed: that would also reseed the GPU, where the network draws from.
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A batch of samples: tensors `image`, `visible`, `index` and `skipped`, stacked, and one list `unreadable`."""
+    batch: dict[str, Any] = default_collate(
+        [{key: value for key, value in sample.items() if key != "unreadable"} for sample in samples]
+    )
+    batch["unreadable"] = [complaint for sample in samples for complaint in sample["unreadable"]]
+    return batch
+
+
+class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+    """The batches of one epoch for one process, as lists of `(epoch, index)`.
+
+    The epoch's order is drawn from (seed, epoch). Each step takes the next `batch_size · world_size` of it, of
+    which each process takes its `batch_size` in turn: how many processes share a step changes no step. What
+    does not fill a last step is left out, and comes up in other epochs.
+
+    Args:
+        num_samples: size of the dataset.
+        batch_size: samples per step and process.
+        rank: which process this is.
+        world_size: how many there are.
+        seed: of the order.
+        epoch: which one.
+        start_step: the step to begin with, to resume within an epoch.
+
+    Raises:
+        ValueError: if the dataset does not fill one step, or an argument is out of range.
+
+    Example:
+        >>> sampler = EpochBatchSampler(num_samples=5, batch_size=2, epoch=3)
+        >>> len(sampler), [epoch for batch in sampler for epoch, index in batch]
+        (2, [3, 3, 3, 3])
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        seed: int = 0,
+        epoch: int = 0,
+        start_step: int = 0,
+    ) -> None:
+        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
+            raise ValueError(f"batch_size {batch_size}, rank {rank} and world_size {world_size} make no sense")
+        if num_samples < batch_size * world_size:
+            largest = num_samples // world_size
+            processes = f" on each of {world_size} processes" if world_size > 1 else ""
+            advice = f"use a batch size of at most {largest}{processes}" if largest else "use fewer processes"
+            raise ValueError(
+                f"one step takes {batch_size * world_size} images, but there are only {num_samples}; {advice}"
+            )
+        self.num_samples = num_samples
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.epoch = epoch
+        self.start_step = start_step
+        if not 0 <= start_step <= len(self):
+            raise ValueError(f"start_step is {start_step}; an epoch has {len(self)} steps")
+
+    def __len__(self) -> int:
+        """Steps of the whole epoch, wherever iteration starts."""
+        return self.num_samples // (self.batch_size * self.world_size)
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        generator = torch.Generator().manual_seed(counted_seed(self.seed, self.epoch, "order"))
+        order = torch.randperm(self.num_samples, generator=generator)
+        for step in range(self.start_step, len(self)):
+            first = (step * self.world_size + self.rank) * self.batch_size
+            yield [(self.epoch, index) for index in order[first : first + self.batch_size].tolist()]
+
+
+class SkipLog:
+    """The account of unreadable images, in the process that trains.
+
+    Args:
+        max_fraction: the share of samples that may be replaced by others.
+        epoch_size: samples that this process sees in an epoch, if known. No share is judged on fewer than 100
+            samples, or than one epoch.
+
+    Attributes:
+        seen: samples so far.
+        count: those among them that were replaced.
+        unique: what was unreadable, each once, in the order it came up: path and reason.
+    """
+
+    def __init__(self, max_fraction: float = 0.1, epoch_size: int | None = None) -> None:
+        self.max_fraction = max_fraction
+        self.enough = 100 if epoch_size is None else min(100, epoch_size)
+        self.seen = 0
+        self.count = 0
+        self._unique: dict[str, None] = {}
+
+    @property
+    def unique(self) -> list[str]:
+        return list(self._unique)
+
+    def add(self, batch: Mapping[str, Any]) -> list[str]:
+        """Takes a batch into account, as `collate` makes it. Returns what had not been known as unreadable before."""
+        self.seen += len(batch["image"])
+        if not batch["unreadable"]:  # nearly always, and it keeps a device from waiting for the line below
+            return []
+        self.count += int((batch["skipped"] > 0).sum())
+        new = [complaint for complaint in dict.fromkeys(batch["unreadable"]) if complaint not in self._unique]
+        self._unique.update(dict.fromkeys(new))
+        return new
+
+    def check(self, seen: int | None = None) -> None:
+        """Raises if too much is unreadable.
+
+        Args:
+            seen: samples so far, if not all of them went through `add`.
+
+        Raises:
+            RuntimeError: if more than `max_fraction` of them were replaced.
+        """
+        seen = self.seen if seen is None else seen
+        if seen >= self.enough and self.count > self.max_fraction * seen:
+            raise RuntimeError(
+                f"{self.count / seen:.1%} of the images seen are unreadable ({self.count:,} of {seen:,}), more than "
+                f"the {self.max_fraction:.1%} allowed. The first are {'; '.join(self.unique[:3])}"
+            )

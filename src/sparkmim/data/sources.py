@@ -1,0 +1,180 @@
+"""Finding the images of a folder, or of a text file of paths."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.status import Status
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+"""What the name of an image ends in, in upper or lower case."""
+
+CACHE_ABOVE = 10_000
+"""A scan that found more images than this is remembered."""
+
+# A folder that changed this shortly before it was listed may have changed again within the same tick of its clock.
+_SETTLED_NS = 2_000_000_000
+
+
+class Listing(NamedTuple):
+    """What one folder holds, at one modification time."""
+
+    mtime_ns: int
+    images: list[str]
+    folders: list[str]
+
+
+def find_images(data: str | Path, cache: Path | None = None, progress: bool = True) -> list[str]:
+    """The images of a folder, at any depth, or those that a text file names.
+
+    A folder is searched for files that end in one of `SUFFIXES`; hidden files and folders are left out, links are
+    followed, and no folder is entered twice. Large scans are remembered, and only folders whose modification
+    time changed since are listed again.
+
+    A text file has one path per line, absolute or relative to the file's own folder. Empty lines and lines that
+    start with `#` are left out; the order is kept.
+
+    Args:
+        data: the folder or text file.
+        cache: the folder in which scans are remembered; `sparkmim` in the user's cache folder by default.
+        progress: whether a scan of more than a second shows a count on stderr.
+
+    Returns:
+        Absolute paths; those of a folder are sorted.
+
+    Raises:
+        FileNotFoundError: if `data`, or a file that it names, does not exist.
+        ValueError: if there is no image, or `data` is neither a folder nor a text file.
+    """
+    root = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100 (removes "..", resolves no links)
+    if root.is_dir():
+        return _find_in_folder(root, cache if cache is not None else _user_cache(), progress)
+    if not root.exists():
+        raise FileNotFoundError(f"there is no folder or text file {root}")
+    if root.suffix.lower() in SUFFIXES:
+        raise ValueError(f"{root} is a single image; give a folder of images, or a text file of paths")
+    return _read_list(root)
+
+
+def _read_list(file: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is neither a folder of images nor a text file of paths") from error
+    paths = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]  # noqa: PTH118
+    if not paths:
+        raise ValueError(f"{file} names no image; it should have one path per line")
+    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 (a million of them)
+    if missing:
+        what = f"{len(missing):,} of the {len(paths):,} files that {file} names do not exist"
+        raise FileNotFoundError(f"{what}; the first is {missing[0]}")
+    return paths
+
+
+def _find_in_folder(root: Path, cache: Path, progress: bool) -> list[str]:
+    memory = cache / f"images-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
+    known = _load(memory, root)
+    listings: dict[str, Listing] = {}
+    paths: list[str] = []
+    begun = time.time_ns()
+    visited: set[tuple[int, int]] = set()
+    status: Status | None = None
+    todo = [str(root)]
+    try:
+        while todo:
+            folder = todo.pop()
+            try:
+                stat = os.stat(folder)  # noqa: PTH116
+                if (stat.st_dev, stat.st_ino) in visited:  # a link back to where we were
+                    continue
+                visited.add((stat.st_dev, stat.st_ino))
+                listing = known.get(folder)
+                if listing is None or listing.mtime_ns != stat.st_mtime_ns:
+                    listing = _list(folder, stat.st_mtime_ns)
+            except OSError as error:
+                if folder == str(root):
+                    raise
+                log.warning("left out a folder that can't be read: %s (%s)", folder, error.strerror)
+                continue
+            listings[folder] = listing
+            paths.extend(os.path.join(folder, name) for name in listing.images)  # noqa: PTH118
+            # The first by name is entered first, so of two links to one folder it is always the same that counts.
+            todo.extend(os.path.join(folder, name) for name in reversed(listing.folders))  # noqa: PTH118
+            if progress and status is None and time.time_ns() - begun > 1_000_000_000:
+                status = Console(stderr=True).status("")
+                status.start()
+            if status is not None:
+                status.update(f"searching {root}: {len(paths):,} images")
+    finally:
+        if status is not None:
+            status.stop()
+    if not paths:
+        raise ValueError(f"no images in {root}: looked for {', '.join(SUFFIXES)} at any depth, found {_inside(root)}")
+    if len(paths) > CACHE_ABOVE:
+        settled = {folder: found for folder, found in listings.items() if found.mtime_ns < begun - _SETTLED_NS}
+        if settled != known:
+            _save(memory, root, settled)
+    return sorted(paths)
+
+
+def _list(folder: str, mtime_ns: int) -> Listing:
+    images, folders = [], []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                folders.append(entry.name)
+            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+                images.append(entry.name)
+    return Listing(mtime_ns, sorted(images), sorted(folders))
+
+
+def _inside(root: Path) -> str:
+    """What a folder without images holds, in words."""
+    folders, count, example = 0, 0, ""
+    for _, inner, files in os.walk(root):
+        folders += len(inner)
+        count += len(files)
+        example = example or min(files, default="")
+    if not folders and not count:
+        return "nothing"
+    found_folders = f"{folders:,} sub-folder{'s' if folders != 1 else ''}"
+    if not count:
+        return f"{found_folders} and no files"
+    return f"{found_folders} and {count:,} file{'s' if count != 1 else ''} such as {example}"
+
+
+def _user_cache() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "sparkmim"
+
+
+def _load(memory: Path, root: Path) -> dict[str, Listing]:
+    try:
+        stored = json.loads(memory.read_text(encoding="utf-8"))
+        if stored["root"] != str(root) or stored["suffixes"] != list(SUFFIXES):
+            return {}
+        return {folder: Listing(*listing) for folder, listing in stored["folders"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours: scan afresh
+        return {}
+
+
+def _save(memory: Path, root: Path, listings: dict[str, Listing]) -> None:
+    stored = {"root": str(root), "suffixes": SUFFIXES, "folders": listings}
+    partial = memory.with_suffix(f".{os.getpid()}")
+    try:
+        memory.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps(stored), encoding="utf-8")
+        partial.replace(memory)  # processes that read it meanwhile see the old or the new, never half of it
+    except OSError as error:
+        log.warning("could not remember the scan of %s: %s", root, error)

@@ -1,0 +1,36 @@
+"""The k-nearest-neighbour classifier usual in self-supervised learning (Wu et al., CVPR 2018, arXiv:1805.01978)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def knn_predict(
+    bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07
+) -> Tensor:
+    """Each query's class by a vote of its nearest neighbours, weighted by `exp(cosine / temperature)`.
+
+    Args:
+        bank: features `[n, C]` of labelled images.
+        labels: their classes, long `[n]`.
+        queries: features `[m, C]`.
+        k: neighbours that vote, at most all of the bank.
+        temperature: smaller lets the nearest weigh more.
+
+    Returns:
+        Classes, long `[m]`.
+    """
+    bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
+    similarity, nearest = (queries @ bank.t()).topk(min(k, len(bank)), dim=1)  # [m, k]
+    votes = torch.zeros(len(queries), int(labels.max()) + 1)
+    votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+    return votes.argmax(1)
+
+
+def knn_accuracy(
+    bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20, temperature: float = 0.07
+) -> float:
+    """Share of queries whose class `knn_predict` gets right."""
+    return (knn_predict(bank, bank_labels, queries, k, temperature) == query_labels).float().mean().item()
