@@ -220,7 +220,12 @@ def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
     Args:
         x: a packed map in the order `[B, C, *S]`.
         fill: what stands at masked positions; broadcast to the dense shape, `[1, C, 1, 1]` for example.
+
+    Raises:
+        ValueError: if the axes of `x` stand in another order.
     """
+    if x.axes != tuple(range(2, 2 + x.patches.rank)) or x.dim() != 2 + x.patches.rank:
+        raise ValueError(f"unpack needs a map in the order [B, C, *S], not {list(x.shape)} with *S at axes {x.axes}")
     with DisableTorchFunctionSubclass():
         dense: Tensor = _Unpack.apply(x.values, x.patches).movedim(-1, 1)
         if fill is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -53,6 +54,12 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
             epoch, step = epoch + 1, 0
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """A terminal sends Ctrl-C to all processes; a loader worker that died of it would take the last step along."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def make_loader(dataset: Dataset[Any], sampler: StepBatchSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
     """A loader over the endless stream."""
     return DataLoader(
@@ -60,6 +67,7 @@ def make_loader(dataset: Dataset[Any], sampler: StepBatchSampler, workers: int, 
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )

@@ -51,6 +51,8 @@ def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callback
     main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
     if settings["resume"]:
         settings = _resumed(settings, defaults, folder.read_config())
+        if not folder.checkpoint.is_file():
+            raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
     elif main:
         folder.check_new()
     settings = in_force(settings)
@@ -131,7 +133,7 @@ def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callback
             folder.write_config({**plain, "resume": False})
             _say_settings(console, settings, model, len(dataset), steps_per_epoch, steps)
         _, handler = log_to(folder.path / "log.txt") if trainer.is_global_zero else (None, logging.NullHandler())
-        log.info("%s %s on %s", "resumes" if settings["resume"] else "starts", settings["model"], trainer.strategy)
+        log.info("%s: %d steps in all", "resumed" if settings["resume"] else "started", steps)
         sampler = StepBatchSampler(
             len(dataset), batch_size, parts, trainer.global_rank, trainer.world_size, settings["seed"],
             position=lambda: trainer.global_step,
@@ -277,15 +279,15 @@ def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str
     clash = [
         name
         for name in settings
-        if name not in MAY_CHANGE and settings[name] != defaults[name] and not _same(settings[name], saved.get(name))
+        if name not in MAY_CHANGE and settings[name] != defaults.get(name) and not _same(settings[name], saved.get(name))
     ]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
         raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
-    given = {name: settings[name] for name in MAY_CHANGE if name in settings and settings[name] != defaults[name]}
+    given = {name: settings[name] for name in MAY_CHANGE if name in settings and settings[name] != defaults.get(name)}
     missing = [name for name in ("model", "data") if saved.get(name) is None and name not in given]
     for name in missing:
-        if settings.get(name) is None or settings[name] == defaults[name]:
+        if settings.get(name) is None or settings[name] == defaults.get(name):
             raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
     return {**saved, **given, "out": settings["out"], "resume": True}
 
@@ -313,11 +315,14 @@ def _say_settings(
     console: Console, settings: dict[str, Any], model: SparK, images: int, steps_per_epoch: int, steps: int
 ) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     rate = settings["learning_rate"]
     name = settings["model"] if isinstance(settings["model"], str) else type(settings["model"]).__name__
     side = "×".join(map(str, model.image_size))
+    encoder, whole = count_parameters(model.encoder), count_parameters(model)
     rows = {
-        "model": f"{name}, {count_parameters(model.encoder):.1f} M parameters (decoder {count_parameters(model) - count_parameters(model.encoder):.1f} M)",
+        "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{images:,} images at {side}, {'×'.join(map(str, model.grid))} patches of {model.patch_size}, "
         f"{settings['mask_ratio']:.0%} hidden",
         "length": f"{settings['epochs']} epochs × {steps_per_epoch} steps of {settings['batch_size']} = {steps:,} steps",

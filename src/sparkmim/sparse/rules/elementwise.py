@@ -46,7 +46,7 @@ def align(x: PackedTensor, other: Tensor) -> Tensor:
     if isinstance(other, PackedTensor):
         if other.patches is not x.patches or other.ndim - max(other.axes) != x.ndim - max(x.axes):
             raise UnsupportedOperation("the operands are masked differently, or their axes stand in another order")
-        if block_of(other) != block_of(x) and any(size > 1 for size in block_of(other)):
+        if block_of(other) != block_of(x):
             raise UnsupportedOperation(
                 f"the operands' maps have different sizes, {list(dense_shape(x))} and {list(dense_shape(other))}"
             )
@@ -118,4 +118,4 @@ def _feature_dropout(
     if func.__name__.startswith("feature_alpha"):
         raise UnsupportedOperation("`feature_alpha_dropout` has no rule for masked images; use dropout")
     ones = x.new_ones(x.patches.batch_size, x.shape[1], *(1,) * (x.ndim - 2))
-    return elementwise(torch.mul, x, F.dropout(ones, p, training))
+    return elementwise(torch.Tensor.mul_ if inplace else torch.mul, x, F.dropout(ones, p, training))

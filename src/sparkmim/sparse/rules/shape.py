@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, block_of, dense_shape, like, register_rule
+from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, dense_shape, like, register_rule
 from sparkmim.sparse.rules.elementwise import align
 
 

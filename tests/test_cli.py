@@ -1,0 +1,184 @@
+"""The real command line, in processes of its own: help, mistakes, a run, signals, kills, several processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import Cli
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+
+SMALL = ("--image-size", 32, "--patch-size", 8, "--decoder-width", 16, "--batch-size", 8, "--warmup-epochs", 1,
+         "--learning-rate", 0.5, "--workers", 2, "--log-every", 1, "--precision", "32-true")  # fmt: skip
+
+
+def losses(out: Path) -> dict[int, float]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars("loss")}
+
+
+def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "sparkmim", "pretrain", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, start_new_session=True
+    )
+
+
+def wait_for(condition: Any, process: subprocess.Popen[str], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.05)
+
+
+def test_help_reads_well_and_imports_nothing_heavy(cli: Cli) -> None:
+    shown = cli("pretrain", "--help").stdout
+    for flag in ("--data", "--image-size", "--batch-size", "--init-weights", "--print_config"):
+        assert flag in shown
+    assert "None" not in cli("--help").stdout
+    code = "import sys, sparkmim.cli as c; c.build_parser(); print([m for m in ('torch', 'lightning') if m in sys.modules])"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere", "--out", "run"], "nowhere"),
+        (["--data", ".", "--out", "run", "--recipe", "papre"], "there is no recipe 'papre'"),
+        (["--data", ".", "--out", "run", "--image-size", "100"], "image_size 100×100 is no multiple"),
+        (["--data", ".", "--out", "run", "--epochs", "many"], "epochs"),
+        (["--out", "run", "--resume"], "holds no run to resume"),
+    ],
+)
+def test_a_mistake_is_one_line_and_leaves_nothing(
+    cli: Cli, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    (tmp_path / "a.txt").write_text("no picture")
+    done = cli("pretrain", "--model", "resnet10t", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_verify(cli: Cli, network: str) -> None:
+    done = cli("verify", "--model", network, "--image-size", "16")
+    assert done.returncode == 0, done.stderr
+    assert "exact: worst relative error" in done.stdout
+    refused = cli("verify", "--model", "gcresnet33ts")
+    assert refused.returncode == 1
+    assert "stages.0.0.attn" in refused.stdout
+
+
+def test_config_file_and_print_config(cli: Cli, photos: Path, network: str, tmp_path: Path) -> None:
+    printed = cli("pretrain", "--data", photos, "--out", "run", "--model", network, *SMALL, "--epochs", 1, "--print_config")
+    assert printed.returncode == 0, printed.stderr
+    config = yaml.safe_load(printed.stdout)
+    assert config["image_size"] == 32
+    (tmp_path / "config.yaml").write_text(printed.stdout)
+    done = cli("pretrain", "--config", "config.yaml", "--epochs", 2)
+    assert done.returncode == 0, done.stderr
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert (saved["epochs"], saved["batch_size"]) == (2, 8)
+    assert "12" in done.stderr
+    again = cli("pretrain", "--config", "run/config.yaml", "--out", "again")  # what a run saved starts another
+    assert again.returncode == 0, again.stderr
+    assert losses(tmp_path / "run") == losses(tmp_path / "again")
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_survives(cli: Cli, photos: Path, network: str, tmp_path: Path, how: signal.Signals) -> None:
+    """Ctrl-C and SIGTERM save first, a kill loses what came after the last checkpoint; resuming ends up the same."""
+    epochs = 40
+    arguments = ("--data", photos, "--model", network, *SMALL, "--epochs", epochs, "--save-minutes", 0.002)
+    process = start(*arguments, "--out", "run", cwd=tmp_path)
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    wait_for(checkpoint.is_file, process)
+    group = os.getpgid(process.pid)
+    os.killpg(group, how)  # loader workers hear it too, as from a terminal
+    output = process.communicate(timeout=60)[0]
+    if how != signal.SIGKILL:
+        assert process.returncode == 130, output
+        assert "continue with --out run --resume" in output
+        assert "Traceback" not in output
+    step = torch.load(checkpoint, weights_only=True)["global_step"]
+    assert 0 < step < epochs * 3
+    resumed = cli("pretrain", "--out", "run", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    whole = cli("pretrain", *arguments, "--out", "whole")
+    assert whole.returncode == 0, whole.stderr
+    found = [load_file(tmp_path / run / "weights" / "spark.safetensors") for run in ("run", "whole")]
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[1])
+
+
+SEVERAL = """
+import sys
+import lightning.pytorch as pl
+import torch
+import sparkmim
+
+
+class EvalBatchNorm(pl.Callback):
+    def on_train_batch_start(self, trainer, module, *_):
+        for part in module.modules():
+            if isinstance(part, torch.nn.modules.batchnorm._BatchNorm):
+                part.eval()
+
+
+if __name__ == "__main__":
+    sparkmim.pretrain(
+        data=sys.argv[1], model=sys.argv[2], out=sys.argv[3], image_size=32, patch_size=8, decoder_width=16,
+        batch_size=8, epochs=3, warmup_epochs=1, learning_rate=0.5, workers=0, log_every=1, precision="32-true",
+        picture_every=0, devices=int(sys.argv[4]), callbacks=[EvalBatchNorm()],
+    )
+"""
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "lightning"])
+def test_two_processes_train_as_one(photos: Path, network: str, tmp_path: Path, launcher: str) -> None:
+    """With statistics fixed (SyncBatchNorm needs a GPU), the losses of one process and of two are the same."""
+    network = network.replace("tiny", "plain")
+    path = Path(network.split(":")[0])
+    # No dropout: what the network draws depends on the rank by design.
+    path.write_text(path.read_text().replace(", nn.Dropout(0.1)", "") + "\n\nplain = tiny\n")
+    script = tmp_path / "several.py"
+    script.write_text(SEVERAL)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    commands = {
+        "one": [sys.executable, script, photos, network, "one", "1"],
+        "two": [sys.executable, *(torchrun if launcher == "torchrun" else []), script, photos, network, "two", "2"],
+    }
+    for command in commands.values():
+        done = subprocess.run(
+            list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=180
+        )
+        assert done.returncode == 0, done.stderr
+    one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
+    assert list(one) == list(two) == list(range(1, 10))
+    assert two == pytest.approx(one, rel=1e-5)
+
+
+def test_torchrun_on_the_command_itself(photos: Path, network: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0",
+               "-m", "sparkmim", "pretrain", "--data", photos, "--out", "run", "--model", network, *SMALL,
+               "--epochs", 1]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=180
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "weights" / "encoder.safetensors").is_file()

@@ -1,0 +1,288 @@
+"""Pretraining from Python: what a run leaves behind, that it can be repeated and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+import sparkmim
+from sparkmim.commands import PretrainResult
+from sparkmim.training import weights
+from sparkmim.training.module import NonFiniteLoss
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
+
+SMALL: dict[str, Any] = {
+    "image_size": 32, "patch_size": 8, "decoder_width": 16, "batch_size": 8, "epochs": 4, "warmup_epochs": 1,
+    "learning_rate": 0.5, "workers": 0, "log_every": 1, "picture_every": 2, "precision": "32-true",
+}  # fmt: skip
+
+
+def pretrain(photos: Path | None, network: Any, out: Path, **settings: Any) -> PretrainResult:
+    data = {} if photos is None else {"data": str(photos)}
+    return sparkmim.pretrain(**{**SMALL, **data, "model": network, "out": out, **settings})
+
+
+class StopAt(pl.Callback):
+    """Asks the run to stop after a step, as a signal would."""
+
+    def __init__(self, step: int, number: int = 15) -> None:
+        self.step, self.number = step, number
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step + 1 == self.step:
+            import os
+
+            os.kill(os.getpid(), self.number)
+
+
+def scalars(out: Path, name: str = "loss") -> dict[int, float]:
+    events = EventAccumulator(str(out / "tensorboard"))
+    events.Reload()
+    return {event.step: event.value for event in events.Scalars(name)}
+
+
+def same_weights(a: Path, b: Path) -> bool:
+    one, two = (load_file(folder / "weights" / "spark.safetensors") for folder in (a, b))
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_run_learns_and_leaves_what_it_promises(photos: Path, network: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    result = pretrain(photos, network, out, epochs=12)
+    assert result.finished
+    assert result.step == result.steps == 36
+    losses = scalars(out)
+    assert sorted(losses) == list(range(1, 37))
+    assert sum(losses[step] for step in range(34, 37)) < 0.9 * sum(losses[step] for step in range(1, 4))
+    for name in ("learning_rate", "weight_decay", "gradient_norm", "images_per_second"):
+        assert len(scalars(out, name)) == 36
+    assert scalars(out, "weight_decay")[1] == pytest.approx(0.04)
+    events = EventAccumulator(str(out / "tensorboard"), size_guidance={"images": 0})
+    events.Reload()
+    assert len(events.Images("input, masked, reconstruction")) == 6
+
+    settings = yaml.safe_load((out / "config.yaml").read_text())
+    assert settings["epochs"] == 12
+    assert settings["beta2"] == 0.95
+    assert settings["mean"] == [0.485, 0.456, 0.406]
+    assert "epoch 12/12" in (out / "log.txt").read_text()
+    assert (out / "checkpoints" / "last.ckpt").is_file()
+
+    encoder = load_file(out / "weights" / "encoder.safetensors")
+    fresh = sparkmim.SparK(network, 32, patch_size=8, decoder_width=16).encoder
+    fresh.load_state_dict(encoder)  # strict
+    assert not torch.equal(encoder["stem.0.weight"], sparkmim.SparK(network, 32, decoder_width=16).encoder.stem[0].weight)
+    again = sparkmim.load(out)
+    assert again.grid == (4, 4)
+    images, visible = torch.randn(2, 3, 32, 32), again.draw_visible(2)
+    with torch.no_grad():
+        torch.testing.assert_close(again(images, visible).loss, result.model(images, visible).loss)
+
+
+def test_exported_weights_load_strictly_into_timm(photos: Path, tmp_path: Path) -> None:
+    pretrain(photos, "resnet10t", tmp_path / "run", image_size=64, patch_size=32, decoder_width=32, epochs=1,
+             batch_size=12)  # fmt: skip
+    model = timm.create_model("resnet10t", num_classes=0)
+    model.load_state_dict(load_file(tmp_path / "run" / "weights" / "encoder.safetensors"), strict=True)
+
+
+def test_two_runs_with_one_seed_agree_to_the_bit(photos: Path, network: str, tmp_path: Path) -> None:
+    for name, workers in (("a", 0), ("b", 2)):
+        pretrain(photos, network, tmp_path / name, workers=workers)
+    pretrain(photos, network, tmp_path / "c", seed=1)
+    assert same_weights(tmp_path / "a", tmp_path / "b")
+    assert scalars(tmp_path / "a") == scalars(tmp_path / "b")
+    assert not same_weights(tmp_path / "a", tmp_path / "c")
+
+
+@pytest.mark.parametrize(("accumulate", "stop"), [(1, 5), (2, 6), (1, 3)])
+def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
+    photos: Path, network: str, tmp_path: Path, accumulate: int, stop: int
+) -> None:
+    settings = {"accumulate": accumulate, "ema": 0.9}
+    whole = pretrain(photos, network, tmp_path / "whole", **settings)
+    part = pretrain(photos, network, tmp_path / "part", callbacks=[StopAt(stop)], **settings)
+    assert (part.step, part.finished) == (stop, False)
+    resumed = sparkmim.pretrain(out=tmp_path / "part", resume=True)
+    assert resumed.step == whole.step == 12
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+    assert scalars(tmp_path / "whole") == scalars(tmp_path / "part")
+    averages = [load_file(tmp_path / run / "weights" / "spark_ema.safetensors") for run in ("whole", "part")]
+    assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def test_accumulation_adds_up_to_the_same_step(photos: Path, tmp_path: Path) -> None:
+    """Without BatchNorm, a step in two parts is the step in one, but for rounding."""
+
+    def make() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.GELU(), nn.Conv2d(8, 8, 3, 2, 1))
+
+    losses = []
+    for parts in (1, 2):
+        pretrain(photos, make(), tmp_path / f"{parts}", accumulate=parts, callbacks=[EvalBatchNorm()])
+        losses.append(scalars(tmp_path / f"{parts}"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+class EvalBatchNorm(pl.Callback):
+    """Fixes statistics, which depend on how a batch is split."""
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+        for part in module.modules():
+            if isinstance(part, nn.modules.batchnorm._BatchNorm):
+                part.eval()
+
+
+def test_unreached_parameters_keep_out_of_the_optimiser(photos: Path, network: str, tmp_path: Path) -> None:
+    model = sparkmim.SparK(network, 32, decoder_width=16).encoder
+    before = {name: parameter.clone() for name, parameter in model.fc.named_parameters()}
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
+            assert not held & {id(p) for p in model.fc.parameters()}
+            decayed = {id(p) for group in trainer.optimizers[0].param_groups if group["decays"] for p in group["params"]}
+            for name, parameter in module.model.named_parameters():
+                plain = parameter.ndim <= 1 or "mask_token" in name
+                assert id(parameter) not in decayed or not plain
+
+    pretrain(photos, model, tmp_path / "run", epochs=1, callbacks=[Look()])
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.fc.named_parameters())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_dataset_from_python(tmp_path: Path, network: str) -> None:
+    class Noise(Dataset[Tensor]):
+        def __len__(self) -> int:
+            return 16
+
+        def __getitem__(self, index: int) -> Tensor:
+            return torch.rand(1, 40, 50, generator=torch.Generator().manual_seed(index))
+
+    result = pretrain(None, network, tmp_path / "run", data=Noise(), channels=1, epochs=1)
+    assert result.finished
+    with pytest.raises(ValueError, match="started from Python objects; pass data again"):
+        sparkmim.pretrain(out=tmp_path / "run", resume=True)
+
+
+def test_unreadable_images_are_skipped_and_named(photos: Path, network: str, tmp_path: Path) -> None:
+    bad = photos / "part0" / "broken.jpg"
+    bad.write_bytes(b"\xff\xd8\xff no picture")
+    pretrain(photos, network, tmp_path / "run")
+    assert str(bad) in (tmp_path / "run" / "log.txt").read_text()
+    for index in range(12):
+        (photos / f"broken{index}.png").write_bytes(b"")
+    with pytest.raises(RuntimeError, match=r"unreadable .*more than the 10.0% allowed"):
+        pretrain(photos, network, tmp_path / "second")
+
+
+def test_divergence_names_step_rate_and_checkpoint(photos: Path, network: str, tmp_path: Path) -> None:
+    class Break(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 6:
+                with torch.no_grad():
+                    next(module.parameters()).fill_(float("nan"))
+
+    out = tmp_path / "run"
+    with pytest.raises(NonFiniteLoss, match=r"nan at step \d+ with learning rate .* last good checkpoint is .*last.ckpt"):
+        pretrain(photos, network, out, save_minutes=1e-9, callbacks=[Break()])
+    assert all(tensor.isfinite().all() for tensor in load_file(out / "weights" / "spark.safetensors").values())
+
+
+def test_initial_weights(photos: Path, network: str, tmp_path: Path) -> None:
+    first = pretrain(photos, network, tmp_path / "first", epochs=1)
+    seen: list[dict[str, Tensor]] = []
+
+    class Look(pl.Callback):
+        def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+            seen.append({name: tensor.clone() for name, tensor in module.model.state_dict().items()})
+
+    pretrain(photos, network, tmp_path / "second", epochs=1, seed=5, init_weights=tmp_path / "first", callbacks=[Look()])
+    assert all(torch.equal(seen[0][name], tensor) for name, tensor in first.model.state_dict().items())
+    with pytest.raises(ValueError, match="do not fit this model"):
+        pretrain(photos, "resnet10t", tmp_path / "third", image_size=64, patch_size=32, decoder_width=32,
+                 init_weights=tmp_path / "first")  # fmt: skip
+
+
+def test_weight_files_tell_how_to_build_the_model(photos: Path, network: str, tmp_path: Path) -> None:
+    pretrain(photos, network, tmp_path / "run", epochs=1)
+    _, metadata = weights.read(tmp_path / "run" / "weights" / "encoder.safetensors")
+    assert metadata["model"] == network
+    assert metadata["image_size"] == [32, 32]
+    assert json.dumps(metadata)
+    broken = tmp_path / "broken.safetensors"
+    broken.write_bytes(b"1234")
+    for path, message in ((broken, "cannot be read as a safetensors file"), (tmp_path / "no", "does not exist"),
+                          (tmp_path, "is a folder without weights")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            weights.read(path)
+
+
+def test_nothing_is_overwritten(photos: Path, network: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(photos, network, out, epochs=1)
+    before = (out / "config.yaml").read_bytes()
+    with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume"):
+        pretrain(photos, network, out, epochs=2)
+    with pytest.raises(ValueError, match="epochs is 1 there and 7 here"):
+        sparkmim.pretrain(out=out, resume=True, epochs=7)
+    assert (out / "config.yaml").read_bytes() == before
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "thesis.tex").write_text("precious")
+    with pytest.raises(ValueError, match="is not empty and holds no run"):
+        pretrain(photos, network, other)
+    with pytest.raises(ValueError, match="holds no run to resume"):
+        sparkmim.pretrain(out=tmp_path / "nowhere", resume=True)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(ValueError, match="has no checkpoint"):
+        sparkmim.pretrain(out=out, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"recipe": "papre"}, "no recipe 'papre'; choose one of default, paper"),
+        ({"optimizer": "sgd"}, "no optimizer 'sgd'; choose lamb or adamw"),
+        ({"epochs": 0}, "epochs is 0; it must be above 0"),
+        ({"learning_rate": -1.0}, "learning_rate is -1.0"),
+        ({"batch_size": 100}, "batch_size 100 is more than the 24 images there are; use 24 or less"),
+        ({"accumulate": 3}, "batch_size 8 does not divide into 1 process.* use 6"),
+        ({"image_size": 30}, "image_size 30×30 is no multiple of the patch size 8; use 24×24 or 32×32"),
+        ({"patch_size": 6}, "patch_size 6 is no multiple of the encoder's stride 4; use 4 or 8"),
+        ({"image_size": 8}, "holds a single patch"),
+        ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
+        ({"mean": [0.5]}, "mean has 1 values for 3 channel"),
+        ({"crop_scale": 0.0}, "crop_scale is 0.0"),
+        ({"ema": 1.0}, "ema is 1.0"),
+        ({"flip": 2.0}, "flip is 2.0"),
+        ({"decoder_width": 6}, "decoder_width 6 must be a multiple of 4"),
+        ({"model": "resnet51x"}, "timm has no model named 'resnet51x'; did you mean"),
+        ({"model": "torchvision/resnet5"}, "torchvision has no model named"),
+        ({"model": "nowhere.py:net"}, "nowhere.py does not exist"),
+        ({"channels": 2}, "channels"),
+        ({"data": "nowhere"}, "nowhere"),
+        ({"init_weights": "nowhere.safetensors"}, "nowhere.safetensors does not exist"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_written(
+    photos: Path, network: str, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        pretrain(photos, network, out, **settings)
+    assert not out.exists()
