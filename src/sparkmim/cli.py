@@ -10,20 +10,21 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser
 
 from sparkmim import __version__, commands
 
 COMMANDS: dict[str, Callable[..., Any]] = {"pretrain": commands.pretrain, "verify": commands.verify}
 
-_PYTHON_ONLY = {"callbacks"}
+_PYTHON_ONLY: set[str | int] = {"callbacks"}
 
 
 class _Parser(ArgumentParser):
     """Shows flags with dashes, as the shell expects them; both spellings are understood."""
 
-    def format_help(self) -> str:
-        return re.sub(r"--(?!print_config)[a-z]+(_[a-z]+)+", lambda flag: flag[0].replace("_", "-"), super().format_help())
+    def format_help(self, *args: Any, **kwargs: Any) -> str:
+        shown = super().format_help(*args, **kwargs)
+        return re.sub(r"--(?!print_config)[a-z]+(_[a-z]+)+", lambda flag: flag[0].replace("_", "-"), shown)
 
 
 def _spelled_as_arguments(argv: list[str]) -> list[str]:
@@ -67,12 +68,12 @@ def main(argv: list[str] | None = None) -> None:
     """Runs a command. A mistake of the user's is one line on stderr and status 2; an interrupted run ends with 130."""
     parser = build_parser()
     config = parser.parse_args(_spelled_as_arguments(sys.argv[1:] if argv is None else argv))
-    arguments: Namespace = config[config.command]
+    arguments = config[config.command]
     arguments.pop("config", None)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        result = COMMANDS[config.command](**{key: value for key, value in vars(arguments).items()})
+        result = COMMANDS[config.command](**vars(arguments))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         if not _is_ours(error):
             raise

@@ -8,10 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from sparkmim.sparse.verify import VerifyReport
+from typing import Any
 
 
 @dataclass
@@ -150,7 +147,7 @@ def verify(
     image_size: int | list[int] | None = None,
     patch_size: int | None = None,
     channels: int = 3,
-) -> VerifyReport:
+) -> Any:
     """Check that a network is computed exactly when most of its input is hidden.
 
     Runs it on visible patches alone, against its dense self and against the masked definition, forward and

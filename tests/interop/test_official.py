@@ -188,7 +188,6 @@ def test_no_code_is_run(tmp_path: Path, save: str) -> None:
     assert not marker.exists()
 
 
-@pytest.mark.xfail(strict=True, reason="PyTorch's own explanation, over several lines, is passed on")
 def test_a_file_with_code_is_refused_in_a_sentence(tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save({"module": Code(tmp_path / "marker")}, path)

@@ -131,7 +131,6 @@ def test_checkpointed_timm_encoder_trains_the_same() -> None:
     assert_close(grads[1], grads[0], "the gradients", 1e-6)
 
 
-@pytest.mark.xfail(strict=True, reason="the probe's backward recomputes outside of its functional call")
 def test_an_encoder_may_be_checkpointed_already() -> None:
     encoder = timm.create_model("convnext_atto", num_classes=0)
     encoder.set_grad_checkpointing(True)

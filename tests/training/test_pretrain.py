@@ -84,7 +84,9 @@ def test_a_run_learns_and_leaves_what_it_promises(photos: Path, network: str, tm
     encoder = load_file(out / "weights" / "encoder.safetensors")
     fresh = sparkmim.SparK(network, 32, patch_size=8, decoder_width=16).encoder
     fresh.load_state_dict(encoder)  # strict
-    assert not torch.equal(encoder["stem.0.weight"], sparkmim.SparK(network, 32, decoder_width=16).encoder.stem[0].weight)
+    assert not torch.equal(
+        encoder["stem.0.weight"], sparkmim.SparK(network, 32, decoder_width=16).encoder.stem[0].weight
+    )
     again = sparkmim.load(out)
     assert again.grid == (4, 4)
     images, visible = torch.randn(2, 3, 32, 32), again.draw_visible(2)
@@ -155,7 +157,9 @@ def test_unreached_parameters_keep_out_of_the_optimiser(photos: Path, network: s
         def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
             held = {id(p) for group in trainer.optimizers[0].param_groups for p in group["params"]}
             assert not held & {id(p) for p in model.fc.parameters()}
-            decayed = {id(p) for group in trainer.optimizers[0].param_groups if group["decays"] for p in group["params"]}
+            decayed = {
+                id(p) for group in trainer.optimizers[0].param_groups if group["decays"] for p in group["params"]
+            }
             for name, parameter in module.model.named_parameters():
                 plain = parameter.ndim <= 1 or "mask_token" in name
                 assert id(parameter) not in decayed or not plain
@@ -198,7 +202,9 @@ def test_divergence_names_step_rate_and_checkpoint(photos: Path, network: str, t
                     next(module.parameters()).fill_(float("nan"))
 
     out = tmp_path / "run"
-    with pytest.raises(NonFiniteLoss, match=r"nan at step \d+ with learning rate .* last good checkpoint is .*last.ckpt"):
+    with pytest.raises(
+        NonFiniteLoss, match=r"nan at step \d+ with learning rate .* last good checkpoint is .*last.ckpt"
+    ):
         pretrain(photos, network, out, save_minutes=1e-9, callbacks=[Break()])
     assert all(tensor.isfinite().all() for tensor in load_file(out / "weights" / "spark.safetensors").values())
 
@@ -211,7 +217,9 @@ def test_initial_weights(photos: Path, network: str, tmp_path: Path) -> None:
         def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
             seen.append({name: tensor.clone() for name, tensor in module.model.state_dict().items()})
 
-    pretrain(photos, network, tmp_path / "second", epochs=1, seed=5, init_weights=tmp_path / "first", callbacks=[Look()])
+    pretrain(
+        photos, network, tmp_path / "second", epochs=1, seed=5, init_weights=tmp_path / "first", callbacks=[Look()]
+    )
     assert all(torch.equal(seen[0][name], tensor) for name, tensor in first.model.state_dict().items())
     with pytest.raises(ValueError, match="do not fit this model"):
         pretrain(photos, "resnet10t", tmp_path / "third", image_size=64, patch_size=32, decoder_width=32,

@@ -7,9 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def knn_predict(
-    bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07
-) -> Tensor:
+def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Each query's class by a vote of its nearest neighbours, weighted by `exp(cosine / temperature)`.
 
     Args:

@@ -79,9 +79,8 @@ def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     own = model.state_dict()
     tensors = {parameter_name(name, maps): tensor for name, tensor in state_dict.items() if name not in _LEFTOVERS}
     for name, tensor in tensors.items():  # a Linear of the original may be a 1×1 convolution here
-        if name in own and tensor.shape != own[name].shape and tensor.shape == own[name].shape[:2]:
-            if own[name].numel() == tensor.numel():
-                tensors[name] = tensor.view(own[name].shape)
+        if name in own and tensor.shape == own[name].shape[:2] and tensor.numel() == own[name].numel():
+            tensors[name] = tensor.view(own[name].shape)
     optional = set(model.unreached_parameters)
     problems = {
         "missing": sorted(own.keys() - tensors.keys() - optional),
@@ -111,8 +110,13 @@ def read(path: str | Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch weight file: {error}") from error
+        raise ValueError(f"{path} cannot be read as a PyTorch weight file: {_first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
         raise ValueError(f"{path} has no `module` entry, as original SparK files with decoder have")
     module: dict[str, Any] = content["module"]
     return module
+
+
+def _first_line(error: Exception) -> str:
+    """PyTorch explains itself over several lines; the first says what happened."""
+    return str(error).strip().partition("\n")[0]

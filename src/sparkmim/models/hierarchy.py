@@ -85,16 +85,34 @@ class Hierarchy(nn.Module):
         buffers = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.named_buffers()}
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
         images = torch.empty(shape, device="meta", dtype=dtype)
+        probe = _Probe(self, list(tensors.values()) if train else [])
+        state = {f"hierarchy.{name}": tensor for name, tensor in {**tensors, **buffers}.items()}
         with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
-            maps: list[Tensor] = functional_call(self, {**tensors, **buffers}, (images,), tie_weights=True)
+            maps, reached = functional_call(probe, state, (images,), tie_weights=True)
         if train:
-            grads = torch.autograd.grad(
-                [map_.sum() for map_ in maps], list(tensors.values()), allow_unused=True, materialize_grads=False
-            )
             self.unreached = tuple(
-                name.removeprefix("encoder.") for name, grad in zip(tensors, grads, strict=True) if grad is None
+                name.removeprefix("encoder.") for name, used in zip(tensors, reached, strict=True) if not used
             )
-        return maps
+        return list(maps)
+
+
+class _Probe(nn.Module):
+    """A forward pass, and a backward pass that tells which of `tensors` the maps depend on.
+
+    Both happen inside one call: an encoder with gradient checkpointing computes again in the second.
+    """
+
+    def __init__(self, hierarchy: Hierarchy, tensors: list[Tensor]) -> None:
+        super().__init__()
+        self.hierarchy = hierarchy
+        self.tensors = tensors
+
+    def forward(self, images: Tensor) -> tuple[list[Tensor], list[bool]]:
+        maps = self.hierarchy(images)
+        if not self.tensors:
+            return maps, []
+        grads = torch.autograd.grad([map_.sum() for map_ in maps], self.tensors, allow_unused=True)
+        return [map_.detach() for map_ in maps], [grad is not None for grad in grads]
 
 
 @contextmanager

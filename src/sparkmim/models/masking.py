@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,14 +57,12 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
         near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
         raise ValueError(f"patch_size {patch_size} is no multiple of the encoder's stride {stride}; use {near}")
     if any(size <= 0 or size % patch_size for size in image_size):
-        near = " or ".join(
-            "×".join(str(size) for size in sizes)
-            for sizes in (
-                [size // patch_size * patch_size for size in image_size],
-                [-(-size // patch_size) * patch_size for size in image_size],
-            )
-            if min(sizes) > 0 and sum(size // patch_size for size in sizes) > len(sizes)
-        )
+        below = [size // patch_size * patch_size for size in image_size]
+        above = [max(1, -(-size // patch_size)) * patch_size for size in image_size]
+        if math.prod(above) == patch_size ** len(above):  # a single patch would be nothing to hide
+            above = [2 * patch_size] * len(above)
+        enough = math.prod(below) >= 2 * patch_size ** len(below)
+        near = " or ".join("×".join(map(str, sizes)) for sizes in ([below, above] if enough else [above]))
         shown = "×".join(map(str, image_size))
         raise ValueError(f"image_size {shown} is no multiple of the patch size {patch_size}; use {near}")
     grid = tuple(size // patch_size for size in image_size)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,8 @@ from sparkmim.sparse.layout import PatchLayout
 Rule = Callable[..., Any]
 """`rule(func, *args, **kwargs)`: computes `func`, the tensor function that was called, on packed arguments."""
 
+_AnyRule = TypeVar("_AnyRule", bound=Rule)
+
 RULES: dict[str, Rule] = {}
 """Rules by the name of the function, without leading and trailing underscores."""
 
@@ -31,7 +33,7 @@ class UnsupportedOperation(RuntimeError):
     """An operation that has no exact meaning on visible patches alone, or no rule yet."""
 
 
-def register_rule(*names: str) -> Callable[[Rule], Rule]:
+def register_rule(*names: str) -> Callable[[_AnyRule], _AnyRule]:
     """Registers the decorated function as the rule of the tensor functions called `names`.
 
     A name is that of the function without leading and trailing underscores: `conv2d` stands for
@@ -39,7 +41,7 @@ def register_rule(*names: str) -> Callable[[Rule], Rule]:
     attribute `shape`. Inside a rule, packed tensors are plain tensors `[n, …]` of visible patches.
     """
 
-    def register(rule: Rule) -> Rule:
+    def register(rule: _AnyRule) -> _AnyRule:
         RULES.update(dict.fromkeys(names, rule))
         return rule
 
@@ -138,7 +140,7 @@ def from_rows(rows: Tensor, n: int, block: Sequence[int]) -> Tensor:
 
 def gather_patches(dense: Tensor, patches: PatchLayout) -> Tensor:
     """The visible patches of a dense map: `[B, C, *S]` to `[n, C, *block]` in channels-last memory."""
-    return _by_patch(dense, patches)[patches.index].movedim(-1, 1)
+    return _by_patch(dense, patches)[patches.index].contiguous().movedim(-1, 1)
 
 
 def scatter_patches(values: Tensor, patches: PatchLayout) -> Tensor:

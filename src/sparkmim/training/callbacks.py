@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from timm.utils import ModelEmaV3
+from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from sparkmim.data import SkipLog
@@ -96,7 +96,7 @@ class Monitor(StepCallback):
                 console=self.console, refresh_per_second=4,
             )  # fmt: skip
             self.progress.add_task(
-                "epoch 1", total=trainer.max_steps, completed=trainer.global_step, loss=float("nan"), speed=0.0
+                "starting", total=trainer.max_steps, completed=trainer.global_step, loss=float("nan"), speed=0.0
             )
             self.progress.start()
 
@@ -118,7 +118,9 @@ class Monitor(StepCallback):
         loss, step, rate = self._pending
         self._pending = None
         if not torch.isfinite(loss):
-            good = f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.is_file() else "no checkpoint yet"
+            good = (
+                f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.is_file() else "no checkpoint yet"
+            )
             raise NonFiniteLoss(
                 f"the loss became {loss.item()} at step {step} with learning rate {rate:.3g}; {good}. "
                 "Lower --learning-rate, or raise --warmup-epochs"
@@ -160,10 +162,11 @@ class Monitor(StepCallback):
             )  # fmt: skip
             self.skipped.check()
         if self.progress is not None:
+            epochs = -(-trainer.max_steps // self.steps_per_epoch)
             self.progress.update(
                 self.progress.task_ids[0],
                 completed=step,
-                description=f"epoch {min(step // self.steps_per_epoch + 1, -(-trainer.max_steps // self.steps_per_epoch))}",
+                description=f"epoch {min(step // self.steps_per_epoch + 1, epochs)}/{epochs}",
                 loss=loss.item() if step % self.log_every == 0 else self._shown(),
                 speed=self.images_per_second,
             )
@@ -265,7 +268,9 @@ class Keeper(StepCallback):
             raise KeyboardInterrupt
         self.signal = number
         if os.environ.get("LOCAL_RANK", "0") == "0":
-            print("\nfinishing this step, then saving; press Ctrl-C again to leave at once", file=sys.stderr, flush=True)
+            print(
+                "\nfinishing this step, then saving; press Ctrl-C again to leave at once", file=sys.stderr, flush=True
+            )
 
     def on_step(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
         last = step == trainer.max_steps
@@ -293,7 +298,7 @@ class Keeper(StepCallback):
             metadata = {**self.metadata, "step": step}
             weights.save(module.model, self.folder.weights, metadata)
             if self.ema is not None:
-                weights.save(self.ema.average.module, self.folder.weights, metadata, suffix="_ema")  # type: ignore[arg-type]
+                weights.save(self.ema.average.module, self.folder.weights, metadata, suffix="_ema")
         self._saved = time.monotonic()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

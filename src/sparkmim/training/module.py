@@ -7,7 +7,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from timm.optim import Lamb, param_groups_weight_decay
+from timm.optim._param_groups import param_groups_weight_decay
+from timm.optim.lamb import Lamb
 from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
@@ -66,7 +67,7 @@ class PretrainModule(pl.LightningModule):
         if settings.optimizer == "adamw":
             return AdamW(groups, lr=settings.peak, betas=settings.betas)
         # Clipping is done in one place, below, for every optimiser.
-        return Lamb(groups, lr=settings.peak, betas=settings.betas, max_grad_norm=None)  # type: ignore[no-any-return]
+        return Lamb(groups, lr=settings.peak, betas=settings.betas, max_grad_norm=None)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         step, settings = self.global_step, self.settings

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import time
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -37,7 +36,9 @@ MAY_CHANGE = {
 """Arguments that a resumed run may be given anew: they change no result."""
 
 
-def run_pretraining(settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]) -> PretrainResult:
+def run_pretraining(
+    settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]
+) -> PretrainResult:
     """Runs `sparkmim.pretrain`.
 
     Args:
@@ -248,7 +249,10 @@ def build_dataset(settings: dict[str, Any], model: SparK) -> PretrainDataset:
         raise ValueError("no data given; --data names a folder of images or a text file of paths")
     source = find_images(data) if isinstance(data, str) else data
     transform = pretrain_transform(
-        tuple(settings["image_size"]), settings["mean"], settings["std"], crop_scale=(settings["crop_scale"], 1.0),
+        tuple(settings["image_size"]),
+        settings["mean"],
+        settings["std"],
+        crop_scale=(settings["crop_scale"], 1.0),
         flip=settings["flip"],
     )
     return PretrainDataset(
@@ -279,7 +283,9 @@ def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str
     clash = [
         name
         for name in settings
-        if name not in MAY_CHANGE and settings[name] != defaults.get(name) and not _same(settings[name], saved.get(name))
+        if name not in MAY_CHANGE
+        and settings[name] != defaults.get(name)
+        and not _same(settings[name], saved.get(name))
     ]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
@@ -288,7 +294,9 @@ def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str
     missing = [name for name in ("model", "data") if saved.get(name) is None and name not in given]
     for name in missing:
         if settings.get(name) is None or settings[name] == defaults.get(name):
-            raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
+            raise ValueError(
+                f"the run in {settings['out']} was started from Python objects; pass {name} again to resume"
+            )
     return {**saved, **given, "out": settings["out"], "resume": True}
 
 
@@ -325,7 +333,8 @@ def _say_settings(
         "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{images:,} images at {side}, {'×'.join(map(str, model.grid))} patches of {model.patch_size}, "
         f"{settings['mask_ratio']:.0%} hidden",
-        "length": f"{settings['epochs']} epochs × {steps_per_epoch} steps of {settings['batch_size']} = {steps:,} steps",
+        "length": f"{settings['epochs']:g} epochs × {steps_per_epoch} steps of {settings['batch_size']} images, "
+        f"{steps:,} steps in all",
         "optimiser": f"{settings['optimizer']}, rate {rate:g} per 256 = {rate * settings['batch_size'] / 256:g}, "
         f"betas {settings['beta1']} {settings['beta2']}, decay {settings['weight_decay']} to "
         f"{settings['weight_decay_end']}, clip {settings['clip_grad']}",
@@ -345,4 +354,3 @@ def _silence_what_is_meant(where: Any) -> None:
         r".*GPU available but not used.*", r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
     ):  # fmt: skip
         where.filterwarnings("ignore", message=message)
-
