@@ -83,6 +83,8 @@ def main() -> None:
                 epochs=args.epochs, batch_size=args.batch_size, warmup_epochs=args.epochs / 10, picture_every=0,
                 **{**settings, **extra},
             )  # fmt: skip
+        if not result.finished:  # interrupted: so is the comparison
+            raise SystemExit(130)
         rows.append({
             "name": name, **settings, **extra, "loss": result.loss, "knn": accuracy(result.model.encoder),
             "seconds": time.perf_counter() - start,

@@ -3,7 +3,7 @@
     sparkmim verify --model examples/small_cnn.py:small_cnn --image-size 32
     sparkmim pretrain --model examples/small_cnn.py:small_cnn --image-size 32 --data photos/ --out runs/small
 
-Nothing in it knows of sparkmim: its feature hierarchy (strides 1, 2, 4 and 8) is found by tracing shapes.
+Nothing in it knows of sparkmim: its feature hierarchy (strides 2, 4 and 8) is found by tracing shapes.
 """
 
 from __future__ import annotations

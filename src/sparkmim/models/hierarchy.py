@@ -140,7 +140,7 @@ def _deepest(found: list[tuple[int | None, Any]], count: int) -> list[tuple[int,
     """The last entry at each stride, of the `count` largest strides, ascending; entries come in order of execution."""
     last: dict[int, Any] = {}
     for stride, entry in found:
-        if stride is not None:
+        if stride is not None and stride > 1:  # at full resolution no decoder block is left to take a map
             last[stride] = entry
     return sorted(last.items())[-count:]
 
