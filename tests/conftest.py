@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,8 +67,21 @@ def network(tmp_path: Path) -> str:
 def cli(tmp_path: Path) -> Cli:
     """Runs the real command line in a process of its own."""
 
-    def run(*arguments: object, timeout: float = 120, **kwargs: object) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "sparkmim", *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, cwd=tmp_path, **kwargs)  # type: ignore[call-overload, no-any-return]
+    return lambda *arguments: run([sys.executable, "-m", "sparkmim", *arguments], tmp_path)
 
-    return run
+
+def run(
+    command: Sequence[object], folder: Path, timeout: float = 100, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """Runs a command in a session of its own, so that nothing of it is left behind when time is up."""
+    process = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
+        start_new_session=True, env={**os.environ, **environment},
+    )  # fmt: skip
+    try:
+        stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        stdout, stderr = process.communicate()
+        pytest.fail(f"no end after {timeout} s:\n{stdout}{stderr}")
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import yaml
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from conftest import Cli
+from conftest import Cli, run
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
@@ -109,7 +110,11 @@ def test_a_run_survives(cli: Cli, photos: Path, network: str, tmp_path: Path, ho
     wait_for(checkpoint.is_file, process)
     group = os.getpgid(process.pid)
     os.killpg(group, how)  # loader workers hear it too, as from a terminal
-    output = process.communicate(timeout=60)[0]
+    try:
+        output = process.communicate(timeout=60)[0]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(group, signal.SIGKILL)
     if how != signal.SIGKILL:
         assert process.returncode == 130, output
         assert "continue with --out run --resume" in output
@@ -156,16 +161,14 @@ def test_two_processes_train_as_one(photos: Path, network: str, tmp_path: Path, 
     path.write_text(path.read_text().replace(", nn.Dropout(0.1)", "") + "\n\nplain = tiny\n")
     script = tmp_path / "several.py"
     script.write_text(SEVERAL)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    environment = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     commands = {
         "one": [sys.executable, script, photos, network, "one", "1"],
         "two": [sys.executable, *(torchrun if launcher == "torchrun" else []), script, photos, network, "two", "2"],
     }
     for command in commands.values():
-        done = subprocess.run(
-            list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=180
-        )
+        done = run(command, tmp_path, **environment)
         assert done.returncode == 0, done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert list(one) == list(two) == list(range(1, 10))
@@ -176,9 +179,6 @@ def test_torchrun_on_the_command_itself(photos: Path, network: str, tmp_path: Pa
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
                "-m", "sparkmim", "pretrain", "--data", photos, "--out", "run", "--model", network, *SMALL,
                "--epochs", 1]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        list(map(str, command)), capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=180
-    )
+    done = run(command, tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "weights" / "encoder.safetensors").is_file()

@@ -54,10 +54,18 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
             epoch, step = epoch + 1, 0
 
 
+_GRACE_SECONDS = 20
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
-    """A terminal sends Ctrl-C to all processes; a loader worker that died of it would take the last step along."""
+    """Lets loader workers outlive a request to stop, which terminals and schedulers send to all processes alike.
+
+    A worker that died at once would take the last step along. One that is told to terminate stays for a while
+    and then goes, so that nobody who waits for it waits for ever.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
 def make_loader(dataset: Dataset[Any], sampler: StepBatchSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import warnings
@@ -148,6 +149,7 @@ def run_pretraining(
                 weights_only=True,
             )
         finally:
+            gc.collect()  # lets go of the loader's iterator, and with it of the workers
             log.removeHandler(handler)
             handler.close()
     result = PretrainResult(
