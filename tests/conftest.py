@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-torch.set_num_threads(1)  # tests run side by side
+from processes import Cli, run
 
-Cli = Callable[..., subprocess.CompletedProcess[str]]
+torch.set_num_threads(1)  # tests run side by side
 
 NETWORK = """
 from torch import nn
@@ -68,20 +64,3 @@ def cli(tmp_path: Path) -> Cli:
     """Runs the real command line in a process of its own."""
 
     return lambda *arguments: run([sys.executable, "-m", "sparkmim", *arguments], tmp_path)
-
-
-def run(
-    command: Sequence[object], folder: Path, timeout: float = 100, **environment: str
-) -> subprocess.CompletedProcess[str]:
-    """Runs a command in a session of its own, so that nothing of it is left behind when time is up."""
-    process = subprocess.Popen(
-        list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-        start_new_session=True, env={**os.environ, **environment},
-    )  # fmt: skip
-    try:
-        stdout, stderr = process.communicate(timeout=timeout)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        stdout, stderr = process.communicate()
-        pytest.fail(f"no end after {timeout} s:\n{stdout}{stderr}")
-    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
