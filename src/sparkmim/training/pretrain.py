@@ -25,7 +25,7 @@ from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import OptimizerSettings, PretrainModule
-from sparkmim.training.recipes import PAPER_DROP_PATH, count_parameters, recipe_named
+from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
 from sparkmim.training.run import RunFolder, log_to
 
 log = logging.getLogger("sparkmim")
@@ -321,6 +321,11 @@ def _metadata(settings: dict[str, Any], model: SparK) -> dict[str, Any]:
     }
 
 
+def _millions(module: nn.Module) -> float:
+    """Parameters in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
 def _say_settings(
     console: Console, settings: dict[str, Any], model: SparK, images: int, steps_per_epoch: int, steps: int
 ) -> None:
@@ -330,7 +335,7 @@ def _say_settings(
     rate = settings["learning_rate"]
     name = settings["model"] if isinstance(settings["model"], str) else type(settings["model"]).__name__
     side = "×".join(map(str, model.image_size))
-    encoder, whole = count_parameters(model.encoder), count_parameters(model)
+    encoder, whole = _millions(model.encoder), _millions(model)
     rows = {
         "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{images:,} images at {side}, {'×'.join(map(str, model.grid))} patches of {model.patch_size}, "

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from torch import nn
-
 from sparkmim.models.decoder import NormKind
 
 
@@ -85,8 +83,3 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
-
-
-def count_parameters(module: nn.Module) -> float:
-    """Parameters in millions."""
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
