@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.autograd import gradcheck
 
 from sparkmim.sparse import PackedTensor, PatchLayout, UnsupportedOperation, pack, register_rule, unpack
-from sparkmim.sparse.gather import Geometry, gather_convolution, gather_windows
+from sparkmim.sparse.gather import Geometry, gather_convolution, product
+from sparkmim.sparse.images import gather_windows, image_convolution
 from sparkmim.sparse.packed import RULES, from_rows, to_rows
 
 BLOCKS = st.lists(st.integers(1, 3), min_size=3, max_size=3)
@@ -126,6 +127,32 @@ def test_gather_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     assert layout.num_visible * 64 > 256
     for pieces, whole in zip(*results, strict=True):
         assert_close(pieces, whole, "the result in pieces", 1e-12)
+
+
+def test_depthwise_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is the gradient of a depthwise weight."""
+    layout = PatchLayout(random_mask(2, (3, 3)))
+    geometry = Geometry((4, 4), (5, 5), (2, 2), (2, 2), (1, 1))
+    rows = torch.randn(layout.num_visible * 16, 3, dtype=torch.float64)
+    weight = torch.randn(3, 1, 5, 5, dtype=torch.float64, requires_grad=True)
+    results = []
+    for size in (1, 2**30):
+        monkeypatch.setattr("sparkmim.sparse.gather._CHUNK_BYTES", {"cpu": size})
+        out = image_convolution(rows, weight, layout, geometry, groups=3)
+        results.append(*torch.autograd.grad(out.square().sum(), weight))
+    assert_close(results[0], results[1], "the gradient in pieces", 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_product_of_any_strides(dtype: torch.dtype) -> None:
+    """Operands may be transposed, or parts of something larger; the fast kernels get what they can take."""
+    a, b, bias = torch.randn(12, 14).to(dtype), torch.randn(14, 10).to(dtype), torch.randn(10).to(dtype)
+    for rows in (a, a.t().contiguous().t(), torch.cat([a, a], 1)[:, ::2].expand(12, 14)):
+        for matrix in (b, b.t().contiguous().t(), torch.stack([b, b], 1)[:, 0]):
+            expected = rows.double() @ matrix.double()
+            tolerance = 1e-6 if dtype == torch.float32 else 1e-14
+            assert_close(product(rows, matrix).double(), expected, "the product", tolerance)
+            assert_close(product(rows, matrix, bias).double(), expected + bias.double(), "with bias", tolerance)
 
 
 @st.composite

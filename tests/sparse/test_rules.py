@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from sparkmim.sparse import PackedTensor, PatchLayout, pack, unpack
+from sparkmim.sparse import PackedTensor, PatchLayout, images, pack, unpack
 from sparkmim.sparse.rules import convolution as convolution_rules
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -72,8 +72,15 @@ def convolutions(draw: st.DrawFn, rank: int) -> tuple[Tensor, list[int], nn.Modu
         stride.append(s)
         dilation.append(d)
         block.append(b)
-    kind = draw(st.sampled_from(["few", "many", "depthwise", "grouped"]))
-    channels, out, groups = {"few": (3, 4, 1), "many": (10, 3, 1), "depthwise": (4, 8, 4), "grouped": (6, 4, 2)}[kind]
+    channels, out, groups = draw(
+        st.sampled_from([
+            (3, 4, 1),  # few channels
+            (10, 3, 1),  # many
+            (6, 4, 2),  # grouped
+            (4, 4, 4),  # depthwise
+            (4, 8, 4),  # and with a multiplier
+        ])
+    )  # fmt: skip
     torch.manual_seed(draw(st.integers(0, 10**6)))
     module = CONV[rank](
         channels, out, tuple(kernel), tuple(stride), "same" if same else tuple(padding), tuple(dilation), groups,
@@ -106,32 +113,35 @@ def test_same_padding(kernel: int, dilation: int, channels: int, groups: int) ->
     agree(module, torch.ones(2, 3, 3, dtype=torch.bool), (1, 1), channels)
 
 
-def test_all_three_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows by index, windows of patches, the whole map: the cases above reach each of them."""
+def test_all_four_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain rows, rows by index, windows of patches, the whole map: the cases above reach each of them."""
     called = []
-    for name in ("gather_convolution", "gather_windows", "unpack", "multiply_rows"):
-        original = getattr(convolution_rules, name)
-        monkeypatch.setattr(
-            convolution_rules, name, lambda *args, _name=name, _f=original: (called.append(_name), _f(*args))[1]
-        )
+    for place, name in (
+        (convolution_rules, "multiply_rows"),
+        (convolution_rules, "gather_convolution"),
+        (images._Windows, "images"),
+        (images._Maps, "images"),
+    ):
+        original, label = getattr(place, name), f"{place.__name__.rpartition('.')[2]}.{name}"
+        monkeypatch.setattr(place, name, lambda *args, _f=original, _label=label: (called.append(_label), _f(*args))[1])
     sparse = torch.zeros(1, 4, 4, dtype=torch.bool)
     sparse[0, 1, 1] = sparse[0, 2, 2] = True
     full = torch.ones(1, 4, 4, dtype=torch.bool)
     for channels, groups, kernel, visible, block, expected in (
-        (12, 1, 3, sparse, 2, "gather_convolution"),
-        (12, 1, 1, sparse, 2, "multiply_rows"),
-        (3, 1, 3, sparse, 2, "gather_windows"),
-        (12, 12, 7, sparse, 4, "gather_windows"),
-        (3, 1, 3, full, 2, "unpack"),
-        (12, 12, 7, full, 1, "unpack"),
+        (12, 1, 3, sparse, 2, "convolution.gather_convolution"),
+        (12, 1, 1, sparse, 2, "convolution.multiply_rows"),
+        (3, 1, 3, sparse, 2, "_Windows.images"),
+        (12, 12, 7, sparse, 4, "_Windows.images"),
+        (3, 1, 3, full, 2, "_Maps.images"),
+        (12, 12, 7, full, 1, "_Maps.images"),
     ):
         called.clear()
         x = pack(torch.randn(1, channels, 4 * block, 4 * block), PatchLayout(visible))
         nn.Conv2d(channels, channels, kernel, padding=kernel // 2, groups=groups)(x)
-        assert called[0] == expected
+        assert called == [expected]
     called.clear()
     nn.Conv2d(3, 8, 4, stride=4)(pack(torch.randn(1, 3, 16, 16), PatchLayout(sparse)))
-    assert called == ["gather_convolution"]  # patches that do not overlap: few channels are enough
+    assert called == ["convolution.gather_convolution"]  # patches that do not overlap: few channels are enough
 
 
 def test_linear_and_matmul() -> None:
@@ -146,16 +156,32 @@ def test_linear_and_matmul() -> None:
     agree(Apply(network, nn.Linear(3, 5).double()), RAGGED, (2, 2))
 
 
-def test_float32_goes_through_convolution_of_rows() -> None:
-    """Above 512 rows the product is a convolution on CPUs; in single precision both agree."""
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.Conv2d(16, 8, 1),
+        nn.Conv2d(16, 8, 3, padding=1),
+        nn.Conv2d(16, 8, 1, stride=2),
+        nn.Conv2d(16, 8, 3, stride=2, padding=1),
+        nn.Conv2d(16, 16, 7, padding=3, groups=16),
+    ],
+    ids=str,
+)
+def test_float32(module: nn.Module) -> None:
+    """In single precision other kernels are at work, and agree with the dense convolution, forward and backward."""
     visible = random_mask(2, (4, 4), seed=5)
-    images = torch.randn(2, 16, 64, 64)
-    for module in (nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 3, padding=1), nn.Conv2d(16, 8, 1, stride=2)):
-        x = pack(images, PatchLayout(visible))
-        mask = upsample(visible, (16, 16)).unsqueeze(1)
-        expected = module(images * mask)
-        shown = upsample(visible, [size // 4 for size in expected.shape[2:]]).unsqueeze(1)
-        assert_close(unpack(module(x)), expected * shown, "the convolution", 1e-5)
+    dense = torch.randn(2, 16, 64, 64)
+    inputs = [dense.clone().requires_grad_() for _ in range(2)]
+    ours = unpack(module(pack(inputs[0], PatchLayout(visible))))
+    theirs = module(inputs[1] * upsample(visible, (16, 16)).unsqueeze(1))
+    theirs = theirs * upsample(visible, [size // 4 for size in theirs.shape[2:]]).unsqueeze(1)
+    assert_close(ours, theirs, "the convolution", 1e-5)
+    grads = [
+        torch.autograd.grad(out.square().sum(), (*module.parameters(), x))
+        for out, x in zip((ours, theirs), inputs, strict=True)
+    ]
+    for index, (our_grad, their_grad) in enumerate(zip(*grads, strict=True)):
+        assert_close(our_grad, their_grad, f"gradient {index}", 1e-5)
 
 
 # Pooling

@@ -1,15 +1,13 @@
-"""The two gathers that sideways operations are made of, each with a backward that is a gather again.
+"""Convolution over visible positions as a matrix product on rows read by index.
 
-`gather_convolution` turns a convolution over visible positions into one matrix product on rows read by
-index; `gather_windows` gives every patch the surroundings that a dense operation needs. Neither ever
-scatters, so both are deterministic on every device.
+Its backward is a gather again, by the mirrored tables, and never a scatter: deterministic on every device.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,113 +63,196 @@ _CHUNK_BYTES = {"cpu": 4 * 2**20}
 """How much of the gathered matrix exists at a time: what a core's cache holds. Elsewhere, one GiB."""
 
 
-def _extend(rows: Tensor, outside: float = 0.0) -> Tensor:
+def extend(rows: Tensor, outside: float = 0.0) -> Tensor:
     """Appends what the last two row numbers of a table stand for: a masked position, and one outside."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1]), rows.new_full((1, rows.shape[1]), outside)])
 
 
-def _chunks(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Reads rows by number, piece by piece: yields which output rows, and their `[m, taps · C]`."""
-    extended = _extend(rows)
-    row_bytes = table.shape[1] * rows.shape[1] * rows.element_size()
-    size = max(256, _CHUNK_BYTES.get(rows.device.type, 2**30) // row_bytes)
+def chunk_size(row_bytes: int, device: torch.device) -> int:
+    """How many rows of that many bytes make a chunk."""
+    return max(1, _CHUNK_BYTES.get(device.type, 2**30) // row_bytes)
+
+
+def _gathered(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Reads rows by number, chunk by chunk: yields which output rows, and their `[m, taps · C]`.
+
+    All chunks are written to the same memory: it stays in the cache, and the next one overwrites it.
+    """
+    extended = extend(rows)
+    taps, channels = table.shape[1], rows.shape[1]
+    size = min(table.shape[0], max(256, chunk_size(taps * channels * rows.element_size(), rows.device)))
+    buffer = rows.new_empty(size * taps, channels)
     for start in range(0, table.shape[0], size):
-        part = slice(start, start + size)
-        yield part, F.embedding(table[part], extended).flatten(1)
+        chunk = table[start : start + size]
+        gathered = buffer[: chunk.numel()]
+        torch.index_select(extended, 0, chunk.flatten(), out=gathered)
+        yield slice(start, start + size), gathered.view(-1, taps * channels)
+
+
+_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+"""Whether oneDNN can be asked for a plain matrix product; not all builds and machines have it."""
+
+
+def _by_onednn(rows: Tensor) -> bool:
+    return _ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
+
+
+def product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`rows @ matrix + bias` of `[m, k]` and `[k, out]`, by the fastest kernel there is.
+
+    In float32 on CPUs, PyTorch multiplies by MKL. oneDNN, which it convolves by, is faster where MKL is not at
+    home (AMD) and as fast elsewhere; the operation that torch.compile turns Linear layers into gets us there.
+    """
+    if _by_onednn(rows):
+        if not matrix.t().is_contiguous():
+            matrix = matrix.contiguous()  # other strides it takes too, and is hundreds of times slower
+        out: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), matrix.t(), bias, "none", [], "")
+        return out
+    return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
+
+
+class _MultiplyRows(torch.autograd.Function):
+    """`[m, k]` rows and a matrix `[out, k]` to `[m, out]`."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, matrix)
+        return product(rows, matrix.t(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (rows, matrix), grad, needs = ctx.saved_tensors, grads[0], ctx.needs_input_grad
+        return (
+            product(grad, matrix) if needs[0] else None,
+            grad.t() @ rows if needs[1] else None,
+            grad.sum(0) if needs[2] else None,
+        )
 
 
 def multiply_rows(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of `[m, k]` rows and a matrix `[out, k]`, by the faster of two kernels.
-
-    In float32 on CPUs, PyTorch multiplies by MKL; oneDNN, which it convolves by, is a third faster where
-    MKL is not at home (AMD) and as fast elsewhere. A 1×1 convolution over all rows as one image gets us there.
-    """
-    if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.shape[0] >= 512:
-        # Strides matter: as views of `[1, m, 1, k]`, image and result are channels-last, and nothing is copied.
-        image = rows.view(1, -1, 1, rows.shape[1]).permute(0, 3, 1, 2)  # [1, k, m, 1]
-        out = F.conv2d(image, matrix.view(*matrix.shape, 1, 1), bias)  # [1, out, m, 1]
-        return out.permute(0, 2, 3, 1).reshape(-1, matrix.shape[0])
+    """`F.linear` of `[m, k]` rows and a matrix `[out, k]`, forward and backward by `product`."""
+    if _by_onednn(rows) and not torch.is_autocast_enabled("cpu"):
+        out: Tensor = _MultiplyRows.apply(rows, matrix, bias)
+        return out
     return F.linear(rows, matrix, bias)
 
 
-def _product(rows: Tensor, table: Tensor, matrix: Tensor) -> Tensor:
-    """The gathered rows times a matrix `[out, taps · C]`: `[m, out]`."""
-    parts = [multiply_rows(gathered, matrix) for _, gathered in _chunks(rows, table)]
+def join(parts: list[Tensor]) -> Tensor:
+    """`torch.cat` that spares a single part the copy."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _sum(parts: Iterator[Tensor]) -> Tensor:
-    """Adds up tensors, those of half precision in float32."""
-    first = next(parts)
-    total: Tensor | None = None
-    for part in parts:
-        if total is None:
-            total = first.to(torch.promote_types(first.dtype, torch.float32))
-        total += part
-    return first if total is None else total.to(first.dtype)
+def added(total: Tensor | None, part: Tensor) -> Tensor:
+    """Adds to a running sum, which is kept in float32 if the parts are of half precision."""
+    if total is None:
+        return part.to(torch.promote_types(part.dtype, torch.float32))
+    return total.add_(part)
+
+
+def owner(x: Tensor) -> Tensor:
+    """The same memory as a tensor of its own rather than a view.
+
+    For what autograd functions return: on a view, the network could not work in place.
+    """
+    return x.new_empty(0).set_(x)  # type: ignore[call-overload, no-any-return]
 
 
 class _GatherConvolution(torch.autograd.Function):
     """`[R, C]` rows and a weight `[out, C, *kernel]` to `[m, out]` rows; the gathered matrix is not kept."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, weight: Tensor, patches: PatchLayout, geometry: Geometry) -> Tensor:
+    def forward(
+        ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None, patches: PatchLayout, geometry: Geometry
+    ) -> Tensor:
         ctx.save_for_backward(rows, weight)
         ctx.patches, ctx.geometry = patches, geometry
         table = patches.table(geometry.block, geometry.stride, geometry.taps)
-        matrix = weight.to(rows.dtype).movedim(1, -1).flatten(1)  # [out, taps · C]
-        out = _product(rows, table, matrix)
-        # Not a view, or the network could not work on it in place; this shares its memory, and nothing else.
-        return out.new_empty(0).set_(out)  # type: ignore[call-overload, no-any-return]
+        matrix = weight.to(rows.dtype).movedim(1, -1).flatten(1).t()  # [taps · C, out]
+        return owner(join([product(gathered, matrix, bias) for _, gathered in _gathered(rows, table)]))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """Both gradients come from one gather of `grad`, by the mirrored tables.
+
+        Each input row gathers the output rows that read it. With `G` `[R, taps · out]` what it gathers, and
+        `M` `[taps · out, C]` the weight, the input's gradient is `G M`, and that of `M` is `Gᵀ rows`.
+        """
         rows, weight = ctx.saved_tensors
-        patches, geometry = ctx.patches, ctx.geometry
+        of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad = grads[0].contiguous()  # [m, out]
-        grad_rows = grad_weight = None
-        if ctx.needs_input_grad[0]:
-            grad_rows = _convolution_input_grad(grad, weight.to(grad.dtype), patches, geometry)
-        if ctx.needs_input_grad[1]:
-            table = patches.table(geometry.block, geometry.stride, geometry.taps)
-            products = (grad[part].t() @ gathered for part, gathered in _chunks(rows, table))
-            matrix = _sum(products)  # [out, taps · C]
-            matrix = matrix.to(weight.dtype).view(weight.shape[0], *geometry.kernel, weight.shape[1])
-            grad_weight = matrix.movedim(-1, 1)
-        return grad_rows, grad_weight, None, None
+        taps = weight.to(grad.dtype).movedim(1, -1)  # [out, *kernel, C]
+        inputs = rows.view(ctx.patches.num_visible, *ctx.geometry.block, -1)
+        whole = math.prod(ctx.geometry.stride) == 1  # a single table, for all positions and all taps
+        grad_inputs = torch.zeros_like(inputs) if of_rows and not whole else None
+        grad_taps = torch.zeros_like(taps, dtype=weight.dtype) if of_weight and not whole else None
+        for here, these, table in _mirrored(ctx.patches, ctx.geometry):
+            matrix = taps[these].movedim(0, -2)  # [*taps, out, C]
+            sizes = matrix.shape
+            matrix = matrix.flatten(0, -2)  # [taps · out, C]
+            read = inputs[here].flatten(0, -2)  # [R, C]
+            parts: list[Tensor] = []
+            total: Tensor | None = None
+            for part, gathered in _gathered(grad, table):
+                if of_rows:
+                    parts.append(product(gathered, matrix))
+                if of_weight:
+                    total = added(total, gathered.t() @ read[part])
+            if of_rows:
+                found = join(parts).view_as(inputs[here])
+                grad_inputs = found if grad_inputs is None else _put(grad_inputs, here, found)
+            if total is not None:
+                found = total.view(sizes).movedim(-2, 0)
+                grad_taps = found if grad_taps is None else _put(grad_taps, these, found)
+        return (
+            None if grad_inputs is None else grad_inputs.flatten(0, -2),
+            None if grad_taps is None else grad_taps.to(weight.dtype).movedim(-1, 1),
+            grad.sum(0) if of_bias else None,
+            None,
+            None,
+        )
 
 
-def _convolution_input_grad(grad: Tensor, weight: Tensor, patches: PatchLayout, geometry: Geometry) -> Tensor:
-    """Gradient to the input rows, by the mirrored tables: each input row gathers the output rows that read it.
+def _put(whole: Tensor, index: Any, part: Tensor) -> Tensor:
+    whole[index] = part
+    return whole
 
-    Input positions with the same remainder modulo the stride are read by the same taps, so there is one
-    gather and one matrix product for each remainder (a single one at stride 1).
+
+def _mirrored(patches: PatchLayout, geometry: Geometry) -> Iterator[tuple[Any, Any, Tensor]]:
+    """The tables by which input rows find the output rows that read them.
+
+    Input positions with the same remainder modulo the stride are read by the same taps, and these taps by no
+    others: there is one table for each remainder, a single one at stride 1.
+
+    Yields:
+        An index of those input positions in `[n, *block, …]`, an index of their taps in `[out, *kernel, …]`,
+        and the table: `[n · prod(out_block), taps]`.
     """
-    taps = weight.movedim(1, -1)  # [out, *kernel, C]
-    unstrided = math.prod(geometry.stride) == 1
-    grad_rows = grad.new_zeros(0 if unstrided else patches.num_visible, *geometry.block, weight.shape[1])
+    axes = list(zip(geometry.stride, geometry.taps, strict=True))
     for remainder in itertools.product(*(range(step) for step in geometry.stride)):
-        used: list[list[int]] = []
-        offsets: list[tuple[int, ...]] = []
-        for r, step, offsets_of_axis in zip(remainder, geometry.stride, geometry.taps, strict=True):
-            used.append([tap for tap, offset in enumerate(offsets_of_axis) if (r - offset) % step == 0])
-            offsets.append(tuple((r - offsets_of_axis[tap]) // step for tap in used[-1]))
+        used = [
+            [tap for tap, offset in enumerate(offsets) if (r - offset) % step == 0]
+            for r, (step, offsets) in zip(remainder, axes, strict=True)
+        ]
         if not all(used):
             continue  # positions that no window reads
-        table = patches.table(geometry.out_block, (1,) * patches.rank, tuple(offsets))
-        selected = taps
-        for axis, (chosen, size) in enumerate(zip(used, geometry.kernel, strict=True), start=1):
-            if len(chosen) < size:
-                selected = selected.index_select(axis, torch.tensor(chosen, device=taps.device))
-        matrix = selected.movedim(-1, 0).movedim(1, -1).flatten(1)  # [C, taps · out]
-        part = _product(grad, table, matrix).view(patches.num_visible, *geometry.out_block, -1)
-        if unstrided:
-            return part.flatten(0, -2)
-        grad_rows[(slice(None), *(slice(r, None, s) for r, s in zip(remainder, geometry.stride, strict=True)))] = part
-    return grad_rows.flatten(0, -2)
+        back = tuple(
+            tuple((r - offsets[tap]) // step for tap in chosen)
+            for r, chosen, (step, offsets) in zip(remainder, used, axes, strict=True)
+        )
+        here = (slice(None), *(slice(r, None, step) for r, (step, _) in zip(remainder, axes, strict=True)))
+        these = (slice(None), *(_slice(chosen) for chosen in used))
+        yield here, these, patches.table(geometry.out_block, (1,) * patches.rank, back)
 
 
-def gather_convolution(rows: Tensor, weight: Tensor, patches: PatchLayout, geometry: Geometry) -> Tensor:
+def _slice(numbers: list[int]) -> slice:
+    """`[1, 3, 5]` to `slice(1, 6, 2)`. Taps of one remainder are evenly spaced."""
+    step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
+    return slice(numbers[0], numbers[-1] + 1, step)
+
+
+def gather_convolution(
+    rows: Tensor, weight: Tensor, patches: PatchLayout, geometry: Geometry, bias: Tensor | None = None
+) -> Tensor:
     """Convolution over visible positions as one gather and one matrix product.
 
     Args:
@@ -180,75 +261,10 @@ def gather_convolution(rows: Tensor, weight: Tensor, patches: PatchLayout, geome
             is used, so that no copy waits for the backward pass.
         patches: the layout.
         geometry: how the kernel slides.
+        bias: `[out]`, of the rows' precision.
 
     Returns:
         `[n · prod(block / stride), out]`, the output map's rows.
     """
-    out: Tensor = _GatherConvolution.apply(rows, weight, patches, geometry)
+    out: Tensor = _GatherConvolution.apply(rows, weight, bias, patches, geometry)
     return out
-
-
-class _GatherWindows(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, patches: PatchLayout, block: tuple[int, ...], start: Sequence[int],
-        length: Sequence[int], outside: float,
-    ) -> Tensor:  # fmt: skip
-        ctx.patches, ctx.block, ctx.start, ctx.length = patches, block, start, length
-        taps = tuple(tuple(range(first, first + size)) for first, size in zip(start, length, strict=True))
-        table = patches.table(block, block, taps)  # one window per patch: [n, prod(length)]
-        windows = F.embedding(table, _extend(rows, outside))
-        return windows.view(patches.num_visible, *length, rows.shape[1]).movedim(-1, 1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None, None]:
-        patches, block = ctx.patches, ctx.block
-        grad = grads[0].movedim(1, -1)  # [n, *length, C]
-        grad_rows = grad.new_zeros(patches.num_visible, *block, grad.shape[-1])
-        # A patch appears in the window of every patch around it: add up its part of each.
-        reach = [
-            range(-((first + size - 1) // extent), -(first // extent) + 1)
-            for first, size, extent in zip(ctx.start, ctx.length, block, strict=True)
-        ]
-        for delta in itertools.product(*reach):
-            into: list[slice] = [slice(None)]
-            out_of: list[slice] = [slice(None)]
-            for cells, first, size, extent in zip(delta, ctx.start, ctx.length, block, strict=True):
-                offset = -cells * extent - first  # window position of the patch's first position
-                low, high = max(0, -offset), min(extent, size - offset)
-                into.append(slice(low, high))
-                out_of.append(slice(low + offset, high + offset))
-            if any(part.start >= part.stop for part in into[1:]):
-                continue
-            if any(delta):
-                part = grad[tuple(out_of)]
-                part = torch.cat([part, part.new_zeros(2, *part.shape[1:])])  # masked or outside: zero
-                grad_rows[tuple(into)] += part.index_select(0, patches.neighbours(delta))
-            else:
-                grad_rows[tuple(into)] += grad[tuple(out_of)]
-        return grad_rows.flatten(0, -2), None, None, None, None, None
-
-
-def gather_windows(
-    rows: Tensor,
-    patches: PatchLayout,
-    block: tuple[int, ...],
-    start: Sequence[int],
-    length: Sequence[int],
-    outside: float = 0.0,
-) -> Tensor:
-    """Every patch with its surroundings, as a batch of small images.
-
-    Args:
-        rows: `[n · prod(block), C]`.
-        patches: the layout.
-        block: positions per patch along each axis.
-        start: first position of the window relative to the patch's, per axis; negative for a halo before it.
-        length: size of the window, per axis.
-        outside: value beyond the image's border. Masked positions are zero.
-
-    Returns:
-        `[n, C, *length]` in channels-last memory.
-    """
-    windows: Tensor = _GatherWindows.apply(rows, patches, block, tuple(start), tuple(length), outside)
-    return windows

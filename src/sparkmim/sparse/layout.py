@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Sequence
@@ -104,30 +105,37 @@ class PatchLayout:
         return self._tables[key]
 
     def _build_table(self, block: tuple[int, ...], stride: tuple[int, ...], taps: Taps) -> Tensor:
-        rank, out = self.rank, [size // step for size, step in zip(block, stride, strict=True)]
-        # Along each axis: which patch (how many cells away) and which position in it, [out, taps].
-        reads = [
-            torch.arange(size)[:, None] * step + torch.tensor(offsets)
-            for size, step, offsets in zip(out, stride, taps, strict=True)
-        ]
-        cells = [torch.div(read, size, rounding_mode="floor") for read, size in zip(reads, block, strict=True)]
-        reach = [range(int(cell.min()), int(cell.max()) + 1) for cell in cells]
+        reach, which, where = _pattern(block, stride, taps, self.sample.device)
         around = torch.stack([self.neighbours(delta) for delta in itertools.product(*reach)], 1)  # [n, cells]
+        patch = around.to(torch.int32)[:, which]  # [n, out · taps]
+        inputs = math.prod(block)
+        special = self.num_visible * inputs - self.num_visible  # from the number of no patch to that of no row
+        table = torch.where(patch < self.num_visible, patch * inputs + where, patch + special)
+        outputs = math.prod(size // step for size, step in zip(block, stride, strict=True))
+        return table.view(self.num_visible * outputs, -1)
 
-        # Row-major over the axes: [out_1, taps_1, out_2, taps_2, …] -> [out_1, out_2, …, taps_1, taps_2, …]
-        which, where = torch.zeros((), dtype=torch.long), torch.zeros((), dtype=torch.long)
-        for read, cell, cells_of_axis, size in zip(reads, cells, reach, block, strict=True):
-            which = which[..., None, None] * len(cells_of_axis) + (cell - cells_of_axis.start)
-            where = where[..., None, None] * size + read.remainder(size)
-        order = [2 * axis for axis in range(rank)] + [2 * axis + 1 for axis in range(rank)]
-        which = which.permute(order).flatten().to(self.sample.device)
-        where = where.permute(order).flatten().to(self.sample.device)
 
-        rows = self.num_visible * math.prod(block)
-        patch = around[:, which]  # [n, out · taps]
-        table = torch.where(
-            patch < self.num_visible,
-            patch * math.prod(block) + where,
-            patch + (rows - self.num_visible),
-        )
-        return table.view(self.num_visible * math.prod(out), -1).to(torch.int32)
+@functools.lru_cache(maxsize=256)
+def _pattern(
+    block: tuple[int, ...], stride: tuple[int, ...], taps: Taps, device: torch.device
+) -> tuple[list[range], Tensor, Tensor]:
+    """Where the taps of one patch read, which is the same for every patch of every layout.
+
+    Returns:
+        Along each axis, how many cells away the patches stand that are read; and for each output position and
+        tap, row-major: which of these patches is read (long), and which position in it (int32), `[out · taps]`.
+    """
+    rank = len(block)
+    reads = [
+        torch.arange(size // step)[:, None] * step + torch.tensor(offsets)  # [out, taps]
+        for size, step, offsets in zip(block, stride, taps, strict=True)
+    ]
+    cells = [torch.div(read, size, rounding_mode="floor") for read, size in zip(reads, block, strict=True)]
+    reach = [range(int(cell.min()), int(cell.max()) + 1) for cell in cells]
+    which = where = torch.zeros((), dtype=torch.long)
+    for read, cell, cells_of_axis, size in zip(reads, cells, reach, block, strict=True):
+        which = which[..., None, None] * len(cells_of_axis) + (cell - cells_of_axis.start)
+        where = where[..., None, None] * size + read.remainder(size)
+    # [out_1, taps_1, out_2, taps_2, …] -> [out_1, out_2, …, taps_1, taps_2, …]
+    order = [2 * axis for axis in range(rank)] + [2 * axis + 1 for axis in range(rank)]
+    return reach, which.permute(order).flatten().to(device), where.permute(order).flatten().to(device, torch.int32)

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.sparse.gather import Geometry, gather_convolution, gather_windows, multiply_rows
+from sparkmim.sparse.gather import Geometry, gather_convolution, multiply_rows
+from sparkmim.sparse.images import image_convolution
 from sparkmim.sparse.packed import (
     PackedTensor,
     UnsupportedOperation,
@@ -18,13 +18,9 @@ from sparkmim.sparse.packed import (
     dense_shape,
     from_rows,
     like,
-    pack,
     register_rule,
     to_rows,
-    unpack,
 )
-
-_CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 _FEW_CHANNELS = 8
 """Up to this many input channels, rows are too short to gather: windows of the map go to the dense kernel."""
@@ -103,12 +99,16 @@ def _convolution(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
     bias = None if bias is None else bias.to(x.dtype)
+    rows, patches = to_rows(x), x.patches
     with torch.autocast(x.device.type, enabled=False):
-        if groups == 1 and (weight.shape[1] > _FEW_CHANNELS or _local(geometry)):
-            out = _by_gather(x, weight, bias, geometry)
+        if groups == 1 and math.prod(kernel) == 1 and not any(geometry.padding):
+            strided = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
+            rows = multiply_rows(to_rows(x[strided]), weight.flatten(1).to(x.dtype), bias)
+        elif groups == 1 and (weight.shape[1] > _FEW_CHANNELS or _local(geometry)):
+            rows = gather_convolution(rows, weight, patches, geometry, bias)
         else:
-            out = _by_images(x, weight.to(x.dtype), bias, geometry, groups)
-    return like(x, out)
+            rows = image_convolution(rows, weight, patches, geometry, groups, bias)
+    return like(x, from_rows(rows, patches.num_visible, geometry.out_block))
 
 
 def _local(geometry: Geometry) -> bool:
@@ -116,48 +116,12 @@ def _local(geometry: Geometry) -> bool:
     return geometry.kernel == geometry.stride and not any(geometry.padding) and set(geometry.dilation) == {1}
 
 
-def _by_gather(x: PackedTensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Rows and one matrix product."""
-    patches = x.patches
-    if math.prod(geometry.kernel) == 1 and not any(geometry.padding):
-        strided = (slice(None), slice(None), *(slice(None, None, step) for step in geometry.stride))
-        rows = multiply_rows(to_rows(x[strided]), weight.flatten(1).to(x.dtype), bias)
-    else:
-        rows = gather_convolution(to_rows(x), weight, patches, geometry)
-        if bias is not None:
-            rows = rows + bias
-    return from_rows(rows, patches.num_visible, geometry.out_block)
-
-
-def _by_images(x: PackedTensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, groups: int) -> Tensor:
-    """The dense kernel on ordinary images: each patch with its halo, or the whole map, whichever is smaller."""
-    patches = x.patches
-    convolution = _CONVOLUTIONS[patches.rank]
-    start, length = geometry.span
-    of_windows = patches.num_visible * math.prod(length)
-    of_map = patches.batch_size * math.prod(dense_shape(x)[2:])
-    if of_windows <= of_map:
-        windows = gather_windows(to_rows(x), patches, geometry.block, start, length)
-        return convolution(windows, weight, bias, geometry.stride, 0, geometry.dilation, groups)
-    dense = unpack(x)
-    total = [d * (k - 1) + 1 - s for d, k, s in zip(geometry.dilation, geometry.kernel, geometry.stride, strict=True)]
-    after = [size - before for size, before in zip(total, geometry.padding, strict=True)]
-    padding: Sequence[int] = geometry.padding
-    if any(b < a for b, a in zip(padding, after, strict=True)):  # more after than before, as `same` may want
-        pairs = [(b, max(a, 0)) for b, a in zip(padding, after, strict=True)]
-        dense, padding = F.pad(dense, [size for pair in reversed(pairs) for size in pair]), (0,) * patches.rank
-    out = convolution(dense, weight, bias, geometry.stride, padding, geometry.dilation, groups)
-    sizes = [size // step for size, step in zip(dense_shape(x)[2:], geometry.stride, strict=True)]
-    for axis, size in enumerate(sizes, start=2):
-        out = out.narrow(axis, 0, size)
-    return pack(out, patches).values
-
-
 @register_rule("linear")
 def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not isinstance(x, PackedTensor) or x.ndim - 1 in x.axes:
         raise UnsupportedOperation("`linear` needs channels last in a masked map, and a dense weight")
-    return like(x, func(x, weight, bias))
+    rows = multiply_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+    return like(x, rows.view(*x.shape[:-1], -1))
 
 
 @register_rule("matmul", "rmatmul")

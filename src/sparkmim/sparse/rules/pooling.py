@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.sparse.gather import Geometry, gather_windows
+from sparkmim.sparse.gather import Geometry
+from sparkmim.sparse.images import gather_windows
 from sparkmim.sparse.packed import (
     PackedTensor,
     UnsupportedOperation,
