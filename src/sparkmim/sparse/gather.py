@@ -143,10 +143,10 @@ def join(parts: list[Tensor]) -> Tensor:
 
 
 def added(total: Tensor | None, part: Tensor) -> Tensor:
-    """Adds to a running sum, which is kept in float32 if the parts are of half precision."""
+    """Adds to a running sum, which goes on in float32 if the parts are of half precision."""
     if total is None:
-        return part.to(torch.promote_types(part.dtype, torch.float32))
-    return total.add_(part)
+        return part
+    return total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
 
 
 def owner(x: Tensor) -> Tensor:
@@ -180,15 +180,15 @@ class _GatherConvolution(torch.autograd.Function):
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
         grad = grads[0].contiguous()  # [m, out]
-        taps = weight.to(grad.dtype).movedim(1, -1)  # [out, *kernel, C]
+        taps = weight.movedim(1, -1)  # [out, *kernel, C]
         inputs = rows.view(ctx.patches.num_visible, *ctx.geometry.block, -1)
         whole = math.prod(ctx.geometry.stride) == 1  # a single table, for all positions and all taps
         grad_inputs = torch.zeros_like(inputs) if of_rows and not whole else None
-        grad_taps = torch.zeros_like(taps, dtype=weight.dtype) if of_weight and not whole else None
+        grad_taps = torch.zeros_like(taps) if of_weight and not whole else None
         for here, these, table in _mirrored(ctx.patches, ctx.geometry):
-            matrix = taps[these].movedim(0, -2)  # [*taps, out, C]
-            sizes = matrix.shape
-            matrix = matrix.flatten(0, -2)  # [taps · out, C]
+            matrix = taps[these].movedim(0, -2).to(grad.dtype, memory_format=torch.contiguous_format)
+            sizes = matrix.shape  # [*taps, out, C]
+            matrix = matrix.flatten(0, -2)
             read = inputs[here].flatten(0, -2)  # [R, C]
             parts: list[Tensor] = []
             total: Tensor | None = None
