@@ -97,7 +97,7 @@ def pretrain(
         decoder_width: channels of the decoder at the deepest map
         drop_path: stochastic depth rate, for networks that have one
         epochs: passes over the data
-        batch_size: images per optimiser step, over all processes
+        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
         accumulate: batches that make up one optimiser step, to save memory
         optimizer: lamb or adamw
         learning_rate: peak rate for 256 images per step; scales in proportion to batch_size

@@ -101,6 +101,13 @@ def test_exported_weights_load_strictly_into_timm(photos: Path, tmp_path: Path) 
     model.load_state_dict(load_file(tmp_path / "run" / "weights" / "encoder.safetensors"), strict=True)
 
 
+def test_a_recipes_batch_shrinks_to_the_images_there_are(photos: Path, network: str, tmp_path: Path) -> None:
+    """The default recipe's 128 are more than these 24; what is in force is saved, so that resuming agrees."""
+    result = pretrain(photos, network, tmp_path / "run", batch_size=None, accumulate=5, epochs=2)
+    assert result.steps == 2
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["batch_size"] == 20
+
+
 def test_two_runs_with_one_seed_agree_to_the_bit(photos: Path, network: str, tmp_path: Path) -> None:
     for name, workers in (("a", 0), ("b", 2)):
         pretrain(photos, network, tmp_path / name, workers=workers)

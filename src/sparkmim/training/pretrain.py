@@ -57,6 +57,7 @@ def run_pretraining(
             raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
     elif main:
         folder.check_new()
+    batch_is_free = settings["batch_size"] is None
     settings = in_force(settings)
 
     torch.manual_seed(settings["seed"])
@@ -64,15 +65,12 @@ def run_pretraining(
     if settings["init_weights"] and not settings["resume"]:
         weights.load_into(model, settings["init_weights"])
     dataset = build_dataset(settings, model)
-    batch_size, steps_per_epoch = _steps(settings, len(dataset))
-    steps = max(1, round(settings["epochs"] * steps_per_epoch))
     world_size, trainer_devices = _devices(settings)
     parts = settings["accumulate"]
-    if batch_size % (parts * world_size):
-        raise ValueError(
-            f"batch_size {batch_size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
-            f"use {max(1, batch_size // (parts * world_size)) * parts * world_size}"
-        )
+    batch_size = _batch_size(settings["batch_size"], batch_is_free, len(dataset), world_size, parts)
+    settings["batch_size"] = batch_size
+    steps_per_epoch = len(dataset) // batch_size
+    steps = max(1, round(settings["epochs"] * steps_per_epoch))
     if settings["channels_last"] and len(model.image_size) == 2:
         model = model.to(memory_format=torch.channels_last)
 
@@ -262,11 +260,19 @@ def build_dataset(settings: dict[str, Any], model: SparK) -> PretrainDataset:
     )
 
 
-def _steps(settings: dict[str, Any], images: int) -> tuple[int, int]:
-    batch_size = settings["batch_size"]
-    if batch_size > images:
-        raise ValueError(f"batch_size {batch_size} is more than the {images} images there are; use {images} or less")
-    return batch_size, images // batch_size
+def _batch_size(size: int, free: bool, images: int, world_size: int, parts: int) -> int:
+    """Checks the images per step; a recipe's, free to change, shrinks to what there is."""
+    unit = parts * world_size
+    if free:
+        size = max(1, min(size, images) // unit) * unit
+    if size > images:
+        raise ValueError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
+    if size % unit:
+        raise ValueError(
+            f"batch_size {size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
+            f"use {max(1, size // unit) * unit}"
+        )
+    return size
 
 
 def _devices(settings: dict[str, Any]) -> tuple[int, int | str]:
