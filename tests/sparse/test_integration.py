@@ -16,7 +16,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from sparkmim.models import SparK
-from sparkmim.sparse import PackedTensor, PatchLayout, UnsupportedOperation, pack, unpack
+from sparkmim.sparse import PackedTensor, PatchLayout, pack, unpack
 
 VISIBLE = random_mask(2, (2, 2), seed=1)
 
@@ -343,15 +343,24 @@ class SwishFunction(torch.autograd.Function):
         return grads[0] * (sigmoid * (1 + x * (1 - sigmoid)))
 
 
-@pytest.mark.parametrize("visible", [VISIBLE, random_mask(2, (2, 2), ragged=True, seed=9)])
+@pytest.mark.parametrize(
+    "visible",
+    [VISIBLE, random_mask(2, (2, 2), ragged=True, seed=9), torch.tensor([[[True, False]], [[False, True]]])],
+    ids=["uniform", "ragged", "one each"],
+)
 def test_a_custom_pointwise_function(visible: Tensor) -> None:
-    """Right forward; its backward mixes stored gradients with packed tensors, and is refused."""
-    images = torch.randn(2, 3, 4, 4, requires_grad=True)
-    x = pack(images, PatchLayout(visible))
-    out = SwishFunction.apply(x * 1)
-    assert_close(unpack(out), nn.functional.silu(unpack(x)), "the output", 1e-6)
-    with pytest.raises(UnsupportedOperation, match="does not fit the masked map"):
-        out.values.sum().backward()
+    """Its backward mixes stored gradients with packed tensors."""
+    shape = (2, 3, *(2 * cells for cells in visible.shape[1:]))
+    images = [torch.randn(shape, dtype=torch.float64).requires_grad_()]
+    images.append(images[0].detach().clone().requires_grad_())
+    weight = torch.randn(shape, dtype=torch.float64)
+    outs = [
+        unpack(function(pack(x, PatchLayout(visible)) * 1))
+        for function, x in zip((SwishFunction.apply, nn.functional.silu), images, strict=True)
+    ]
+    assert_close(outs[0], outs[1], "the output")
+    grads = [torch.autograd.grad((out * weight).sum(), x)[0] for out, x in zip(outs, images, strict=True)]
+    assert_close(grads[0], grads[1], "the gradient")
 
 
 def test_a_compiled_encoder_is_refused() -> None:

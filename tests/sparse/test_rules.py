@@ -371,6 +371,7 @@ def select_pool(kind: str) -> nn.Module:
 GLOBAL_POOLS: dict[str, Callable[[Tensor], Any]] = {
     "mean((2, 3))": lambda x: x.mean((2, 3)),
     "mean([-2, -1], keepdim)": lambda x: x.mean([-2, -1], keepdim=True),
+    "mean keepdims": lambda x: x.mean((2, 3), keepdims=True),
     "mean positional keepdim": lambda x: x.mean((2, 3), True),
     "torch.mean(dim=)": lambda x: torch.mean(x, dim=(-1, -2)),
     "sum": lambda x: x.sum((2, 3)),

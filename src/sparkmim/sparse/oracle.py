@@ -67,7 +67,8 @@ class MaskedDense(TorchFunctionMode):
                 return func(*args, **kwargs)
             position = _REDUCE[name]
             kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
-            keepdim = kwargs.pop("keepdim", args[position + 1] if len(args) > position + 1 else False)
+            given = args[position + 1] if len(args) > position + 1 else False
+            keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", given))
             return self._reduce(func, args[1:position], kwargs, x, mask, axes, keepdim)
         if (mask := self.mask_of(x)) is None:
             return func(*args, **kwargs)
