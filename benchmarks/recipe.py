@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -108,8 +109,10 @@ def main() -> None:
         table.add_row(row["name"], loss, f"{row['knn']:.1%}", f"{row['linear']:.1%}", seconds)
     Console(width=100).print(table)
     if args.json:
-        report = {"epochs": args.epochs, "batch_size": args.batch_size, "torch": torch.__version__,
-                  "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows}  # fmt: skip
+        report = {
+            "command": "python " + " ".join(sys.argv), "epochs": args.epochs, "batch_size": args.batch_size,
+            "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows,
+        }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 

@@ -5,10 +5,11 @@ permits. It does not everywhere: the ResNet-50 case sees 2 samples of 64² pixel
 stages average over 4 to 16 positions, some of them nearly alike, and divide by next to nothing. Moving every weight to
 a neighbouring floating-point number, up or down at random, moves its gradients by 1e-8 of themselves in float64 (and
 by more than half in float32). So much is lost in the rounding of the inputs alone, and no implementation can agree
-better on another machine: against 80-bit arithmetic the golden number itself is off by up to 3e-9, and ours by 8e-10
-(`benchmarks/golden_precision.py`, running statistics). In that case, and in float32 (where one gradient of the ConvNeXt case is a sum that cancels),
-a number may be off by a few times what it moves when its weights move by one such step, which the test measures. What
-the first two stages and the evaluation mode give is well conditioned everywhere, and held to the plain tolerance.
+better on another machine: against 80-bit arithmetic the golden running statistics are themselves off by up to 3e-9, and
+ours by 8e-10 (`benchmarks/golden_precision.py`). In that case, and in float32 (where one gradient of the ConvNeXt case
+is a sum that cancels), a number may be off by a few times what it moves when its weights move by one such step, which
+the test measures. What the first two stages and the evaluation mode give is well conditioned everywhere, and held to
+the plain tolerance.
 """
 
 import pytest
