@@ -6,7 +6,6 @@ Its backward is a gather again, by the mirrored tables, and never a scatter: det
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -182,9 +181,8 @@ class _GatherConvolution(torch.autograd.Function):
         grad = grads[0].contiguous()  # [m, out]
         taps = weight.movedim(1, -1)  # [out, *kernel, C]
         inputs = rows.view(ctx.patches.num_visible, *ctx.geometry.block, -1)
-        whole = math.prod(ctx.geometry.stride) == 1  # a single table, for all positions and all taps
-        grad_inputs = torch.zeros_like(inputs) if of_rows and not whole else None
-        grad_taps = torch.zeros_like(taps) if of_weight and not whole else None
+        grad_inputs: Tensor | None = None
+        grad_taps = torch.empty_like(taps) if of_weight else None  # in the weight's own memory format
         for here, these, table in _mirrored(ctx.patches, ctx.geometry):
             matrix = taps[these].movedim(0, -2).to(grad.dtype, memory_format=torch.contiguous_format)
             sizes = matrix.shape  # [*taps, out, C]
@@ -199,29 +197,27 @@ class _GatherConvolution(torch.autograd.Function):
                     total = added(total, gathered.t() @ read[part])
             if of_rows:
                 found = join(parts).view_as(inputs[here])
-                grad_inputs = found if grad_inputs is None else _put(grad_inputs, here, found)
-            if total is not None:
-                found = total.view(sizes).movedim(-2, 0)
-                grad_taps = found if grad_taps is None else _put(grad_taps, these, found)
+                if found.shape == inputs.shape:
+                    grad_inputs = found
+                else:
+                    grad_inputs = torch.zeros_like(inputs) if grad_inputs is None else grad_inputs
+                    grad_inputs[here] = found
+            if grad_taps is not None and total is not None:
+                grad_taps[these] = total.view(sizes).movedim(-2, 0)
         return (
             None if grad_inputs is None else grad_inputs.flatten(0, -2),
-            None if grad_taps is None else grad_taps.to(weight.dtype).movedim(-1, 1),
+            None if grad_taps is None else grad_taps.movedim(-1, 1),
             grad.sum(0) if of_bias else None,
             None,
             None,
         )
 
 
-def _put(whole: Tensor, index: Any, part: Tensor) -> Tensor:
-    whole[index] = part
-    return whole
-
-
 def _mirrored(patches: PatchLayout, geometry: Geometry) -> Iterator[tuple[Any, Any, Tensor]]:
     """The tables by which input rows find the output rows that read them.
 
-    Input positions with the same remainder modulo the stride are read by the same taps, and these taps by no
-    others: there is one table for each remainder, a single one at stride 1.
+    Input positions with the same remainder modulo the stride are read by the same taps, and each tap reads those of
+    one remainder only: there is a table for each, a single one at stride 1.
 
     Yields:
         An index of those input positions in `[n, *block, …]`, an index of their taps in `[out, *kernel, …]`,

@@ -30,7 +30,7 @@ def _batch_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs:
     if math.prod(x.shape[2:]) == 1 and x.device.type == "cpu":
         # In memory of both formats at once, CPU kernels go channel by channel, and take ten times as long.
         rows = to_rows(x)  # [R, C]
-        image = rows.t()[None, ..., None]  # [1, C, R, 1], channels-last for certain
+        image = from_rows(rows, 1, (rows.shape[0], 1))  # [1, C, R, 1], channels-last for certain
         return like(x, from_rows(to_rows(func(image, *args, **kwargs)), x.shape[0], x.shape[2:]))
     return like(x, func(x, *args, **kwargs))
 
