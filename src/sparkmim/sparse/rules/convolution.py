@@ -99,15 +99,15 @@ def _convolution(
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
     bias = None if bias is None else bias.to(x.dtype)
-    rows, patches = to_rows(x), x.patches
+    patches = x.patches
     with torch.autocast(x.device.type, enabled=False):
         if groups == 1 and math.prod(kernel) == 1 and not any(geometry.padding):
             strided = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
             rows = multiply_rows(to_rows(x[strided]), weight.flatten(1).to(x.dtype), bias)
         elif groups == 1 and (weight.shape[1] > _FEW_CHANNELS or _local(geometry)):
-            rows = gather_convolution(rows, weight, patches, geometry, bias)
+            rows = gather_convolution(to_rows(x), weight, patches, geometry, bias)
         else:
-            rows = image_convolution(rows, weight, patches, geometry, groups, bias)
+            rows = image_convolution(to_rows(x), weight, patches, geometry, groups, bias)
     return like(x, from_rows(rows, patches.num_visible, geometry.out_block))
 
 
