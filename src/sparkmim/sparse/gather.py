@@ -99,8 +99,8 @@ def _by_onednn(rows: Tensor) -> bool:
 def product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """`rows @ matrix + bias` of `[m, k]` and `[k, out]`, by the fastest kernel there is.
 
-    In float32 on CPUs, PyTorch multiplies by MKL. oneDNN, which it convolves by, is faster where MKL is not at
-    home (AMD) and as fast elsewhere; the operation that torch.compile turns Linear layers into gets us there.
+    In float32 on CPUs, PyTorch multiplies by MKL. oneDNN, which it convolves by, was faster on the AMD machine that
+    this was measured on; the operation that torch.compile turns Linear layers into gets us there.
     """
     if _by_onednn(rows):
         if not matrix.t().is_contiguous():

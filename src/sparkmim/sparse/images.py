@@ -107,7 +107,7 @@ def gather_windows(
 
 
 class _Windows:
-    """Each patch with its halo is an image. All four methods are linear; the `_grad` ones are the adjoints."""
+    """Each patch with its halo is an image. The methods are linear maps, and the `_grad` ones their adjoints."""
 
     def __init__(self, patches: PatchLayout, geometry: Geometry) -> None:
         self.patches, self.geometry = patches, geometry
@@ -213,8 +213,8 @@ def _depthwise_weight_grad(rows: Tensor, grad: Tensor, patches: PatchLayout, geo
     """Gradient `[C, 1, *kernel]` to a depthwise weight: `Σ rows[o · stride + t · dilation] · grad[o]` for tap `t`.
 
     Seen as a function of `t`, that is a depthwise convolution again: each patch's window is the image and its
-    gradient the kernel, with stride and dilation changing places. CPUs have no kernel for large windows in the
-    ordinary backward (7×7 takes 10 times as long).
+    gradient the kernel, with stride and dilation changing places. The CPU kernel of the ordinary backward takes
+    several times as long at 7×7.
     """
     start, length = geometry.span
     table = _window_table(patches, geometry.block, start, length)  # [n, prod(length)]
