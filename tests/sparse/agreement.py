@@ -84,6 +84,17 @@ def dense_of(x: Any, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor
     return dense.permute(back), mask.permute(back)
 
 
+def randomised(module: nn.Module) -> nn.Module:
+    """In float64, with nothing left at ones and zeros."""
+    module = module.double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for tensor in [*module.parameters(), *module.buffers()]:
+            if tensor.is_floating_point():
+                tensor.add_(torch.rand(tensor.shape, dtype=torch.float64, generator=generator))
+    return module
+
+
 def assert_close(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
     """Equal up to `tolerance`, relative to the largest value or absolute, whichever allows more."""
     assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, expected {list(theirs.shape)}"

@@ -37,14 +37,22 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "adaptive pooling": (nn.AdaptiveAvgPool2d(2), "only global pooling"),
     "adaptive pooling to one axis": (nn.AdaptiveMaxPool2d((1, None)), "only global pooling"),
     # unknown operations
-    "reflection": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "`pad` has no rule"),
-    "circular padding": (nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), "`pad` has no rule"),
-    "constant padding": (nn.ZeroPad2d(1), "`pad` has no rule"),
+    "something pointwise after padding": (lambda x: F.pad(x, (1, 1, 1, 1)).relu(), "`relu` of a masked map that was"),
+    "windows of a padded map": (lambda x: F.pad(x, (0, 4, 0, 4)).view(3, 3, 3, 4, 3, 4), "`view` of a masked map that"),
+    "padding the batch": (lambda x: F.pad(x, (0, 0, 0, 0, 0, 0, 1, 0)), "pad its spatial axes"),
+    "padding map and channels": (lambda x: F.pad(x, (1, 1, 1, 1, 1, 0)), "pad its spatial axes"),
+    "two ways of padding": (lambda x: F.pad(F.pad(x, (1, 1), value=1.0), (1, 1)), "padded in another way"),
+    "padding too little": (lambda x: nn.Conv2d(3, 4, 5)(F.pad(x, (1, 1, 1, 1))), "turns 8 positions into 6, not 8"),
+    "reflection too little": (lambda x: nn.Conv2d(3, 4, 4)(F.pad(x, (1, 1, 1, 1), "reflect")), "does not divide"),
     "fft": (lambda x: torch.fft.fft2(x), r"`(fft_)?fft2` has no rule.*register_rule"),
-    "interpolate": (nn.Upsample(scale_factor=2), "`interpolate` has no rule"),
+    "interpolate to a size that does not divide": (nn.Upsample(9), r"into \[3, 3, 9, 9\], which the grid of 2×2"),
+    "interpolation of tokens": (lambda x: F.interpolate(x.flatten(2), 8), "channels are not second"),
+    "pixel unshuffle across patches": (lambda x: F.pixel_unshuffle(x, 8), "does not divide the 4 position"),
     "grid_sample": (lambda x: F.grid_sample(x, torch.zeros(3, 2, 2, 2), align_corners=False), "`grid_sample` has no"),
-    "transposed convolution": (nn.ConvTranspose2d(3, 3, 2, 2), "`conv_transpose2d` has no rule"),
-    "attention": (lambda x: F.scaled_dot_product_attention(x, x, x), "`scaled_dot_product_attention` has no rule"),
+    "transposed convolution": (nn.ConvTranspose2d(3, 3, 2), r"into \[3, 3, 9, 9\], which the grid of 2×2"),
+    "attention among rows": (lambda x: F.scaled_dot_product_attention(x, x, x), "all positions of a sample with each"),
+    "attention with a bias": (lambda x: F.scaled_dot_product_attention(*(x.flatten(2).mT,) * 3, torch.zeros(64, 64)),
+                              "without a bias by position"),
     "einsum": (lambda x: torch.einsum("bchw,bdhw->bcd", x, x), "`einsum` has no rule"),
     "unfold": (lambda x: F.unfold(x, 3), "`(unfold|im2col)` has no rule"),
     "numpy": (lambda x: x.numpy(), "`numpy` has no rule"),
@@ -55,13 +63,14 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "columns": (lambda x: x.amax(-1, keepdim=True), r"`amax` over axes \[3\].* reduces part of the map"),
     "rows and channels": (lambda x: x.sum((1, 2)), "reduces part of the map"),
     "batch": (lambda x: x.mean(0), "`mean` over the batch axis"),
-    "batch and map": (lambda x: x.var((0, 2, 3)), "`var` over the batch axis"),
+    "largest of the batch with positions": (lambda x: x.logsumexp((0, 2, 3)), "`logsumexp` over the batch axis"),
     "everything": (lambda x: x.std(), "`std` over a whole masked batch"),
-    "softmax over positions": (lambda x: x.flatten(2).softmax(-1), "`softmax` over the positions"),
+    "softmax over rows": (lambda x: x.softmax(2), "reduces part of the map"),
+    "sorting positions": (lambda x: x.flatten(2).sort(-1), "`sort` over the positions"),
     "cumsum over rows": (lambda x: x.cumsum(2), "reduces part of the map"),
     "maximum with positions": (lambda x: x.flatten(2).max(-1), "use amax"),
     "norm over rows": (lambda x: x.norm(dim=2), "reduces part of the map"),
-    "normalize over positions": (lambda x: F.normalize(x, dim=2), "`normalize` over positions"),
+    "normalize over positions": (lambda x: F.normalize(x, dim=2), "`normalize` over part of"),
     "layer norm over positions": (lambda x: F.layer_norm(x, (3, 8, 8)), "normalise channels only"),
     "batch norm of tokens": (lambda x: F.batch_norm(x.flatten(2).transpose(1, 2), None, None, training=True),
                              "second axis is spatial"),
@@ -70,7 +79,8 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "flattening everything": (lambda x: x.flatten(1), r"to \[3, 192\] mixes"),
     "batch into channels": (lambda x: x.view(1, 9, 8, 8), "mixes the batch"),
     "channels into batch": (lambda x: x.reshape(9, 1, 8, 8), "mixes the batch"),
-    "windows of the map": (lambda x: x.view(3, 3, 2, 4, 2, 4), "mixes part of the map"),
+    "shuffle with channels last": (lambda x: F.pixel_shuffle(x.permute(0, 2, 3, 1), 2), "channels not second"),
+    "windows that cross patches": (lambda x: x[..., :6, :6], "takes part of the map"),
     "channels into map": (lambda x: x.reshape(3, 1, 24, 8), "mixes part of the map"),
     "one map axis into channels": (lambda x: x.reshape(3, 24, 8), "mixes part of the map"),
     "size is not preserved": (lambda x: x.view(3, 4, 8, 8), "does not preserve the number"),
@@ -104,7 +114,8 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     "cat of two layouts": (lambda x: torch.cat([x, packed()], 1), "masked differently"),
     "two orders of axes": (lambda x: x + x.permute(0, 2, 3, 1), "another order"),
     "writing into a dense tensor": (lambda x: torch.zeros(3, 3, 8, 8).add_(x), "into a smaller or a dense tensor"),
-    "matmul of maps": (lambda x: x @ x, "times a dense matrix only"),
+    "matmul of maps": (lambda x: x @ x, "compares positions with each other"),
+    "attention by hand": (lambda x: x.flatten(2).mT @ x.flatten(2), "compares positions with each other"),
     "linear over rows": (lambda x: F.linear(x, torch.zeros(8, 8)), "channels last"),
     "feature alpha dropout": (nn.FeatureAlphaDropout(0.5), "use dropout"),
 }  # fmt: skip
@@ -126,6 +137,15 @@ def test_the_advice_helps() -> None:
         assert nn.Conv2d(3, 4, kernel, dilation=dilation, padding=padding)(packed()).shape == (3, 4, 8, 8)
 
 
+def test_a_refusal_outside_any_module_names_the_network() -> None:
+    class Network(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.cumsum(2)
+
+    with pytest.raises(UnsupportedOperation, match="^in module `Network`"), naming_modules(network := Network()):
+        network(packed())
+
+
 class Inner(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return torch.cumsum(x, 2)
@@ -141,7 +161,10 @@ def test_naming_modules() -> None:
     network = nn.Sequential(nn.Conv2d(3, 3, 3))
     with pytest.raises(UnsupportedOperation, match="^in module `0`: `conv2d` with kernel 3"), naming_modules(network):
         network(packed())
-    with pytest.raises(UnsupportedOperation, match="^`cumsum`"), naming_modules(nn.Sequential()):
+    with (
+        pytest.raises(UnsupportedOperation, match="^in module `Sequential`: `cumsum`"),
+        naming_modules(nn.Sequential()),
+    ):
         torch.cumsum(packed(), 2)
     with pytest.raises(RuntimeError, match="another"), naming_modules(network):  # others pass through
         raise RuntimeError("another")

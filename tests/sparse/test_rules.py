@@ -8,7 +8,7 @@ import pytest
 import timm.layers
 import torch
 import torch.nn.functional as F
-from agreement import agree, assert_close, dense_of, examples, masks, random_mask, upsample
+from agreement import agree, assert_close, dense_of, examples, masks, random_mask, randomised, upsample
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -34,17 +34,6 @@ class Apply(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.function(*self.parts, x)
-
-
-def randomised(module: nn.Module) -> nn.Module:
-    """In float64, with nothing left at ones and zeros."""
-    module = module.double()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for tensor in [*module.parameters(), *module.buffers()]:
-            if tensor.is_floating_point():
-                tensor.add_(torch.rand(tensor.shape, dtype=torch.float64, generator=generator))
-    return module
 
 
 # Convolution
@@ -259,14 +248,6 @@ def test_pooling_by_default_steps_by_its_kernel() -> None:
         lambda x: torch.max_pool2d(x, 2),
     ):
         agree(function, RAGGED, (4, 4))
-
-
-def test_blur_pool_is_refused_or_right() -> None:
-    """timm's anti-aliasing pads by reflection, which has no meaning on masked maps."""
-    from sparkmim.sparse import UnsupportedOperation
-
-    with pytest.raises(UnsupportedOperation, match="`pad`"):
-        timm.layers.BlurPool2d(3)(pack(torch.randn(2, 3, 8, 8), PatchLayout(UNIFORM)))
 
 
 # Normalisation

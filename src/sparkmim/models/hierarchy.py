@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,12 @@ from torch.func import functional_call
 MAX_MAPS = 4
 """The method decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
 
-_PROBE_SIZE = {1: 1024, 2: 256, 3: 128}
-"""Image size, by rank, at which strides are read off; on the meta device, so size costs nothing."""
+_PROBE_SIZES = {1: (4096, 3360), 2: (256, 224), 3: (128, 112)}
+"""Image sizes, by rank, at which strides are read off, until one divides; on the meta device, so size costs nothing."""
+
+
+class NoHierarchy(ValueError):
+    """A network without feature maps to pretrain on."""
 
 
 class Hierarchy(nn.Module):
@@ -29,6 +34,7 @@ class Hierarchy(nn.Module):
         channels: image channels `C`.
         rank: number of spatial axes.
         max_maps: how many of the deepest maps to return.
+        image_size: one more size to try, for networks that take images of one size only; timm's know theirs.
 
     Attributes:
         strides: total stride of each map, ascending.
@@ -36,36 +42,66 @@ class Hierarchy(nn.Module):
         unreached: names of the encoder's parameters that no map depends on, such as a classifier's.
 
     Raises:
-        ValueError: if no hierarchy of maps is found.
+        NoHierarchy: if no hierarchy of maps is found; it is a ValueError.
     """
 
-    def __init__(self, encoder: nn.Module, channels: int = 3, rank: int = 2, max_maps: int = MAX_MAPS) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        channels: int = 3,
+        rank: int = 2,
+        max_maps: int = MAX_MAPS,
+        image_size: Sequence[int] | None = None,
+    ) -> None:
         super().__init__()
         if isinstance(encoder, torch._dynamo.eval_frame.OptimizedModule):
             raise ValueError("the encoder is wrapped by torch.compile; pass the module itself")
         self.encoder = encoder
+        sizes = [(size,) * rank for size in _PROBE_SIZES[rank]]
+        if image_size is None:
+            image_size = getattr(encoder, "default_cfg", {}).get("input_size", (0,))[1:]
+        if len(image_size) == rank:
+            sizes.append(tuple(image_size))  # some networks take images of one size only
+        refusals: list[ValueError] = []
+        for size in sizes:
+            try:
+                self._find_maps((2, channels, *size), max_maps)
+                return
+            except ValueError as refusal:
+                refusals.append(refusal)
+        # A network that runs, and has no maps, says more than one that does not take the size.
+        raise next((refusal for refusal in refusals if isinstance(refusal, NoHierarchy)), refusals[-1])
+
+    def _find_maps(self, shape: tuple[int, ...], max_maps: int) -> None:
         self._indices: list[int] | None = None
         self._names: list[str] | None = None
-        shape = (2, channels) + (_PROBE_SIZE[rank],) * rank
-        if hasattr(encoder, "forward_intermediates") and rank == 2:
+        self._coarsest = 1
+        maps: list[Tensor] = []
+        if hasattr(self.encoder, "forward_intermediates") and len(shape) == 4:
             maps = self._probe(shape, train=False)
             chosen = _deepest([(_stride(shape, map_.shape), i) for i, map_ in enumerate(maps)], max_maps)
             self._indices = [i for _, i in chosen]
         else:
             self._names = _traced_names(self, shape, max_maps)
-        maps = self._probe(shape, train=True)
+        maps = self._probe(shape, train=True) if self._indices or self._names else maps
         self.strides = tuple(_stride(shape, map_.shape) or 0 for map_ in maps)
         self.channels = tuple(map_.shape[1] for map_ in maps)
-        if not maps or any(map_.ndim != 2 + rank for map_ in maps) or not all(self.strides):
-            raise ValueError(
-                f"{type(encoder).__name__} has no hierarchy of {rank}-D feature maps that divide the image evenly "
-                f"(found {[list(map_.shape[1:]) for map_ in maps]} for an image of {list(shape[1:])})"
+        if not maps or any(map_.ndim != len(shape) for map_ in maps) or not all(self.strides):
+            found = ", ".join("×".join(map(str, map_.shape[1:])) for map_ in maps)
+            raise NoHierarchy(
+                f"{type(self.encoder).__name__} has no hierarchy of {len(shape) - 2}-D feature maps that divide the "
+                f"image evenly: an image of {'×'.join(map(str, shape[1:]))} gave {found or 'none'}"
             )
 
     @property
     def stride(self) -> int:
         """Total stride of the encoder: that of its deepest map."""
         return self.strides[-1]
+
+    @property
+    def patch_unit(self) -> int:
+        """What patch sizes must be multiples of: the stride, or that of a coarser map inside the network."""
+        return math.lcm(self.stride, self._coarsest)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Feature maps `[B, C_i, *(S / s_i)]` of images `[B, C, *S]`, shallow to deep."""
@@ -87,13 +123,28 @@ class Hierarchy(nn.Module):
         images = torch.empty(shape, device="meta", dtype=dtype)
         probe = _Probe(self, list(tensors.values()) if train else [])
         state = {f"hierarchy.{name}": tensor for name, tensor in {**tensors, **buffers}.items()}
-        with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
-            maps, reached = functional_call(probe, state, (images,), tie_weights=True)
+        handles = (
+            [module.register_forward_hook(self._coarsen(shape)) for module in self.encoder.modules()] if train else []
+        )
+        try:
+            with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
+                maps, reached = functional_call(probe, state, (images,), tie_weights=True)
+        finally:
+            for handle in handles:
+                handle.remove()
         if train:
             self.unreached = tuple(
                 name.removeprefix("encoder.") for name, used in zip(tensors, reached, strict=True) if not used
             )
         return list(maps)
+
+    def _coarsen(self, shape: Sequence[int]) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            stride = _stride(shape, output.shape) if isinstance(output, Tensor) else None
+            if stride is not None:
+                self._coarsest = max(self._coarsest, stride)
+
+        return hook
 
 
 class _Probe(nn.Module):

@@ -140,8 +140,11 @@ class _Maps:
         self.size = [cells * extent for cells, extent in zip(patches.grid, geometry.block, strict=True)]
         axes = zip(geometry.kernel, geometry.dilation, geometry.stride, geometry.padding, strict=True)
         after = [dilation * (kernel - 1) + 1 - stride - before for kernel, dilation, stride, before in axes]
-        # More padding after than before, as `same` may want, is beyond the kernels: the images bring it along.
-        lopsided = any(a > b for a, b in zip(after, geometry.padding, strict=True))
+        # Padding that differs before and after, by enough to change the output's size, is beyond the kernels: the
+        # images bring it along.
+        lopsided = any(
+            a > b or b - a >= step for a, b, step in zip(after, geometry.padding, geometry.stride, strict=True)
+        )
         self.padding = (0,) * patches.rank if lopsided else geometry.padding
         self.border = [(b, max(a, 0)) for a, b in zip(after, geometry.padding, strict=True)] if lopsided else []
 

@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-_SEE_ZEROS = {"conv1d", "conv2d", "conv3d", "max_pool1d", "max_pool2d", "max_pool3d",
-              "avg_pool1d", "avg_pool2d", "avg_pool3d"}  # fmt: skip
+_SEE_ZEROS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d",
+              "max_pool1d", "max_pool2d", "max_pool3d", "avg_pool1d", "avg_pool2d", "avg_pool3d",
+              "pad", "interpolate", "upsample"}  # fmt: skip
 _PER_SAMPLE = {"group_norm", "instance_norm"}
 _ADAPTIVE = {"adaptive_avg_pool1d": "mean", "adaptive_avg_pool2d": "mean", "adaptive_avg_pool3d": "mean",
              "adaptive_max_pool1d": "amax", "adaptive_max_pool2d": "amax", "adaptive_max_pool3d": "amax"}  # fmt: skip
@@ -26,8 +27,8 @@ _REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "var_m
 class MaskedDense(TorchFunctionMode):
     """Runs the code in its scope on dense maps, by the definition of the method.
 
-    Convolution and pooling see zeros at masked positions; normalisation and global reductions cover
-    visible positions only. Everything else runs as it is: what it leaves at masked positions, no
+    Convolution, pooling and resampling see zeros at masked positions; normalisation, global reductions and
+    attention cover visible positions only. Everything else runs as it is: what it leaves at masked positions, no
     operation above ever reads.
 
     Args:
@@ -42,10 +43,12 @@ class MaskedDense(TorchFunctionMode):
     def mask_of(self, x: Tensor, axes: Sequence[int] | None = None) -> Tensor | None:
         """The mask `[B, *S]` of a map whose spatial axes stand at `axes` (by default after the channels).
 
-        None if `x` is no map: something pooled, or a weight.
+        None if `x` is no map: something pooled, or padded, or a weight.
         """
+        if axes is None and x.ndim != self.rank + 2:
+            return None
         axes = range(2, 2 + self.rank) if axes is None else axes
-        if x.ndim != self.rank + 2 or len(axes) != self.rank or x.shape[0] != self.visible.shape[0]:
+        if x.shape[0] != self.visible.shape[0] or len(axes) != self.rank or getattr(x, "_padded", False):
             return None
         mask = self.visible
         for position, axis in enumerate(axes, start=1):
@@ -54,28 +57,77 @@ class MaskedDense(TorchFunctionMode):
             mask = mask.repeat_interleave(x.shape[axis] // mask.shape[position], dim=position)
         return mask
 
+    def flat_mask_of(self, x: Tensor, axis: int) -> Tensor | None:
+        """The mask `[B, positions]` of a map whose spatial axes were flattened into one; its patches are cubes."""
+        patches = self.visible[0].numel()
+        side = round((x.shape[axis] / patches) ** (1 / self.rank))
+        if x.shape[0] != self.visible.shape[0] or patches * side**self.rank != x.shape[axis]:
+            return None
+        mask = self.visible
+        for position in range(1, 1 + self.rank):
+            mask = mask.repeat_interleave(side, dim=position)
+        return mask.flatten(1)
+
+    def mask_among(self, x: Tensor, axes: Sequence[int]) -> tuple[Tensor | None, list[int]]:
+        """The mask of a map whose spatial axes are the last ones of `axes`, and which ones these are."""
+        last = list(axes)[-self.rank :]
+        if (mask := self.mask_of(x, last)) is not None:
+            return mask, last
+        if len(axes) == 1 and self.rank > 1 and not self._is_map(x):
+            return self.flat_mask_of(x, axes[0]), list(axes)
+        return None, []
+
+    def _is_map(self, x: Tensor) -> bool:
+        """Whether spatial axes stand side by side somewhere."""
+        places = range(1, x.ndim - self.rank + 1)
+        return any(self.mask_of(x, range(first, first + self.rank)) is not None for first in places)
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = dict(kwargs or {})
-        name = getattr(func, "__name__", "")
+        name = getattr(func, "__name__", "").strip("_")
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None:
             return func(*args, **kwargs)
-        if name in _REDUCE and (axes := _axes(x, name, args, kwargs)) and 0 not in axes:
-            if (mask := self.mask_of(x, axes)) is None:
+        if name in _REDUCE and (axes := _axes(x, name, args, kwargs)):
+            mask, spatial = self.mask_among(x, axes)
+            if mask is None:
                 return func(*args, **kwargs)
             position = _REDUCE[name]
             kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
             given = args[position + 1] if len(args) > position + 1 else False
             keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", given))
-            return self._reduce(func, args[1:position], kwargs, x, mask, axes, keepdim)
+            return self._reduce(func, args[1:position], kwargs, x, mask, axes, spatial, keepdim)
+        if name in ("softmax", "normalize"):
+            axis = kwargs.get("dim", args[1] if name == "softmax" and len(args) > 1 else 1) % x.ndim
+            flat = None if self._is_map(x) or axis == 0 else self.flat_mask_of(x, axis)
+            if flat is not None:
+                seen = flat.view(-1, *(flat.shape[1] if place == axis else 1 for place in range(1, x.ndim)))
+                x = torch.where(seen, x, -torch.inf if name == "softmax" else 0.0)
+            return func(x, *args[1:], **kwargs)
+        if name == "matmul" and args[1].ndim == x.ndim > 2 and not self._is_map(x):
+            flat = self.flat_mask_of(x, x.ndim - 1)
+            if flat is not None:  # a sum over positions
+                seen = flat.view(-1, *(1,) * (x.ndim - 3), flat.shape[1], 1)
+                return func(x * seen.mT, torch.where(seen, args[1], 0))
+            return func(*args, **kwargs)
+        if name == "scaled_dot_product_attention":
+            flat = self.flat_mask_of(args[1], x.ndim - 2)
+            assert flat is not None
+            return func(*args, **{**kwargs, "attn_mask": flat.view(-1, *(1,) * (x.ndim - 2), flat.shape[1])})
         if (mask := self.mask_of(x)) is None:
             return func(*args, **kwargs)
+        if name == "numel":
+            return int(mask.sum()) * x.shape[1]
         if name in _SEE_ZEROS:
-            return func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
+            out = func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
+            if name == "pad":
+                out._padded = out.shape[2:] != x.shape[2:]  # its size may divide by the grid by accident
+            return out
         if name in _ADAPTIVE:
-            return self._reduce(getattr(torch, _ADAPTIVE[name]), (), {}, x, mask, list(range(2, x.ndim)), True)
+            spatial = list(range(2, x.ndim))
+            return self._reduce(getattr(torch, _ADAPTIVE[name]), (), {}, x, mask, spatial, spatial, True)
         if name == "batch_norm":
             normed = F.batch_norm(x.movedim(1, -1)[mask], *args[1:], **kwargs)  # [positions, C]
             out = normed.new_zeros(x.shape[0], *x.shape[2:], x.shape[1])
@@ -97,13 +149,24 @@ class MaskedDense(TorchFunctionMode):
         x: Tensor,
         mask: Tensor,
         axes: Sequence[int],
+        spatial: Sequence[int],
         keepdim: bool,
     ) -> Any:
-        maps = x.movedim(list(axes), list(range(1, 1 + len(axes))))  # [B, *S, …]
-        results = [func(map_[seen], *lead, dim=0, **kwargs) for map_, seen in zip(maps, mask, strict=True)]
+        """Reduces over `axes`, of which the `spatial` ones count where visible."""
+        others = [axis for axis in axes if axis not in spatial and axis != 0]
+        maps = x.movedim([*spatial, *others], list(range(1, 1 + len(spatial) + len(others))))  # [B, *S, *others, …]
+        count = len(others)
+
+        def reduce(positions: Tensor) -> Any:  # [positions, *others, …]
+            return func(positions.flatten(0, count), *lead, dim=0, **kwargs)
+
+        if 0 in axes:
+            results = [reduce(maps[mask])]
+        else:
+            results = [reduce(map_[seen]) for map_, seen in zip(maps, mask, strict=True)]
 
         def join(parts: Sequence[Tensor]) -> Tensor:
-            out = torch.stack(list(parts))
+            out = parts[0] if 0 in axes else torch.stack(list(parts))
             for axis in sorted(axes) if keepdim else ():
                 out = out.unsqueeze(axis)
             return out

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
@@ -28,21 +29,30 @@ _AnyRule = TypeVar("_AnyRule", bound=Rule)
 RULES: dict[str, Rule] = {}
 """Rules by the name of the function, without leading and trailing underscores."""
 
+BORDERED: set[str] = set()
+"""Names of the rules that know what to do with a `BorderedTensor`."""
+
 
 class UnsupportedOperation(RuntimeError):
     """An operation that has no exact meaning on visible patches alone, or no rule yet."""
 
 
-def register_rule(*names: str) -> Callable[[_AnyRule], _AnyRule]:
+def register_rule(*names: str, bordered: bool = False) -> Callable[[_AnyRule], _AnyRule]:
     """Registers the decorated function as the rule of the tensor functions called `names`.
 
     A name is that of the function without leading and trailing underscores: `conv2d` stands for
     `torch.conv2d`, `add` for `torch.add`, `Tensor.add_` and `Tensor.__add__` alike; `get:shape` for the
     attribute `shape`. Inside a rule, packed tensors are plain tensors `[n, …]` of visible patches.
+
+    Args:
+        names: of the functions.
+        bordered: whether the rule takes maps to which `F.pad` has added a border (`BorderedTensor`).
     """
 
     def register(rule: _AnyRule) -> _AnyRule:
         RULES.update(dict.fromkeys(names, rule))
+        if bordered:
+            BORDERED.update(names)
         return rule
 
     return register
@@ -90,10 +100,7 @@ class PackedTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = getattr(func, "__name__", str(func))
-        if name in ("__get__", "__set__"):
-            owner: Any = func
-            name = f"{name.strip('_')}:{owner.__self__.__name__}"
+        name = _name_of(func)
         rule = RULES.get(name.strip("_"))
         if rule is None:
             raise UnsupportedOperation(
@@ -102,6 +109,54 @@ class PackedTensor(torch.Tensor):
             )
         with DisableTorchFunctionSubclass():
             return rule(func, *args, **(kwargs or {}))
+
+
+class BorderedTensor(PackedTensor):
+    """A packed map with a border that `F.pad` has added to the dense map, and that is not laid down yet.
+
+    With its border, a map no longer divides into patches. The convolution or pooling that follows makes it divide
+    again, and reads the border as it needs it; nothing else is defined on such a map.
+
+    Attributes:
+        border: positions before and after the map, per spatial axis; negative where the map is cropped.
+        border_mode: what fills it: `constant`, `reflect`, `replicate` or `circular`.
+        border_value: of a constant border.
+    """
+
+    border: tuple[tuple[int, int], ...]
+    border_mode: str
+    border_value: float
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        name = _name_of(func)
+        if name.strip("_") not in BORDERED:
+            raise UnsupportedOperation(
+                f"`{name}` of a masked map that was padded: a convolution or pooling must follow the padding directly"
+            )
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def extends_by(self, value: float) -> bool:
+        """Whether the border is nothing but more positions of that value."""
+        return self.border_mode == "constant" and self.border_value == value and min(map(min, self.border)) >= 0
+
+    def without_border(self) -> PackedTensor:
+        """The map as it was before padding."""
+        return PackedTensor.wrap(self.values, self.patches, self.axes)
+
+
+def _name_of(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", str(func))
+    if name in ("__get__", "__set__"):
+        owner: Any = func
+        name = f"{name.strip('_')}:{owner.__self__.__name__}"
+    return name
 
 
 def block_of(x: PackedTensor) -> tuple[int, ...]:
@@ -116,6 +171,9 @@ def dense_shape(x: PackedTensor) -> torch.Size:
     if len(x.axes) == x.patches.rank:
         for axis, cells in zip(x.axes, x.patches.grid, strict=True):
             shape[axis] *= cells
+        if isinstance(x, BorderedTensor):
+            for axis, border in zip(x.axes, x.border, strict=True):
+                shape[axis] += sum(border)
     else:  # spatial axes flattened into one
         shape[x.axes[0]] *= math.prod(x.patches.grid)
     return torch.Size(shape)
@@ -236,6 +294,35 @@ def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
         return torch.where(visible, dense, fill.to(dense.dtype))
 
 
+def on_dense_map(x: PackedTensor, name: str, function: Callable[[Tensor], Tensor]) -> PackedTensor:
+    """Computes an operation on the dense map, zero where masked, and keeps its visible patches.
+
+    For local operations without a faster way: exact by the definition of the method, and as dear as without a mask.
+
+    Args:
+        x: a map in the order `[B, C, *S]`, with a border or without.
+        name: of the operation.
+        function: from a dense map to one that the patch grid divides.
+
+    Raises:
+        UnsupportedOperation: if the result does not divide into patches.
+    """
+    rank, patches = x.patches.rank, x.patches
+    if x.axes != tuple(range(2, 2 + rank)) or x.ndim != 2 + rank:
+        raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))} whose channels are not second")
+    dense = unpack(x.without_border() if isinstance(x, BorderedTensor) else x)
+    if isinstance(x, BorderedTensor):
+        sizes = [size for pair in reversed(x.border) for size in pair]
+        dense = F.pad(dense, sizes, x.border_mode, x.border_value if x.border_mode == "constant" else None)
+    out = function(dense)
+    if any(size % cells for size, cells in zip(out.shape[2:], patches.grid, strict=True)):
+        raise UnsupportedOperation(
+            f"`{name}` turns a masked map {list(dense_shape(x))} into {list(out.shape)}, which the grid of "
+            f"{'×'.join(map(str, patches.grid))} patches does not divide"
+        )
+    return pack(out, patches)
+
+
 @contextmanager
 def naming_modules(root: nn.Module) -> Iterator[None]:
     """Adds the path of the module at fault, as `root` names it, to errors of operations without a rule."""
@@ -248,6 +335,4 @@ def naming_modules(root: nn.Module) -> Iterator[None]:
             module = traceback.tb_frame.f_locals.get("self")
             path = names.get(id(module), path) or path
             traceback = traceback.tb_next
-        if not path:
-            raise
-        raise UnsupportedOperation(f"in module `{path}`: {error}") from error
+        raise UnsupportedOperation(f"in module `{path or type(root).__name__}`: {error}") from error

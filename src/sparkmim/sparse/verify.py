@@ -74,12 +74,27 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
         except UnsupportedOperation as refusal:
             at_fault = str(refusal).split("`")[1] if str(refusal).startswith("in module `") else None
             return VerifyReport(False, float("inf"), at_fault, f"NOT supported: {refusal}")
+        except Exception:
+            _check_runs(network, images)
+            raise
         dense = _run(network, images, visible, packed=False, seed=seed)
         error, name, message = _compare(packed, dense, kind)
         worst = max(worst, error)
         if error > TOLERANCE:
             return VerifyReport(False, error, name, f"NOT exact: {message}")
     return VerifyReport(True, worst, None, f"exact: worst relative error {worst:.1e}, forward and backward")
+
+
+def _check_runs(network: nn.Module, images: Tensor) -> None:
+    """Raises a ValueError if the network does not run on dense images of this size either."""
+    try:
+        with torch.no_grad():
+            network(images)
+    except Exception as error:
+        size = "×".join(map(str, images.shape[2:]))
+        raise ValueError(
+            f"the network does not run on images of {size}: {error}; give an image_size it takes"
+        ) from error
 
 
 @dataclass

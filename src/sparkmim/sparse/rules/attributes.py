@@ -11,22 +11,22 @@ from torch import Tensor
 from sparkmim.sparse.packed import PackedTensor, block_of, dense_shape, like, register_rule
 
 
-@register_rule("get:shape")
+@register_rule("get:shape", bordered=True)
 def _shape(func: Callable[..., Any], x: PackedTensor, *_: Any) -> torch.Size:
     return dense_shape(x)
 
 
-@register_rule("size")
+@register_rule("size", bordered=True)
 def _size(func: Callable[..., Any], x: PackedTensor, dim: int | None = None) -> torch.Size | int:
     return dense_shape(x) if dim is None else dense_shape(x)[dim]
 
 
-@register_rule("len")
+@register_rule("len", bordered=True)
 def _len(func: Callable[..., Any], x: PackedTensor) -> int:
     return x.patches.batch_size
 
 
-@register_rule("repr", "format")
+@register_rule("repr", "format", bordered=True)
 def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
     block = "×".join(map(str, block_of(x)))
     return f"PackedTensor(shape={list(dense_shape(x))}, dtype={x.dtype}, {x.patches!r}, block={block})"
@@ -36,7 +36,10 @@ def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
     "dim", "ndimension", "get:ndim", "get:dtype", "get:device", "get:layout", "get:names", "get_device",
     "get:is_cuda", "get:is_cpu", "get:is_meta", "get:is_mps", "get:is_xpu", "get:is_sparse", "get:is_mkldnn",
     "get:is_quantized", "get:is_nested", "is_floating_point", "is_complex", "element_size", "get:itemsize",
-    "get:requires_grad", "set:requires_grad", "get:grad_fn", "get:is_leaf", "get:grad", "get:retains_grad",
+    "get:requires_grad", bordered=True,
+)  # fmt: skip
+@register_rule(
+    "set:requires_grad", "get:grad_fn", "get:is_leaf", "get:grad", "get:retains_grad",
     "get:output_nr", "get:version", "is_inference", "register_hook", "retain_grad", "backward", "data_ptr",
     # The stored elements are the visible ones: what normalisation code counts.
     "numel", "nelement",

@@ -12,15 +12,18 @@ from torch import Tensor
 from sparkmim.sparse.gather import Geometry, gather_convolution, multiply_rows
 from sparkmim.sparse.images import image_convolution
 from sparkmim.sparse.packed import (
+    BorderedTensor,
     PackedTensor,
     UnsupportedOperation,
     block_of,
     dense_shape,
     from_rows,
     like,
+    on_dense_map,
     register_rule,
     to_rows,
 )
+from sparkmim.sparse.rules.reduction import sum_by_sample
 
 _FEW_CHANNELS = 8
 """Up to this many input channels, rows are too short to gather: windows of the map go to the dense kernel."""
@@ -73,7 +76,7 @@ def geometry_of(
     return Geometry(block, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
 
 
-@register_rule("conv1d", "conv2d", "conv3d")
+@register_rule("conv1d", "conv2d", "conv3d", bordered=True)
 def _convolution(
     func: Callable[..., Any],
     x: PackedTensor,
@@ -95,6 +98,12 @@ def _convolution(
         after = tuple(size - size // 2 if padding == "same" else 0 for size in total)
     else:
         before = after = per_axis(padding, rank)
+    if isinstance(x, BorderedTensor):
+        if not x.extends_by(0.0):
+            return on_dense_map(x, name, lambda dense: func(dense, weight, bias, stride, padding, dilation, groups))
+        before = tuple(size + extra for size, (extra, _) in zip(before, x.border, strict=True))
+        after = tuple(size + extra for size, (_, extra) in zip(after, x.border, strict=True))
+        x = x.without_border()
     geometry = geometry_of(name, x, kernel, stride, before, dilation, after)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
@@ -124,8 +133,38 @@ def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | 
     return like(x, rows.view(*x.shape[:-1], -1))
 
 
+@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", bordered=True)
+def _transposed_convolution(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return on_dense_map(x, func.__name__, lambda dense: func(dense, *args, **kwargs))
+
+
 @register_rule("matmul", "rmatmul")
 def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor) -> Tensor:
-    if not isinstance(x, PackedTensor) or other.ndim != 2 or x.ndim - 1 in x.axes or isinstance(other, PackedTensor):
-        raise UnsupportedOperation("`matmul` of masked maps has a rule for channels last times a dense matrix only")
-    return like(x, func(x, other))
+    """Over channels, with one matrix for all or one per sample; or over all visible positions of each sample."""
+    if func.__name__ == "__rmatmul__":
+        x, other = other, x
+    left, right = (part if isinstance(part, PackedTensor) else None for part in (x, other))
+    if left is not None and right is not None:
+        over_positions = left.axes == (left.ndim - 1,) and right.axes == (right.ndim - 2,)
+        if over_positions and left.ndim == right.ndim and left.patches is right.patches:
+            return sum_by_sample(torch.matmul(left, right), left.patches)
+    elif left is not None and left.ndim - 1 not in left.axes:
+        if other.ndim == 2:
+            return like(left, torch.matmul(left, other))
+        if left.axes == (left.ndim - 2,) and _one_per_sample(other, left):
+            return like(left, torch.matmul(left, _for_patches(other, left)))
+    elif right is not None and right.axes == (right.ndim - 1,) and _one_per_sample(x, right):
+        return like(right, torch.matmul(_for_patches(x, right), right))
+    raise UnsupportedOperation(
+        "`matmul` of masked maps is defined over channels, or over all positions of flattened maps; this one compares "
+        "positions with each other, as attention does"
+    )
+
+
+def _one_per_sample(matrices: Tensor, x: PackedTensor) -> bool:
+    return matrices.ndim == x.ndim and matrices.shape[0] in (1, x.patches.batch_size)
+
+
+def _for_patches(matrices: Tensor, x: PackedTensor) -> Tensor:
+    """One matrix per sample to one per patch."""
+    return matrices if matrices.shape[0] == 1 else matrices.index_select(0, x.patches.sample)

@@ -19,7 +19,7 @@ from sparkmim.sparse.packed import (
     register_rule,
     to_rows,
 )
-from sparkmim.sparse.rules.reduction import over_samples
+from sparkmim.sparse.rules.reduction import over_samples, per_sample
 
 
 @register_rule("batch_norm")
@@ -47,22 +47,15 @@ def _layer_norm(
     return like(x, func(x, normalized_shape, *args, **kwargs))
 
 
-def _per_sample(x: PackedTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """Normalises `[samples, C, positions]` of each sample's visible positions."""
+def _channels_second(x: PackedTensor) -> PackedTensor:
     if x.axes != tuple(range(2, x.ndim)):
         raise UnsupportedOperation(f"normalisation per sample of a map {list(dense_shape(x))} with channels not second")
-    block, patches = x.shape[2:], x.patches
-    out = [
-        part.unflatten(2, (-1, *block)).movedim(2, 1).flatten(0, 1)  # [samples · m, C, *block]
-        for part in over_samples(x, x, function)
-    ]
-    values = out[0] if patches.uniform else torch.cat(out)
-    return like(x, values)
+    return x
 
 
 @register_rule("group_norm")
 def _group_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
-    return _per_sample(x, lambda sample: func(sample, *args, **kwargs))
+    return per_sample(_channels_second(x), lambda sample: func(sample, *args, **kwargs))
 
 
 @register_rule("instance_norm")
@@ -88,7 +81,9 @@ def _instance_norm(
             var, mean = (torch.cat(parts).mean(0) for parts in zip(*moments, strict=True))
             running_mean.lerp_(mean.to(running_mean.dtype), momentum)
             running_var.lerp_(var.to(running_var.dtype), momentum)
-    return _per_sample(x, lambda sample: F.instance_norm(sample, None, None, weight, bias, True, 0.0, eps))
+    return per_sample(
+        _channels_second(x), lambda sample: F.instance_norm(sample, None, None, weight, bias, True, 0.0, eps)
+    )
 
 
 @register_rule("batch_norm_stats", "batch_norm_backward_reduce", "batch_norm_gather_stats_with_counts")
@@ -112,6 +107,8 @@ def _sync_backward(func: Callable[..., Any], grad: Tensor, x: PackedTensor, *arg
 def _normalize(
     func: Callable[..., Any], x: PackedTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **kwargs: Any
 ) -> Tensor:
+    if x.axes == (dim % x.ndim,):
+        return per_sample(x, lambda sample: F.normalize(sample, p, -1, eps))
     if dim % x.ndim == 0 or dim % x.ndim in x.axes:
-        raise UnsupportedOperation("`normalize` over positions of a masked map has no rule")
+        raise UnsupportedOperation("`normalize` over part of a masked map's axes, or over the batch, has no rule")
     return like(x, func(x, p, dim, eps))

@@ -13,11 +13,13 @@ from torch import Tensor
 from sparkmim.sparse.gather import Geometry
 from sparkmim.sparse.images import gather_windows
 from sparkmim.sparse.packed import (
+    BorderedTensor,
     PackedTensor,
     UnsupportedOperation,
     dense_shape,
     gather_patches,
     like,
+    on_dense_map,
     register_rule,
     to_rows,
 )
@@ -35,7 +37,7 @@ def _windows(x: PackedTensor, geometry: Geometry, outside: float) -> Tensor:
     return gather_windows(to_rows(x), x.patches, geometry.block, start, length, outside)
 
 
-@register_rule("max_pool1d", "max_pool2d", "max_pool3d")
+@register_rule("max_pool1d", "max_pool2d", "max_pool3d", bordered=True)
 def _max_pool(
     func: Callable[..., Any],
     x: PackedTensor,
@@ -51,13 +53,21 @@ def _max_pool(
     rank = x.patches.rank
     kernel = per_axis(kernel_size, rank)
     steps = per_axis(stride, rank) if stride else kernel
-    padding, dilation = per_axis(padding, rank), per_axis(dilation, rank)
-    geometry = geometry_of(func.__name__, x, kernel, steps, padding, dilation, padding, ceil_mode)
-    windows = _windows(x, geometry, outside=-math.inf)
+    before, dilation = per_axis(padding, rank), per_axis(dilation, rank)
+    after, outside = before, -math.inf
+    if isinstance(x, BorderedTensor):
+        if any(before) or not x.extends_by(x.border_value):
+            return on_dense_map(
+                x, func.__name__, lambda dense: func(dense, kernel_size, stride, padding, dilation, ceil_mode)
+            )
+        before, after = (tuple(sizes) for sizes in zip(*x.border, strict=True))
+        outside, x = x.border_value, x.without_border()
+    geometry = geometry_of(func.__name__, x, kernel, steps, before, dilation, after, ceil_mode)
+    windows = _windows(x, geometry, outside)
     return like(x, _MAX_POOLS[rank](windows, kernel, steps, 0, dilation))
 
 
-@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d")
+@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", bordered=True)
 def _avg_pool(
     func: Callable[..., Any],
     x: PackedTensor,
@@ -69,6 +79,9 @@ def _avg_pool(
     divisor_override: int | None = None,
 ) -> Tensor:
     """A window divides by what it would divide by without a mask."""
+    if isinstance(x, BorderedTensor):
+        options = (stride, padding, ceil_mode, count_include_pad, *([divisor_override] if divisor_override else []))
+        return on_dense_map(x, func.__name__, lambda dense: func(dense, kernel_size, *options))
     rank = x.patches.rank
     kernel = per_axis(kernel_size, rank)
     steps = per_axis(stride, rank) if stride else kernel

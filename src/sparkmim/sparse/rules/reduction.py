@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, dense_shape, like, register_rule
 from sparkmim.sparse.rules.elementwise import elementwise
 
@@ -29,6 +30,32 @@ def over_samples(x: Tensor, x_of: PackedTensor, function: Callable[[Tensor], Any
     return [function(part.transpose(0, 1).flatten(1)[None]) for part in torch.split(x, list(patches.counts))]
 
 
+def sum_by_sample(values: Tensor, patches: PatchLayout) -> Tensor:
+    """Adds up what the patches of each sample have: `[n, …]` to `[B, …]`."""
+    if patches.uniform:
+        return torch.unflatten(values, 0, (patches.batch_size, -1)).sum(1)
+    return torch.stack([part.sum(0) for part in torch.split(values, list(patches.counts))])
+
+
+def per_sample(x: PackedTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+    """Applies a function that maps the visible positions of a sample to as many, `[samples, rest, positions]`.
+
+    `rest` stands for all axes that are neither the batch nor the map; for a map `[B, C, *S]` it is the channels.
+    """
+    rest = [axis for axis in range(1, x.ndim) if axis not in x.axes]
+    order = [0, *rest, *x.axes]
+    moved = x.permute(order)  # [n, *rest, *block]
+    sizes = moved.shape[1:]
+    moved = moved.reshape(x.shape[0], -1, *(x.shape[axis] for axis in x.axes))  # [n, prod(rest), *block]
+    parts = [
+        part.unflatten(2, (-1, *moved.shape[2:])).movedim(2, 1).flatten(0, 1)  # [samples · m, prod(rest), *block]
+        for part in over_samples(moved, x, function)
+    ]
+    values = parts[0] if len(parts) == 1 else torch.cat(parts)
+    values = values.reshape(x.shape[0], *sizes)
+    return like(x, values.permute([order.index(axis) for axis in range(x.ndim)]))
+
+
 @register_rule(
     "mean", "sum", "amax", "amin", "max", "min", "var", "std", "var_mean", "std_mean", "logsumexp", "norm",
     "vector_norm", "linalg_vector_norm", "prod", "any", "all", "nanmean", "nansum", "count_nonzero", "aminmax",
@@ -45,6 +72,8 @@ def _reduce(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any
             return func(x, *args, **kwargs)  # over everything that is visible
         raise UnsupportedOperation(f"`{name}` over a whole masked batch has no rule; name the axes")
     spatial = set(x.axes)
+    if {0, *spatial} <= set(dims) and name in ("mean", "sum", "amax", "amin", "var", "std", "var_mean", "std_mean"):
+        return func(x, *args, **kwargs)  # over all visible positions of the batch, as BatchNorm
     if 0 in dims:
         raise UnsupportedOperation(f"`{name}` over the batch axis of a masked map {list(dense_shape(x))} has no rule")
     if not spatial & set(dims):
@@ -54,6 +83,9 @@ def _reduce(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any
             f"`{name}` over axes {dims} of a masked map {list(dense_shape(x))} reduces part of the map's axes: rows "
             "and columns have no fixed number of visible positions"
         )
+    if name in ("softmax", "log_softmax", "softmin") and dims == list(x.axes):
+        kwargs = {key: value for key, value in kwargs.items() if key != "dim"}
+        return per_sample(x, lambda sample: func(sample, -1, *args[1:], **kwargs))
     if name in ("softmax", "log_softmax", "softmin", "argmax", "argmin", "cumsum", "cumprod", "sort", "topk", "median"):
         raise UnsupportedOperation(f"`{name}` over the positions of a masked map has no rule")
     return _reduce_positions(func, x, dims, args, kwargs, position)

@@ -69,6 +69,16 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             axes += wide_out  # one spatial axis as it is, or all of them into one
             size = math.prod(x.shape[axis] for axis in special)
             stored += [size if axis in wide_out else 1 for axis in outputs]
+        elif (
+            len(special) == 1
+            and len(x.axes) == x.patches.rank
+            and wide_in[0] == special[0]
+            and (len(wide_out) == 1 or (len(wide_in) == 1 and _divides_blocks(x, special[0], after[wide_out[0]])))
+        ):
+            # The map's axis into coarser positions and the place within each (space to depth), or back.
+            cells = x.patches.grid[x.axes.index(special[0])]
+            axes.append(wide_out[0])
+            stored += [after[axis] // cells if axis == wide_out[0] else after[axis] for axis in outputs]
         else:
             raise _refuse(func, x, f"to {after} mixes part of the map with other axes")
     return like(x, x.reshape(stored), tuple(axes))
@@ -81,6 +91,12 @@ def _splits_like_grid(x: PackedTensor, inputs: list[int], sizes: list[int]) -> b
         whole = all(size == block * cells for size, block, cells in zip(sizes, blocks, grid, strict=True))
         return whole and math.prod(blocks) == x.shape[x.axes[0]]
     return False
+
+
+def _divides_blocks(x: PackedTensor, axis: int, size: int) -> bool:
+    """Whether `size` coarser positions along an axis are a whole number of every patch's positions."""
+    cells = x.patches.grid[x.axes.index(axis)]
+    return size % cells == 0 and x.shape[axis] % (size // cells) == 0
 
 
 def _matching_axes(before: list[int], after: list[int]) -> list[tuple[list[int], list[int]]]:

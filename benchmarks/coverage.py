@@ -1,0 +1,162 @@
+"""Which networks are exact under masking: `sparkmim verify` over every model that timm registers.
+
+    python benchmarks/coverage.py --out benchmarks/results/coverage.jsonl
+    python benchmarks/coverage.py --out /tmp/new.jsonl --models "resnet*" convnext_tiny
+
+Each network is verified in a process of its own, of bounded memory and time, forward and backward, in float64, at
+three patches per side and a batch of two. Results are appended as they come; a second call goes on with what is
+missing, and `--again STATUS` repeats those of one status.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fnmatch
+import json
+import multiprocessing
+import os
+import resource
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import model_entrypoint
+
+import sparkmim
+from sparkmim.models import create_encoder
+from sparkmim.models.hierarchy import NoHierarchy
+
+LARGE = 120e6
+"""Networks of more parameters are verified one at a time."""
+
+
+def family(name: str) -> str:
+    """The module of timm that a model comes from."""
+    return model_entrypoint(name).__module__.rpartition(".")[-1]
+
+
+def parameters_of(names: list[str]) -> dict[str, int]:
+    """Parameters of every model, counted without making any."""
+    counts = {}
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name in names:
+            try:
+                counts[name] = sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())
+            except Exception:
+                counts[name] = 0
+    return counts
+
+
+def check(name: str) -> dict[str, Any]:
+    """Verifies one network."""
+    row: dict[str, Any] = {"model": name, "family": family(name)}
+    torch.manual_seed(0)
+    try:
+        encoder = create_encoder(name)
+        try:
+            report = sparkmim.verify(encoder)
+        except ValueError as error:
+            if isinstance(error, NoHierarchy):
+                raise
+            # Some take images of one size only.
+            report = sparkmim.verify(encoder, image_size=encoder.default_cfg["input_size"][1:])
+    except MemoryError:
+        return {**row, "status": "out of memory"}
+    except NoHierarchy as error:
+        return {**row, "status": "no hierarchy", "message": str(error)}
+    except Exception as error:
+        message = f"{type(error).__name__}: {error}"
+        out_of_memory = "can't allocate memory" in message
+        return {**row, "status": "out of memory" if out_of_memory else "failed", "message": message}
+    if report.exact:
+        return {**row, "status": "exact", "error": report.error}
+    refused = report.error == float("inf") and report.message.startswith("NOT supported")
+    return {
+        **row,
+        "status": "refused" if refused else "wrong",
+        "module": report.module,
+        "message": report.message,
+    }
+
+
+def child(name: str, memory: float, threads: int, pipe: Any) -> None:
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+    with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
+        torch.set_num_threads(threads)
+        warnings.simplefilter("ignore")
+        pipe.send(check(name))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--models", nargs="*", default=["*"], help="names or patterns")
+    parser.add_argument("--smallest", action="store_true", help="only the smallest network of each family")
+    parser.add_argument("--again", nargs="*", default=[], help="statuses to repeat")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--memory", type=float, default=9.0, help="GiB per small network")
+    parser.add_argument("--large-memory", type=float, default=20.0, help="GiB for a large one")
+    parser.add_argument("--minutes", type=float, default=10.0, help="per network")
+    args = parser.parse_args()
+
+    names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)]
+    counts = parameters_of(names)
+    if args.smallest:
+        smallest: dict[str, str] = {}
+        for name in sorted(names, key=lambda n: (counts[n] or 1e12, n)):
+            smallest.setdefault(family(name), name)
+        names = sorted(smallest.values())
+    rows: dict[str, dict[str, Any]] = {}
+    if args.out.is_file():
+        for line in args.out.read_text().splitlines():
+            row = json.loads(line)
+            rows[row["model"]] = row
+    todo = [n for n in names if n not in rows or rows[n]["status"] in args.again]
+    todo.sort(key=lambda n: (counts[n] > LARGE, "vit" in family(n) or "transformer" in family(n), counts[n]))
+    context = multiprocessing.get_context("fork")  # torch and timm are imported once
+    running: dict[Any, tuple[str, Any, float]] = {}
+    while todo or running:
+        while todo and len(running) < args.workers:
+            large = counts[todo[0]] > LARGE
+            if large and running:
+                break
+            name = todo.pop(0)
+            receive, send = context.Pipe(duplex=False)
+            memory = args.large_memory if large else args.memory
+            process = context.Process(target=child, args=(name, memory, (os.cpu_count() or 1) if large else 1, send))
+            process.start()
+            send.close()
+            running[process] = (name, receive, time.monotonic())
+            if large:
+                break
+        time.sleep(0.02)
+        for process, (name, receive, started) in list(running.items()):
+            seconds = time.monotonic() - started
+            row = None
+            if receive.poll():
+                with contextlib.suppress(EOFError):
+                    row = receive.recv()
+            late = seconds > 60 * args.minutes
+            if row is None and process.is_alive() and not late:
+                continue
+            if row is None:
+                row = {"model": name, "family": family(name), "status": "out of time" if late else "out of memory"}
+                if process.is_alive() and process.pid:
+                    os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            del running[process]
+            row |= {"parameters": counts[name], "seconds": round(seconds, 1)}
+            rows[name] = row
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(f"{name:45s} {row['status']:14s} {row.get('error', '')} {row.get('message', '')[:230]}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
