@@ -3,10 +3,21 @@
 import math
 
 import pytest
+import timm
 import torch
 from torch import nn
 
-from sparkmim.models.decoder import ChannelLayerNorm, Decoder, DecoderBlock, Densify, NormKind, initialise
+from sparkmim.models.decoder import (
+    ChannelLayerNorm,
+    ConvNeXtBlock,
+    Decoder,
+    DecoderBlock,
+    Densify,
+    FCMAEDecoder,
+    NormKind,
+    initialise,
+    upsampling_factors,
+)
 from sparkmim.sparse import PatchLayout, pack
 
 
@@ -43,8 +54,65 @@ def test_widths_that_do_not_halve() -> None:
         Decoder(100, (4, 8, 16, 32))
     with pytest.raises(ValueError, match="decoder_width 0 must be a multiple of 32"):
         Decoder(0, (32,))
-    with pytest.raises(ValueError, match=r"strides \[3, 6\] are no powers of 2"):
-        Decoder(32, (3, 6))
+    with pytest.raises(ValueError, match=r"from stride 6 to stride 4, which does not divide it"):
+        Decoder(32, (4, 6))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("strides", [(7,), (7, 14), (2, 12), (3, 6)])
+def test_strides_that_are_no_powers_of_two(strides: tuple[int, ...], rank: int) -> None:
+    """One block per prime factor; strides that the decoder passes get their map."""
+    decoder = Decoder(32, strides, channels=2, rank=rank).eval()
+    size = strides[-1]
+    maps = [
+        torch.randn(1, decoder.width_at(stride), *(2 * size // stride,) * rank, requires_grad=True)
+        for stride in strides
+    ]
+    out = decoder(maps)
+    assert out.shape == (1, 2, *(2 * size,) * rank)
+    assert all(grad.abs().sum() > 0 for grad in torch.autograd.grad(out.square().sum(), maps))
+
+
+def test_factors() -> None:
+    assert upsampling_factors([4, 8, 16, 32]) == [2] * 5
+    assert upsampling_factors([3, 12]) == [2, 2, 3]
+    assert upsampling_factors([7]) == [7]
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_fcmae(rank: int) -> None:
+    """Every position of the deepest map predicts the pixels beneath it, in their places."""
+    visible = torch.zeros(2, *(2,) * rank, dtype=torch.bool)
+    visible.view(2, -1)[:, 0] = True
+    decoder = FCMAEDecoder(16, 6, stride=4, channels=3, rank=rank)
+    initialise(decoder)
+    assert 0 < decoder.mask_token.abs().max() <= 0.02
+    map_ = torch.randn(2, 6, *(4,) * rank)
+    packed = pack(map_, PatchLayout(visible))
+    out = decoder([packed, packed])
+    assert out.shape == (2, 3, *(16,) * rank)
+    mask = visible
+    for axis in range(1, 1 + rank):
+        mask = mask.repeat_interleave(2, axis)
+    filled = torch.where(mask.unsqueeze(1), decoder.project(map_), decoder.mask_token)
+    prediction = decoder.head(decoder.block(filled))
+    at = (1, slice(None), *(3,) * rank)  # the last position of the second sample
+    corner = (1, slice(None), *(slice(12, 16),) * rank)
+    torch.testing.assert_close(out[corner].flatten(), prediction[at], rtol=1e-5, atol=1e-6)
+
+
+def test_the_block_is_that_of_convnext_v2() -> None:
+    """timm's, weight by weight."""
+    ours = ConvNeXtBlock(8)
+    theirs = timm.models.convnext.ConvNeXtBlock(8, use_grn=True, ls_init_value=None, norm_layer=nn.LayerNorm)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter)
+    names = {"depthwise": "conv_dw", "norm": "norm", "expand": "mlp.fc1", "response": "mlp.grn", "reduce": "mlp.fc2"}
+    state = {f"{names[name.split('.')[0]]}.{name.split('.')[1]}": t for name, t in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    theirs.norm.eps = 1e-6
+    x = torch.randn(2, 8, 5, 6)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("norm", ["batch", "layer", "none"])

@@ -9,7 +9,8 @@ import torchvision
 from small_networks import PlainCNN, signal_network, volume_network
 from torch import Tensor, nn
 
-from sparkmim.models import Hierarchy, create_encoder
+from sparkmim.models import Hierarchy, create_encoder, verify_encoder
+from sparkmim.models.hierarchy import NoHierarchy
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
     "resnet18": (lambda: timm.create_model("resnet18"), (4, 8, 16, 32), (64, 128, 256, 512)),
@@ -88,7 +89,6 @@ def test_other_ranks() -> None:
 
 
 def test_the_deepest_maps() -> None:
-    assert Hierarchy(timm.create_model("resnet18"), max_maps=2).strides == (16, 32)
     layers = [nn.Conv2d(3 if i == 0 else 4, 4, 2, 2) for i in range(6)]
     assert Hierarchy(nn.Sequential(*layers)).strides == (8, 16, 32, 64)
 
@@ -109,10 +109,83 @@ class NoMaps(nn.Module):
 
 
 def test_no_hierarchy() -> None:
-    with pytest.raises(ValueError, match=r"NoMaps has no hierarchy of 2-D feature maps that divide the image evenly"):
+    with pytest.raises(NoHierarchy, match=r"NoMaps has no module whose output is a 2-D feature map that divides"):
         Hierarchy(NoMaps())
-    with pytest.raises(ValueError, match=r"no hierarchy of 2-D feature maps"):
+    with pytest.raises(NoHierarchy, match=r"pad its convolutions"):
         Hierarchy(nn.Sequential(nn.Conv2d(3, 4, 3)))  # shrinks: no map divides the image
+    with pytest.raises(NoHierarchy, match=r"no feature map of InceptionV3 divides .* 3×256×256 gave 64×125×125"):
+        Hierarchy(timm.create_model("inception_v3"))
+
+
+def test_stages() -> None:
+    network = timm.create_model("resnet18")
+    assert Hierarchy(network).strides == (4, 8, 16, 32)
+    shallow = Hierarchy(network, stages=2)
+    assert shallow.strides == (4, 8)
+    assert {name.split(".")[0] for name in shallow.unreached} == {"layer3", "layer4", "fc"}
+    assert Hierarchy(PlainCNN(), stages=1).stride == Hierarchy(PlainCNN()).strides[0]
+    with pytest.raises(ValueError, match=r"stages is 5; ResNet has 4 to use, so it takes 1 to 4"):
+        Hierarchy(network, stages=5)
+
+
+class UNet(nn.Module):
+    """An encoder, and a decoder that comes back to its strides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down1 = nn.Conv2d(3, 4, 3, 2, padding=1)
+        self.down2 = nn.Conv2d(4, 8, 3, 2, padding=1)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.down1(x)
+        return x + self.up(self.down2(x))
+
+
+def test_ambiguous_maps_are_asked_for() -> None:
+    with pytest.raises(NoHierarchy, match=r"feature_modules=\[...\]: down1 4×128×128, down2 8×64×64, up 4×128×128"):
+        Hierarchy(UNet())
+    hierarchy = Hierarchy(UNet(), feature_modules=["down1", "down2"])
+    assert (hierarchy.strides, hierarchy.channels, hierarchy.unreached) == ((2, 4), (4, 8), ("up.weight", "up.bias"))
+    assert Hierarchy(timm.create_model("resnet18"), feature_modules=["layer1", "layer3.0"]).strides == (4, 16)
+    with pytest.raises(ValueError, match=r"no module named 'dwn1' for feature_modules; there is down1"):
+        Hierarchy(UNet(), feature_modules=["dwn1"])
+    with pytest.raises(NoHierarchy, match=r"ascending strides: 3×256×256 gave 8×64×64, 4×128×128"):
+        Hierarchy(UNet(), feature_modules=["down2", "up"])
+    with pytest.raises(ValueError, match="feature_modules is empty"):
+        Hierarchy(UNet(), feature_modules=[])
+
+
+def test_odd_strides() -> None:
+    """They are read off at a size that they divide."""
+    assert Hierarchy(nn.Sequential(nn.Conv2d(3, 4, 7, 7), nn.ReLU(), nn.Conv2d(4, 4, 2, 2))).strides == (7, 14)
+
+
+def test_a_coarser_map_inside_decides_on_the_patch() -> None:
+    class Detour(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.pool = nn.Conv2d(3, 4, 2, 2), nn.AvgPool2d(4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.stem(x)
+            return x + nn.functional.interpolate(self.pool(x), scale_factor=4)
+
+    hierarchy = Hierarchy(Detour(), feature_modules=["stem"])
+    assert (hierarchy.stride, hierarchy.patch_unit) == (2, 2)  # what follows the last map is not run
+    network = nn.Sequential(Detour(), nn.Conv2d(4, 8, 2, 2))
+    hierarchy = Hierarchy(network, feature_modules=["0", "1"])
+    assert (hierarchy.stride, hierarchy.patch_unit) == (4, 8)
+    assert verify_encoder(network, feature_modules=["0", "1"]).exact
+    with pytest.raises(ValueError, match=r"patch_size 4 is no multiple of .* 8"):
+        verify_encoder(network, patch_size=4, feature_modules=["0", "1"])
+
+
+def test_the_rank_must_fit() -> None:
+    with pytest.raises(ValueError, match=r"ResNet convolves in 2-D, but images of 3 spatial axes"):
+        Hierarchy(timm.create_model("resnet18"), rank=3)
+    with pytest.raises(ValueError, match=r"1, 2 or 3 spatial axes, not 4"):
+        Hierarchy(timm.create_model("resnet18"), rank=4)
 
 
 def test_encoders_by_name() -> None:

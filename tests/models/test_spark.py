@@ -11,17 +11,18 @@ from small_networks import PlainCNN, signal_network, volume_network
 from torch import Tensor, nn
 
 from sparkmim.models import SparK, create_encoder
-from sparkmim.models.spark import (
-    encoder_norm,
-    from_patches,
-    patch_statistics,
-    reconstruction_loss,
-    to_patches,
-)
+from sparkmim.models.patches import from_patches, patch_statistics, reconstruction_loss, to_patches
+from sparkmim.models.spark import encoder_norm
 
 CASES: dict[str, tuple[Callable[[], SparK], tuple[int, ...], tuple[int, ...]]] = {
     "square": (lambda: SparK(PlainCNN(), 32, decoder_width=16), (3, 32, 32), (4, 4)),
     "not square": (lambda: SparK(PlainCNN(), (16, 40), decoder_width=16), (3, 16, 40), (2, 5)),
+    "fcmae": (lambda: SparK(PlainCNN(), 32, decoder="fcmae", decoder_width=16), (3, 32, 32), (4, 4)),
+    "fcmae, larger patches": (lambda: SparK(PlainCNN(), 32, patch_size=16, decoder="fcmae", decoder_width=16),
+                              (3, 32, 32), (2, 2)),
+    "fcmae of a volume": (lambda: SparK(volume_network(), 16, channels=1, decoder="fcmae", decoder_width=16),
+                          (1, 16, 16, 16), (4, 4, 4)),
+    "fewer stages": (lambda: SparK(PlainCNN(), (16, 32), stages=2, decoder_width=16), (3, 16, 32), (4, 8)),
     "larger patches": (lambda: SparK(PlainCNN(), 48, patch_size=16, decoder_width=16), (3, 48, 48), (3, 3)),
     "other channels": (lambda: SparK(PlainCNN(5), 32, decoder_width=16, channels=5), (5, 32, 32), (4, 4)),
     "by name": (lambda: SparK("resnet18", 64, decoder_width=32), (3, 64, 64), (2, 2)),

@@ -1,4 +1,4 @@
-"""The dense decoder, and the step from sparse maps to dense ones (paper, section 3.2 and 3.3)."""
+"""From sparse feature maps to an image: SparK's hierarchical decoder, and the single block of FCMAE."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparkmim.models.patches import from_patches
 from sparkmim.sparse import PackedTensor, unpack
 
 NormKind = Literal["batch", "layer", "none"]
@@ -64,12 +65,20 @@ class Densify(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Doubles the resolution and halves the channels."""
+    """Multiplies the resolution and halves the channels.
 
-    def __init__(self, channels: int, rank: int = 2) -> None:
+    Args:
+        channels: `c` of the input.
+        rank: number of spatial axes.
+        factor: of the resolution. At 2, the transposed convolution is the paper's: kernel 4, padding 1; others
+            overlap as far on both sides.
+    """
+
+    def __init__(self, channels: int, rank: int = 2, factor: int = 2) -> None:
         super().__init__()
         conv, norm = _CONV[rank], _BATCH_NORM[rank]
-        self.upsample = _CONV_TRANSPOSE[rank](channels, channels, 4, stride=2, padding=1)
+        overlap = factor // 2
+        self.upsample = _CONV_TRANSPOSE[rank](channels, channels, factor + 2 * overlap, stride=factor, padding=overlap)
         self.conv1 = conv(channels, channels, 3, padding=1, bias=False)
         self.norm1 = norm(channels)
         self.conv2 = conv(channels, channels // 2, 3, padding=1, bias=False)
@@ -77,7 +86,7 @@ class DecoderBlock(nn.Module):
         self.act = nn.ReLU6(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, c, *S]` to `[B, c / 2, *2S]`."""
+        """`[B, c, *S]` to `[B, c / 2, *(factor · S)]`."""
         x = self.upsample(x)
         x = self.act(self.norm1(self.conv1(x)))
         out: Tensor = self.norm2(self.conv2(x))
@@ -85,41 +94,141 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Rebuilds the image from densified maps: a light UNet-like decoder.
+    """Rebuilds the image from densified maps: a light UNet-like decoder (paper, section 3.3).
+
+    One block per doubling of the resolution; where strides are no powers of two, one per prime factor.
 
     Args:
         width: channels at the deepest map; halves with each block.
-        strides: strides of the maps it is given, ascending.
+        strides: strides of the maps it is given, ascending, each a multiple of the one before.
         channels: image channels.
         rank: number of spatial axes.
 
     Raises:
-        ValueError: if a stride is no power of two or the width does not halve that often.
+        ValueError: if strides do not divide each other, or the width does not halve that often.
     """
 
     def __init__(self, width: int, strides: Sequence[int], channels: int = 3, rank: int = 2) -> None:
         super().__init__()
-        if any(stride & (stride - 1) for stride in strides):
-            raise ValueError(f"the decoder doubles resolution step by step; strides {list(strides)} are no powers of 2")
-        depth = int(math.log2(strides[-1]))
+        self.strides = tuple(strides)
+        factors = upsampling_factors(strides)
+        depth = len(factors)
         if width <= 0 or width % 2**depth:
             near = max(1, round(width / 2**depth)) * 2**depth
             raise ValueError(
                 f"decoder_width {width} must be a multiple of {2**depth} (halved {depth} times); use {near}"
             )
-        self.strides = tuple(strides)
-        self.blocks = nn.ModuleList(DecoderBlock(width // 2**i, rank) for i in range(depth))
+        self.blocks = nn.ModuleList(DecoderBlock(width // 2**i, rank, factor) for i, factor in enumerate(factors))
         self.head = _CONV[rank](width // 2**depth, channels, 1)
+        self.block_strides = tuple(strides[-1] // math.prod(factors[:i]) for i in range(depth))
+
+    def width_at(self, stride: int) -> int:
+        """Channels of the map that is added at a stride."""
+        width: int = self.blocks[self.block_strides.index(stride)].upsample.in_channels  # type: ignore[union-attr, assignment]
+        return width
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Dense maps, shallow to deep, each of the width at its stride, to an image `[B, C, *S]`."""
         at_stride = dict(zip(self.strides, maps, strict=True))
         x = at_stride.pop(self.strides[-1])
-        for i, block in enumerate(self.blocks):
-            skip = at_stride.get(self.strides[-1] // 2**i)
+        for stride, block in zip(self.block_strides, self.blocks, strict=True):
+            skip = at_stride.get(stride)
             x = block(x if skip is None else x + skip)
         image: Tensor = self.head(x)
         return image
+
+
+def upsampling_factors(strides: Sequence[int]) -> list[int]:
+    """By how much each block multiplies the resolution, from the deepest map to the image.
+
+    >>> upsampling_factors([4, 8, 16, 32])
+    [2, 2, 2, 2, 2]
+    >>> upsampling_factors([3, 12])
+    [2, 2, 3]
+
+    Raises:
+        ValueError: if a stride does not divide the next one.
+    """
+    factors: list[int] = []
+    for shallow, deep in reversed(list(zip((1, *strides), strides, strict=False))):
+        if deep % shallow:
+            raise ValueError(
+                f"the decoder cannot go from stride {deep} to stride {shallow}, which does not divide it; choose maps "
+                "of other strides with feature_modules"
+            )
+        ratio, prime = deep // shallow, 2
+        while ratio > 1:
+            while ratio % prime == 0:
+                factors.append(prime)
+                ratio //= prime
+            prime += 1
+    return factors
+
+
+class ResponseNorm(nn.Module):
+    """Global response normalisation over the map (ConvNeXt V2, section 3.2): `[B, *S, C]` to the same."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim - 1)), keepdim=True)  # [B, 1, …, C]
+        relative: Tensor = energy / (energy.mean(-1, keepdim=True) + 1e-6)
+        return x + self.weight * (x * relative) + self.bias
+
+
+class ConvNeXtBlock(nn.Module):
+    """The block of ConvNeXt V2, of any rank: depthwise 7×7, LayerNorm, and an MLP with response normalisation."""
+
+    def __init__(self, channels: int, rank: int = 2) -> None:
+        super().__init__()
+        self.depthwise = _CONV[rank](channels, channels, 7, padding=3, groups=channels)
+        self.norm = nn.LayerNorm(channels, eps=1e-6)
+        self.expand = nn.Linear(channels, 4 * channels)
+        self.act = nn.GELU()
+        self.response = ResponseNorm(4 * channels)
+        self.reduce = nn.Linear(4 * channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[B, C, *S]` to the same."""
+        out = self.norm(self.depthwise(x).movedim(1, -1))  # [B, *S, C]
+        out = self.reduce(self.response(self.act(self.expand(out))))
+        result: Tensor = x + out.movedim(-1, 1)
+        return result
+
+
+class FCMAEDecoder(nn.Module):
+    """The decoder of ConvNeXt V2's masked autoencoder (Woo et al., 2023, arXiv:2301.00808, section 3.1).
+
+    Projects the deepest map, puts a learned token at masked positions, runs one ConvNeXt block, and predicts the
+    pixels of each position linearly.
+
+    Args:
+        width: channels of the block; the paper's is 512.
+        channels_in: of the deepest map.
+        stride: of the deepest map.
+        channels: image channels.
+        rank: number of spatial axes.
+    """
+
+    def __init__(self, width: int, channels_in: int, stride: int, channels: int = 3, rank: int = 2) -> None:
+        super().__init__()
+        if width <= 0:
+            raise ValueError(f"decoder_width {width} must be above 0; the paper's is 512")
+        self.stride, self.rank = stride, rank
+        self.project = _CONV[rank](channels_in, width, 1)
+        self.mask_token = nn.Parameter(torch.zeros(1, width, *(1,) * rank))
+        self.block = ConvNeXtBlock(width, rank)
+        self.head = _CONV[rank](width, channels * stride**rank, 1)
+
+    def forward(self, maps: Sequence[PackedTensor]) -> Tensor:
+        """Packed maps, of which the deepest counts, to an image `[B, C, *S]`."""
+        projected: PackedTensor = self.project(maps[-1])
+        x = self.head(self.block(unpack(projected, fill=self.mask_token)))  # [B, C · stride^rank, *(S / stride)]
+        patches = x.flatten(2).transpose(1, 2)  # [B, positions, C · stride^rank]
+        return from_patches(patches, x.shape[2:], (self.stride,) * self.rank)
 
 
 def initialise(module: nn.Module) -> None:
@@ -129,7 +238,7 @@ def initialise(module: nn.Module) -> None:
             nn.init.trunc_normal_(part.weight, std=0.02)
         elif isinstance(part, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(part, Densify):
+        elif isinstance(part, Densify | FCMAEDecoder):
             nn.init.trunc_normal_(part.mask_token, std=0.02, a=-0.02, b=0.02)
         if isinstance(getattr(part, "bias", None), nn.Parameter):
             nn.init.zeros_(part.bias)  # type: ignore[arg-type]

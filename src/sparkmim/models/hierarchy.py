@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.modules.conv import _ConvNd
 
 MAX_MAPS = 4
 """The method decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
@@ -18,9 +20,11 @@ MAX_MAPS = 4
 _PROBE_SIZES = {1: (4096, 3360), 2: (256, 224), 3: (128, 112)}
 """Image sizes, by rank, at which strides are read off, until one divides; on the meta device, so size costs nothing."""
 
+_SHOWN_CANDIDATES = 12
+
 
 class NoHierarchy(ValueError):
-    """A network without feature maps to pretrain on."""
+    """A network whose feature maps cannot be found, or do not divide the image."""
 
 
 class Hierarchy(nn.Module):
@@ -33,8 +37,9 @@ class Hierarchy(nn.Module):
         encoder: a module that maps images `[B, C, *S]` to anything, through feature maps.
         channels: image channels `C`.
         rank: number of spatial axes.
-        max_maps: how many of the deepest maps to return.
         image_size: one more size to try, for networks that take images of one size only; timm's know theirs.
+        stages: how many of the maps to return, from the shallowest on; None for all (four at most).
+        feature_modules: names of the modules whose outputs are the maps, shallow to deep; None to find them.
 
     Attributes:
         strides: total stride of each map, ascending.
@@ -42,7 +47,8 @@ class Hierarchy(nn.Module):
         unreached: names of the encoder's parameters that no map depends on, such as a classifier's.
 
     Raises:
-        NoHierarchy: if no hierarchy of maps is found; it is a ValueError.
+        NoHierarchy: if no hierarchy of maps is found, or more than one could be meant; it is a ValueError.
+        ValueError: if the encoder does not run on such images, or an argument does not fit it.
     """
 
     def __init__(
@@ -50,47 +56,71 @@ class Hierarchy(nn.Module):
         encoder: nn.Module,
         channels: int = 3,
         rank: int = 2,
-        max_maps: int = MAX_MAPS,
         image_size: Sequence[int] | None = None,
+        stages: int | None = None,
+        feature_modules: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if isinstance(encoder, torch._dynamo.eval_frame.OptimizedModule):
             raise ValueError("the encoder is wrapped by torch.compile; pass the module itself")
+        if rank not in _PROBE_SIZES:
+            raise ValueError(f"images have 1, 2 or 3 spatial axes, not {rank}")
+        if rank_of(encoder, default=rank) != rank:
+            raise ValueError(
+                f"{type(encoder).__name__} convolves in {rank_of(encoder)}-D, but images of {rank} spatial axes were "
+                "asked for; give image_size one number per axis"
+            )
         self.encoder = encoder
+        self._stages = stages
+        self._given = None if feature_modules is None else _existing(encoder, feature_modules)
         sizes = [(size,) * rank for size in _PROBE_SIZES[rank]]
         if image_size is None:
             image_size = getattr(encoder, "default_cfg", {}).get("input_size", (0,))[1:]
         if len(image_size) == rank:
-            sizes.append(tuple(image_size))  # some networks take images of one size only
+            sizes.append(tuple(image_size))
         refusals: list[ValueError] = []
         for size in sizes:
             try:
-                self._find_maps((2, channels, *size), max_maps)
+                self._find_maps((2, channels, *size))
                 return
             except ValueError as refusal:
                 refusals.append(refusal)
         # A network that runs, and has no maps, says more than one that does not take the size.
         raise next((refusal for refusal in refusals if isinstance(refusal, NoHierarchy)), refusals[-1])
 
-    def _find_maps(self, shape: tuple[int, ...], max_maps: int) -> None:
+    def _find_maps(self, shape: tuple[int, ...]) -> None:
+        """Decides what the maps are, from a run on images of one shape."""
         self._indices: list[int] | None = None
         self._names: list[str] | None = None
         self._coarsest = 1
-        maps: list[Tensor] = []
-        if hasattr(self.encoder, "forward_intermediates") and len(shape) == 4:
-            maps = self._probe(shape, train=False)
-            chosen = _deepest([(_stride(shape, map_.shape), i) for i, map_ in enumerate(maps)], max_maps)
-            self._indices = [i for _, i in chosen]
+        kind = type(self.encoder).__name__
+        size = "×".join(map(str, shape[1:]))
+        if self._given is not None:
+            self._names = self._given
+        elif hasattr(self.encoder, "forward_intermediates") and len(shape) == 4:
+            shapes = [map_.shape for map_ in self._probe(shape, train=False)]
+            self._indices = [i for _, i in _deepest([(_stride(shape, found), i) for i, found in enumerate(shapes)])]
+            if not self._indices:
+                shown = ", ".join("×".join(map(str, found[1:])) for found in shapes)
+                raise NoHierarchy(f"no feature map of {kind} divides the image evenly: {size} gave {shown}")
         else:
-            self._names = _traced_names(self, shape, max_maps)
-        maps = self._probe(shape, train=True) if self._indices or self._names else maps
+            self._names = self._trace(shape)
+        count = len(self._indices or self._names or ())
+        if self._stages is not None and not 0 < self._stages <= count:
+            raise ValueError(f"stages is {self._stages}; {kind} has {count} to use, so it takes 1 to {count}")
+        if self._indices is not None:
+            self._indices = self._indices[: self._stages]
+        if self._names is not None:
+            self._names = self._names[: self._stages]
+
+        maps = self._probe(shape, train=True)
         self.strides = tuple(_stride(shape, map_.shape) or 0 for map_ in maps)
         self.channels = tuple(map_.shape[1] for map_ in maps)
-        if not maps or any(map_.ndim != len(shape) for map_ in maps) or not all(self.strides):
-            found = ", ".join("×".join(map(str, map_.shape[1:])) for map_ in maps)
+        if not all(self.strides) or list(self.strides) != sorted(set(self.strides)):
+            shown = ", ".join("×".join(map(str, map_.shape[1:])) for map_ in maps)
             raise NoHierarchy(
-                f"{type(self.encoder).__name__} has no hierarchy of {len(shape) - 2}-D feature maps that divide the "
-                f"image evenly: an image of {'×'.join(map(str, shape[1:]))} gave {found or 'none'}"
+                f"the feature maps of {kind} must divide the image evenly and have ascending strides: {size} gave "
+                f"{shown}"
             )
 
     @property
@@ -123,9 +153,8 @@ class Hierarchy(nn.Module):
         images = torch.empty(shape, device="meta", dtype=dtype)
         probe = _Probe(self, list(tensors.values()) if train else [])
         state = {f"hierarchy.{name}": tensor for name, tensor in {**tensors, **buffers}.items()}
-        handles = (
-            [module.register_forward_hook(self._coarsen(shape)) for module in self.encoder.modules()] if train else []
-        )
+        modules = self.encoder.modules() if train else ()
+        handles = [module.register_forward_hook(self._coarsen(shape)) for module in modules]
         try:
             with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
                 maps, reached = functional_call(probe, state, (images,), tie_weights=True)
@@ -145,6 +174,53 @@ class Hierarchy(nn.Module):
                 self._coarsest = max(self._coarsest, stride)
 
         return hook
+
+    def _trace(self, shape: tuple[int, ...]) -> list[str]:
+        """Names of the modules whose outputs are the hierarchy.
+
+        Raises:
+            NoHierarchy: if there is none, or if maps get finer again, so that the last at a stride may not be meant.
+        """
+        calls = _traced_calls(self.encoder, shape)
+        found = sorted((calls[name].done, name) for name in _units(self.encoder, calls))
+        maps = [(calls[name].stride, name) for _, name in found if calls[name].times == 1]
+        chosen = _deepest(maps)
+        order = [name for _, name in maps]
+        at = [order.index(name) for _, name in chosen]
+        if chosen and at == sorted(at):
+            return [name for _, name in chosen]
+        candidates = [f"{name} {'×'.join(map(str, calls[name].shape[1:]))}" for stride, name in maps if stride]
+        if not candidates:
+            raise NoHierarchy(
+                f"{type(self.encoder).__name__} has no module whose output is a {len(shape) - 2}-D feature map that "
+                f"divides an image of {'×'.join(map(str, shape[1:]))} evenly; pad its convolutions"
+            )
+        left_out = len(candidates) - _SHOWN_CANDIDATES
+        shown = ", ".join(candidates[:_SHOWN_CANDIDATES]) + (f" and {left_out} more" if left_out > 0 else "")
+        raise NoHierarchy(
+            f"the maps of {type(self.encoder).__name__} get finer again, so its encoder could be one of several; name "
+            f"its maps, shallow to deep, with feature_modules=[...]: {shown}"
+        )
+
+
+def rank_of(encoder: nn.Module, default: int = 2) -> int:
+    """The number of spatial axes that a network convolves over, by its convolution layers."""
+    return max(
+        (len(module.kernel_size) for module in encoder.modules() if isinstance(module, _ConvNd)), default=default
+    )
+
+
+def _existing(encoder: nn.Module, names: Sequence[str]) -> list[str]:
+    known = [name for name, _ in encoder.named_modules() if name]
+    for name in names:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3) or known[:5]
+            raise ValueError(
+                f"{type(encoder).__name__} has no module named {name!r} for feature_modules; there is {', '.join(near)}"
+            )
+    if not names:
+        raise ValueError("feature_modules is empty; name at least one module, or leave it out")
+    return list(names)
 
 
 class _Probe(nn.Module):
@@ -171,6 +247,8 @@ def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
     """Says what was being done when the network would not run."""
     try:
         yield
+    except NoHierarchy:
+        raise
     except Exception as error:
         size = "×".join(map(str, shape[1:]))
         raise ValueError(
@@ -187,13 +265,13 @@ def _stride(image: Sequence[int], map_: Sequence[int]) -> int | None:
     return int(stride) if not strides and stride == int(stride) >= 1 else None
 
 
-def _deepest(found: list[tuple[int | None, Any]], count: int) -> list[tuple[int, Any]]:
-    """The last entry at each stride, of the `count` largest strides, ascending; entries come in order of execution."""
+def _deepest(found: Sequence[tuple[int | None, Any]]) -> list[tuple[int, Any]]:
+    """The last entry at each of the largest strides, ascending; entries come in order of execution."""
     last: dict[int, Any] = {}
     for stride, entry in found:
         if stride is not None and stride > 1:  # at full resolution no decoder block is left to take a map
             last[stride] = entry
-    return sorted(last.items())[-count:]
+    return sorted(last.items())[-MAX_MAPS:]
 
 
 @dataclass
@@ -201,22 +279,25 @@ class _Call:
     """What a traced module made of its input, and when it was done."""
 
     input: int | None  # stride
-    output: int | None
+    stride: int | None  # of the output
+    shape: Sequence[int]
     done: int
+    times: int
 
 
-def _traced_names(hierarchy: Hierarchy, shape: tuple[int, ...], max_maps: int) -> list[str]:
-    """Names of the modules whose outputs are the hierarchy."""
-    encoder = hierarchy.encoder
+def _traced_calls(encoder: nn.Module, shape: tuple[int, ...]) -> dict[str, _Call]:
     calls: dict[str, _Call] = {}
+    count = 0
 
     def record(name: str) -> Any:
         def hook(_: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-            strides = [
-                _stride(shape, value.shape) if isinstance(value, Tensor) else None
-                for value in (inputs[0] if inputs else None, output)
-            ]
-            calls[name] = _Call(strides[0], strides[1], len(calls))
+            nonlocal count
+            count += 1
+            first, out = (
+                value.shape if isinstance(value, Tensor) else () for value in (inputs[0] if inputs else None, output)
+            )
+            times = calls[name].times + 1 if name in calls else 1
+            calls[name] = _Call(_stride(shape, first), _stride(shape, out), out, count, times)
 
         return hook
 
@@ -229,22 +310,21 @@ def _traced_names(hierarchy: Hierarchy, shape: tuple[int, ...], max_maps: int) -
     finally:
         for handle in handles:
             handle.remove()
+    return calls
 
-    def units(prefix: str, module: nn.Module) -> list[str]:
-        """Cuts a module into parts that change the stride by one level at most."""
-        names = []
-        for child_name, child in module.named_children():
-            name = f"{prefix}{child_name}"
-            call = calls.get(name)
-            single_level = call is not None and call.output and call.input and call.output <= 2 * call.input
-            if single_level or (call is not None and not list(child.children())):
-                names.append(name)
-            else:
-                names += units(f"{name}.", child)
-        return names
 
-    found = sorted(((calls[name].done, calls[name].output, name) for name in units("", encoder)), key=lambda x: x[0])
-    return [name for _, name in _deepest([(stride, name) for _, stride, name in found], max_maps)]
+def _units(module: nn.Module, calls: dict[str, _Call], prefix: str = "") -> list[str]:
+    """Cuts a module into parts that change the stride by one level at most."""
+    names = []
+    for child_name, child in module.named_children():
+        name = f"{prefix}{child_name}"
+        call = calls.get(name)
+        single_level = call is not None and call.stride and call.input and call.stride <= 2 * call.input
+        if single_level or (call is not None and not list(child.children())):
+            names.append(name)
+        else:
+            names += _units(child, calls, f"{name}.")
+    return names
 
 
 class _Done(Exception):
@@ -256,7 +336,9 @@ def _run_until(encoder: nn.Module, images: Tensor, names: list[str]) -> list[Ten
     maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Tensor) -> None:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if not isinstance(output, Tensor):
+                raise NoHierarchy(f"module {name!r} returns a {type(output).__name__}; name one that returns a map")
             maps[name] = output
             if len(maps) == len(names):
                 raise _Done

@@ -5,16 +5,23 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from sparkmim.models.decoder import Decoder, Densify, NormKind, initialise
+from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, initialise
 from sparkmim.models.encoders import create_encoder
-from sparkmim.models.hierarchy import Hierarchy
+from sparkmim.models.hierarchy import Hierarchy, rank_of
 from sparkmim.models.masking import check_visible, patch_grid, random_visible, visible_per_sample
+from sparkmim.models.patches import from_patches, patch_statistics, reconstruction_loss, to_patches
 from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
+
+DecoderKind = Literal["spark", "fcmae"]
+
+DECODER_WIDTH: dict[DecoderKind, int] = {"spark": 768, "fcmae": 512}
+"""Widths of the papers."""
 
 
 @dataclass
@@ -52,11 +59,17 @@ class SparK(nn.Module):
     Args:
         encoder: any convolutional network; a string is a name for `create_encoder`. The module is used as
             it is: same parameters, same `state_dict`, usable on dense images at any moment.
-        image_size: of the images to come, `S` or one size per axis.
+        image_size: of the images to come, one size per axis; a single number for a square, or a cube if the
+            encoder convolves in 3-D.
         mask_ratio: share of the patches that is hidden.
-        patch_size: side of a patch in pixels, a multiple of the encoder's stride; None for the stride itself.
-        decoder_width: channels of the decoder at the deepest map.
+        patch_size: side of a patch in pixels, a multiple of the encoder's stride; None for the stride itself, or
+            the least multiple that its inner maps allow.
+        decoder_width: channels of the decoder at the deepest map; None for the paper's, 768 (FCMAE: 512).
         channels: image channels.
+        decoder: `spark`, the hierarchical one; or `fcmae`, the single block of ConvNeXt V2 on the deepest map.
+        stages: how many of the encoder's maps to use, from the shallowest on; None for all four. With fewer, the
+            stride is smaller, and so patches may be.
+        feature_modules: names of the encoder's modules whose outputs are the maps, shallow to deep; None to find them.
 
     Raises:
         ValueError: if sizes do not divide, or the encoder has no usable hierarchy.
@@ -74,30 +87,40 @@ class SparK(nn.Module):
         image_size: int | Sequence[int] = 224,
         mask_ratio: float = 0.6,
         patch_size: int | None = None,
-        decoder_width: int = 768,
+        decoder_width: int | None = None,
         channels: int = 3,
+        decoder: DecoderKind = "spark",
+        stages: int | None = None,
+        feature_modules: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        size = (image_size, image_size) if isinstance(image_size, int) else tuple(image_size)
-        rank = len(size)
+        if decoder not in get_args(DecoderKind):
+            raise ValueError(f"there is no decoder {decoder!r}; choose spark or fcmae")
         if isinstance(encoder, str):
             encoder = create_encoder(encoder, channels)
+        size = (image_size,) * rank_of(encoder) if isinstance(image_size, int) else tuple(image_size)
+        rank = len(size)
         self.encoder = encoder
-        self._hierarchy = [Hierarchy(encoder, channels, rank)]  # in a list: its parameters are the encoder's
+        # In a list: its parameters are the encoder's.
+        self._hierarchy = [Hierarchy(encoder, channels, rank, size, stages, feature_modules)]
         hierarchy = self.hierarchy
         self.image_size = size
-        self.patch_size = hierarchy.stride if patch_size is None else patch_size
-        self.grid = patch_grid(size, self.patch_size, hierarchy.stride)
+        self.patch_size = hierarchy.patch_unit if patch_size is None else patch_size
+        self.grid = patch_grid(size, self.patch_size, hierarchy.patch_unit)
         self.mask_ratio = mask_ratio
         visible_per_sample(self.grid, mask_ratio)
 
+        width = DECODER_WIDTH[decoder] if decoder_width is None else decoder_width
         norm = encoder_norm(encoder)
-        self.decoder = Decoder(decoder_width, hierarchy.strides, channels, rank)
-        deepest = hierarchy.stride
-        self.densify = nn.ModuleList(
-            Densify(width_in, decoder_width * stride // deepest, norm, stride == deepest, rank)
-            for width_in, stride in zip(hierarchy.channels, hierarchy.strides, strict=True)
-        )
+        self.decoder: Decoder | FCMAEDecoder
+        self.densify = nn.ModuleList()
+        if decoder == "fcmae":
+            self.decoder = FCMAEDecoder(width, hierarchy.channels[-1], hierarchy.stride, channels, rank)
+        else:
+            self.decoder = Decoder(width, hierarchy.strides, channels, rank)
+            for width_in, stride in zip(hierarchy.channels, hierarchy.strides, strict=True):
+                deepest = stride == hierarchy.stride
+                self.densify.append(Densify(width_in, self.decoder.width_at(stride), norm, deepest, rank))
         initialise(self.decoder)
         initialise(self.densify)
 
@@ -156,7 +179,10 @@ class SparK(nn.Module):
         if visible is None:
             visible = self.draw_visible(images.shape[0], generator).to(images.device)
         maps = self.encode_packed(images, visible)
-        prediction = self.decoder([densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)])
+        if isinstance(self.decoder, FCMAEDecoder):
+            prediction = self.decoder(maps)
+        else:
+            prediction = self.decoder([densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)])
         loss = reconstruction_loss(prediction, images, visible, self.patch_size)
         return SparKOutput(loss, visible, prediction, images)
 
@@ -172,49 +198,3 @@ def encoder_norm(encoder: nn.Module) -> NormKind:
         elif isinstance(module, nn.GroupNorm):
             kinds["none"] += 1
     return kinds.most_common(1)[0][0] if kinds else "none"
-
-
-def to_patches(images: Tensor, block: Sequence[int]) -> Tensor:
-    """Cuts `[B, C, *S]` into `[B, patches, C · prod(block)]`."""
-    rank = len(block)
-    for axis, size in reversed(list(enumerate(block, start=2))):
-        images = torch.unflatten(images, axis, (-1, size))  # [B, C, grid_1, block_1, …]
-    grid_axes, block_axes = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
-    return images.permute(0, *grid_axes, 1, *block_axes).flatten(1 + rank).flatten(1, rank)
-
-
-def from_patches(patches: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
-    """Puts `[B, patches, C · prod(block)]` together to `[B, C, *S]`."""
-    rank = len(block)
-    x = patches.view(patches.shape[0], *grid, -1, *block)  # [B, *grid, C, *block]
-    order = [0, 1 + rank]
-    for axis in range(rank):
-        order += [1 + axis, 2 + rank + axis]
-    x = x.permute(order)  # [B, C, grid_1, block_1, …]
-    return x.reshape(*x.shape[:2], *(cells * size for cells, size in zip(grid, block, strict=True)))
-
-
-def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and `sqrt(variance + 1e-6)` of every patch, the variance unbiased: `[B, patches, 1]` each."""
-    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
-    return mean, (variance + 1e-6).sqrt()
-
-
-def reconstruction_loss(prediction: Tensor, images: Tensor, visible: Tensor, patch_size: int) -> Tensor:
-    """Squared error to patches normalised one by one, averaged over the masked patches of the batch.
-
-    Args:
-        prediction: `[B, C, *S]`.
-        images: `[B, C, *S]`.
-        visible: bool `[B, *grid]`.
-        patch_size: pixels per side.
-    """
-    block = [patch_size] * (images.ndim - 2)
-    masked = ~visible.flatten(1)  # [B, patches]
-    # In float32 at least: half precision would lose the digits that training is about.
-    dtype = torch.promote_types(prediction.dtype, torch.float32)
-    target = to_patches(images.to(dtype), block)[masked]  # [masked, C · p²]
-    mean, deviation = patch_statistics(target)
-    error = to_patches(prediction.to(dtype), block)[masked] - (target - mean) / deviation
-    # The original implementation guards its division like this; dropping it moves the ninth digit.
-    return error.square().mean(1).sum() / (error.shape[0] + 1e-8)

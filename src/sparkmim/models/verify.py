@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from sparkmim.models.encoders import create_encoder
-from sparkmim.models.hierarchy import Hierarchy
+from sparkmim.models.hierarchy import Hierarchy, rank_of
 from sparkmim.models.masking import patch_grid
 from sparkmim.sparse.verify import TOLERANCE, VerifyReport, verify_packed
 
@@ -21,6 +21,8 @@ def verify_encoder(
     image_size: int | Sequence[int] | None = None,
     patch_size: int | None = None,
     channels: int = 3,
+    stages: int | None = None,
+    feature_modules: Sequence[str] | None = None,
 ) -> VerifyReport:
     """Runs a network on visible patches, and against its dense self and the method's definition.
 
@@ -28,25 +30,27 @@ def verify_encoder(
 
     Args:
         encoder: a network, or a name for `create_encoder`.
-        image_size: `S` or one size per axis; None for three patches along both axes of a 2-D image.
+        image_size: `S` or one size per axis; None for three patches along each axis.
         patch_size: side of a patch; None for the network's total stride.
         channels: image channels.
+        stages: how many of the encoder's maps to use; None for all.
+        feature_modules: names of the modules whose outputs are the maps; None to find them.
 
     Raises:
         ValueError: if sizes do not divide, or no hierarchy is found.
     """
     if isinstance(encoder, str):
         encoder = create_encoder(encoder, channels)
-    rank = 2 if image_size is None or isinstance(image_size, int) else len(image_size)
-    hierarchy = Hierarchy(encoder, channels, rank)
+    given = None if image_size is None or isinstance(image_size, int) else tuple(image_size)
+    rank = len(given) if given else rank_of(encoder)
+    if isinstance(image_size, int):
+        given = (image_size,) * rank
+    hierarchy = Hierarchy(encoder, channels, rank, given, stages, feature_modules)
     patch = hierarchy.patch_unit if patch_size is None else patch_size
-    if image_size is None:
-        size: tuple[int, ...] = (3 * patch,) * rank
-    else:
-        size = (image_size,) * rank if isinstance(image_size, int) else tuple(image_size)
-    grid = patch_grid(size, patch, hierarchy.stride)
+    size = given or (3 * patch,) * rank
+    grid = patch_grid(size, patch, hierarchy.patch_unit)
     report = verify_packed(hierarchy, (2, channels, *size), grid)
-    if _ROUND_OFF > report.error > TOLERANCE and patch_size is None and image_size is None:
+    if _ROUND_OFF > report.error > TOLERANCE and patch_size is None and given is None:
         # BatchNorm over a handful of positions, layer after layer, can amplify round-off as far. With four times the
         # positions it does not, while a true difference remains.
         report = verify_packed(hierarchy, (2, channels, *(2 * extent for extent in size)), grid)
