@@ -19,7 +19,7 @@ def run(
     """Runs a command in a session of its own, so that nothing of it is left behind when time is up."""
     process = subprocess.Popen(
         list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder,
-        start_new_session=True, env={**os.environ, **environment},
+        start_new_session=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
     )  # fmt: skip
     try:
         stdout, stderr = process.communicate(timeout=timeout)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sparkmim.commands import pretrain as pretrain
+    from sparkmim.commands import statistics as statistics
     from sparkmim.commands import verify as verify
     from sparkmim.models import SparK as SparK
     from sparkmim.training.weights import load as load
@@ -20,10 +21,11 @@ _HOME = {
     "SparK": "sparkmim.models",
     "verify": "sparkmim.commands",
     "pretrain": "sparkmim.commands",
+    "statistics": "sparkmim.commands",
     "load": "sparkmim.training.weights",
 }
 
-__all__ = ["SparK", "__version__", "load", "pretrain", "verify"]
+__all__ = ["SparK", "__version__", "load", "pretrain", "statistics", "verify"]
 
 
 def __getattr__(name: str) -> Any:

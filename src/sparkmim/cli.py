@@ -14,7 +14,11 @@ from jsonargparse import ActionConfigFile, ArgumentParser
 
 from sparkmim import __version__, commands
 
-COMMANDS: dict[str, Callable[..., Any]] = {"pretrain": commands.pretrain, "verify": commands.verify}
+COMMANDS: dict[str, Callable[..., Any]] = {
+    "pretrain": commands.pretrain,
+    "verify": commands.verify,
+    "statistics": commands.statistics,
+}
 
 _PYTHON_ONLY: set[str | int] = {"callbacks"}
 
@@ -84,8 +88,19 @@ def main(argv: list[str] | None = None) -> None:
     if config.command == "verify":
         print(f"{arguments.model}: {result.message}")
         raise SystemExit(0 if result.exact else 1)
+    if config.command == "statistics":
+        _say_statistics(result)
+        return
     if not result.finished:
         raise SystemExit(130)
+
+
+def _say_statistics(found: Any) -> None:
+    """As the flags that `sparkmim pretrain` takes, on stdout; what they are of, on stderr."""
+    for name in ("mean", "std"):
+        print(f"--{name} '[{', '.join(f'{value:.6g}' for value in getattr(found, name))}]'")
+    skipped = f"; {len(found.unreadable)} unreadable, the first: {found.unreadable[0]}" if found.unreadable else ""
+    print(f"of {found.samples:,} samples{skipped}", file=sys.stderr)
 
 
 def _is_ours(error: BaseException) -> bool:

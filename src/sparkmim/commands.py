@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 @dataclass
@@ -46,7 +46,10 @@ def pretrain(
     image_size: int | list[int] = 224,
     patch_size: int | None = None,
     channels: int = 3,
+    stages: int | None = None,
+    feature_modules: list[str] | None = None,
     mask_ratio: float | None = None,
+    decoder: Literal["spark", "fcmae"] = "spark",
     decoder_width: int | None = None,
     drop_path: float | None = None,
     epochs: float | None = None,
@@ -62,7 +65,7 @@ def pretrain(
     clip_grad: float | None = None,
     ema: float = 0.0,
     crop_scale: float | None = None,
-    flip: float = 0.5,
+    flip: float | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
@@ -86,15 +89,19 @@ def pretrain(
     ICLR 2023). Arguments left at None are decided by the recipe, or by the network.
 
     Args:
-        data: folder of images at any depth, a text file of paths, or (from Python) any Dataset
+        data: folder of images or arrays (.npy, .npz, .nii) at any depth, a text file of paths, or (from Python) any
+            Dataset
         out: run folder; must be new or empty unless resuming
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
         recipe: default (thousands of images, one machine) or paper (ImageNet at 224)
-        image_size: side in pixels, or one size per axis
+        image_size: side in pixels, or one size per axis: [height, width], [length] of signals, [depth, height, width]
         patch_size: side of a patch, a multiple of the network's total stride; None for that stride
-        channels: image channels, 1 or 3
+        channels: image channels; other than 1 or 3 for arrays only
+        stages: how many of the network's feature maps to use, from the shallowest on; fewer allow smaller patches
+        feature_modules: the network's modules whose outputs are its feature maps; None to find them
         mask_ratio: share of patches that is hidden
-        decoder_width: channels of the decoder at the deepest map
+        decoder: spark, hierarchical; or fcmae, the single block of ConvNeXt V2
+        decoder_width: channels of the decoder at the deepest map; None for the recipe's, 512 for fcmae
         drop_path: stochastic depth rate, for networks that have one
         epochs: passes over the data
         batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
@@ -109,9 +116,9 @@ def pretrain(
         clip_grad: largest global gradient norm
         ema: decay of an average of the weights, saved beside them; 0 for none
         crop_scale: smallest share of an image that a random crop covers
-        flip: how often an image is mirrored left to right
-        mean: of each channel, in 0..1; None for ImageNet's
-        std: of each channel, in 0..1; None for ImageNet's
+        flip: how often an image is mirrored left to right; None for 0.5, or 0 for signals and volumes
+        mean: of each channel; None for ImageNet's with image files (in 0..1), measured with arrays (in their units)
+        std: of each channel, as mean
         max_unreadable: share of unreadable images above which the run fails
         init_weights: run folder or weight file to start from; ours or an original SparK file
         resume: go on with the run in out, exactly where its last checkpoint stands
@@ -142,11 +149,35 @@ def pretrain(
     return run_pretraining(settings, pretrain.__kwdefaults__, callbacks)
 
 
+def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
+    """Measure the mean and standard deviation of every channel of your data.
+
+    What to give `sparkmim pretrain` as mean and std; that command measures them itself for arrays, on fewer samples.
+
+    Args:
+        data: folder of images or arrays at any depth, a text file of paths, or (from Python) any Dataset
+        channels: image channels
+        axes: spatial axes: 1 for signals, 2 for images, 3 for volumes
+        samples: how many to read at most, spread evenly over the data
+
+    Returns:
+        `ChannelStatistics`: mean, std, and how many samples they are of.
+
+    Raises:
+        ValueError: if nothing can be read, or a channel is constant.
+    """
+    from sparkmim.training.source import measure
+
+    return measure(data, channels, axes, samples)
+
+
 def verify(
     model: str | Any,
     image_size: int | list[int] | None = None,
     patch_size: int | None = None,
     channels: int = 3,
+    stages: int | None = None,
+    feature_modules: list[str] | None = None,
 ) -> Any:
     """Check that a network is computed exactly when most of its input is hidden.
 
@@ -158,6 +189,8 @@ def verify(
         image_size: side in pixels, or one size per axis; None for three patches per side
         patch_size: side of a patch; None for the network's total stride
         channels: image channels
+        stages: how many of the network's feature maps to use, from the shallowest on
+        feature_modules: the network's modules whose outputs are its feature maps; None to find them
 
     Returns:
         A `VerifyReport`: whether the network is exact, the worst relative error, and the module at fault.
@@ -167,4 +200,4 @@ def verify(
     """
     from sparkmim.models.verify import verify_encoder
 
-    return verify_encoder(model, image_size, patch_size, channels)
+    return verify_encoder(model, image_size, patch_size, channels, stages, feature_modules)

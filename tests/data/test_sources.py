@@ -39,9 +39,9 @@ def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     calls: list[str] = []
     true_list = sources._list
 
-    def spy(folder: str, mtime_ns: int) -> sources.Listing:
+    def spy(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> sources.Listing:
         calls.append(Path(folder).name)
-        return true_list(folder, mtime_ns)
+        return true_list(folder, mtime_ns, suffixes)
 
     monkeypatch.setattr(sources, "_list", spy)
     monkeypatch.setattr(sources, "CACHE_ABOVE", 0)
@@ -106,10 +106,10 @@ def test_unreadable_folder_is_left_out(
     touch(root, "a.jpg", "locked/b.jpg")
     true_list = sources._list
 
-    def locked(folder: str, mtime_ns: int) -> sources.Listing:
+    def locked(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> sources.Listing:
         if folder.endswith("locked"):
             raise PermissionError(13, "Permission denied")
-        return true_list(folder, mtime_ns)
+        return true_list(folder, mtime_ns, suffixes)
 
     monkeypatch.setattr(sources, "_list", locked)
     assert find_images(root) == [str(root / "a.jpg")]

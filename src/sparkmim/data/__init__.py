@@ -1,5 +1,6 @@
 """Images for pretraining: where they are, how they are read, and what becomes of them."""
 
+from sparkmim.data.arrays import ARRAY_SUFFIXES, array_transform, read_array, to_array
 from sparkmim.data.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -11,15 +12,20 @@ from sparkmim.data.augmentation import (
 from sparkmim.data.dataset import EpochBatchSampler, PretrainDataset, SkipLog, collate, counted_seed, to_image
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil
 from sparkmim.data.sources import find_images
+from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 
 __all__ = [
+    "ARRAY_SUFFIXES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "ChannelStatistics",
     "EpochBatchSampler",
     "PretrainDataset",
     "SkipLog",
     "Transform",
     "UnreadableImage",
+    "array_transform",
+    "channel_statistics",
     "collate",
     "counted_seed",
     "decode",
@@ -28,5 +34,7 @@ __all__ = [
     "from_pil",
     "normalisation",
     "pretrain_transform",
+    "read_array",
+    "to_array",
     "to_image",
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
-from sparkmim.data.augmentation import Transform
 from sparkmim.data.decoding import UnreadableImage, check_channels, decode, from_pil
 from sparkmim.models.masking import random_visible, visible_per_sample
 
@@ -60,6 +60,8 @@ class PretrainDataset(Dataset[dict[str, Any]]):
         mask_ratio: the share of the patches that is hidden.
         seed: of everything random.
         channels: of the images. Files and PIL images are converted to it (1 or 3), tensors and arrays must have it.
+        read: from an item of the source and its name to what `transform` takes; None for `to_image`. It raises
+            `UnreadableImage` for items to skip.
 
     Raises:
         TypeError: if the source is of no accepted kind. Reading a sample, if an item is.
@@ -71,11 +73,12 @@ class PretrainDataset(Dataset[dict[str, Any]]):
     def __init__(
         self,
         source: Sequence[str | Path] | Dataset[Any],
-        transform: Transform,
+        transform: Callable[[Any], Tensor],
         grid: Sequence[int],
         mask_ratio: float,
         seed: int = 0,
         channels: int = 3,
+        read: Callable[[Any, str], Any] | None = None,
     ) -> None:
         if isinstance(source, (str, Path)) or not hasattr(source, "__len__") or not hasattr(source, "__getitem__"):
             raise TypeError(
@@ -88,7 +91,8 @@ class PretrainDataset(Dataset[dict[str, Any]]):
         self._source: Any = source
         self._of_paths = isinstance(source, (list, tuple)) and all(isinstance(item, (str, Path)) for item in source)
         if isinstance(source, (list, tuple)) and self._of_paths:
-            check_channels(channels)
+            if read is None:
+                check_channels(channels)
             # One block of memory, which worker processes share. Strings would be copied by counting references.
             self._source = np.array([os.fsencode(path) for path in source])
         self.transform = transform
@@ -96,15 +100,14 @@ class PretrainDataset(Dataset[dict[str, Any]]):
         self.mask_ratio = mask_ratio
         self.seed = seed
         self.channels = channels
+        self.read = read if read is not None else functools.partial(_image_of, channels=channels)
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
-        with _seeded(counted_seed(self.seed, epoch, index, "image")):
-            image, unreadable = self._read(index)
-            image = self.transform(image)
+        image, unreadable = self._read(index, counted_seed(self.seed, epoch, index, "image"))
         generator = torch.Generator().manual_seed(counted_seed(self.seed, epoch, index, "mask"))
         return {
             "image": image,
@@ -114,25 +117,36 @@ class PretrainDataset(Dataset[dict[str, Any]]):
             "unreadable": unreadable,
         }
 
-    def _read(self, index: int) -> tuple[Tensor, list[str]]:
-        """The first readable image from `index` on, uint8 `[C, H, W]`, and the complaints about those before."""
+    def item(self, place: int) -> tuple[Any, str]:
+        """An item of the source, and what errors call it."""
+        item = self._source[place]
+        if self._of_paths:
+            item = os.fsdecode(item)
+            return item, item
+        return item, f"item {place}"
+
+    def _read(self, index: int, seed: int) -> tuple[Tensor, list[str]]:
+        """The first readable image from `index` on, transformed, and the complaints about those before."""
         unreadable: list[str] = []
         for offset in range(min(MAX_STAND_INS, len(self))):
             place = (index + offset) % len(self)
             name = f"item {place}"
             try:
-                item = self._source[place]
-                if self._of_paths:
-                    item = os.fsdecode(item)
-                return to_image(item, self.channels, name), unreadable
+                with _seeded(seed):
+                    item, name = self.item(place)
+                    return self.transform(self.read(item, name)), unreadable
             except UnreadableImage as error:
-                unreadable.append(str(error))
+                unreadable.append(str(error) if error.path else f"{name}: {error.reason}")
             except OSError as error:  # a dataset that opens files itself
                 unreadable.append(f"{name}: {error}")
         raise RuntimeError(
             f"{len(unreadable)} images in a row are unreadable, from number {index} of {len(self)} on. "
             f"The first are {'; '.join(unreadable[:3])}"
         )
+
+
+def _image_of(item: Any, name: str, channels: int) -> Tensor:
+    return to_image(item, channels, name)
 
 
 def to_image(item: Any, channels: int, name: str = "item") -> Tensor:

@@ -33,10 +33,12 @@ class Listing(NamedTuple):
     folders: list[str]
 
 
-def find_images(data: str | Path, cache: Path | None = None, progress: bool = True) -> list[str]:
+def find_images(
+    data: str | Path, cache: Path | None = None, progress: bool = True, suffixes: tuple[str, ...] = SUFFIXES
+) -> list[str]:
     """The images of a folder, at any depth, or those that a text file names.
 
-    A folder is searched for files that end in one of `SUFFIXES`; hidden files and folders are left out, links are
+    A folder is searched for files that end in one of `suffixes`; hidden files and folders are left out, links are
     followed, and no folder is entered twice. Large scans are remembered, and only folders whose modification
     time changed since are listed again.
 
@@ -47,6 +49,7 @@ def find_images(data: str | Path, cache: Path | None = None, progress: bool = Tr
         data: the folder or text file.
         cache: the folder in which scans are remembered; `sparkmim` in the user's cache folder by default.
         progress: whether a scan of more than a second shows a count on stderr.
+        suffixes: what the names end in, in lower case.
 
     Returns:
         Absolute paths; those of a folder are sorted.
@@ -57,10 +60,10 @@ def find_images(data: str | Path, cache: Path | None = None, progress: bool = Tr
     """
     root = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100 (removes "..", resolves no links)
     if root.is_dir():
-        return _find_in_folder(root, cache if cache is not None else _user_cache(), progress)
+        return _find_in_folder(root, cache if cache is not None else _user_cache(), progress, suffixes)
     if not root.exists():
         raise FileNotFoundError(f"there is no folder or text file {root}")
-    if root.suffix.lower() in SUFFIXES:
+    if root.name.lower().endswith(suffixes):
         raise ValueError(f"{root} is a single image; give a folder of images, or a text file of paths")
     return _read_list(root)
 
@@ -80,9 +83,10 @@ def _read_list(file: Path) -> list[str]:
     return paths
 
 
-def _find_in_folder(root: Path, cache: Path, progress: bool) -> list[str]:
-    memory = cache / f"images-{hashlib.sha256(os.fsencode(root)).hexdigest()[:16]}.json"
-    known = _load(memory, root)
+def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str, ...]) -> list[str]:
+    key = b"" if suffixes == SUFFIXES else " ".join(suffixes).encode()
+    memory = cache / f"images-{hashlib.sha256(os.fsencode(root) + key).hexdigest()[:16]}.json"
+    known = _load(memory, root, suffixes)
     listings: dict[str, Listing] = {}
     paths: list[str] = []
     begun = time.time_ns()
@@ -99,7 +103,7 @@ def _find_in_folder(root: Path, cache: Path, progress: bool) -> list[str]:
                 visited.add((stat.st_dev, stat.st_ino))
                 listing = known.get(folder)
                 if listing is None or listing.mtime_ns != stat.st_mtime_ns:
-                    listing = _list(folder, stat.st_mtime_ns)
+                    listing = _list(folder, stat.st_mtime_ns, suffixes)
             except OSError as error:
                 if folder == str(root):
                     raise
@@ -118,15 +122,15 @@ def _find_in_folder(root: Path, cache: Path, progress: bool) -> list[str]:
         if status is not None:
             status.stop()
     if not paths:
-        raise ValueError(f"no images in {root}: looked for {', '.join(SUFFIXES)} at any depth, found {_inside(root)}")
+        raise ValueError(f"no images in {root}: looked for {', '.join(suffixes)} at any depth, found {_inside(root)}")
     if len(paths) > CACHE_ABOVE:
         settled = {folder: found for folder, found in listings.items() if found.mtime_ns < begun - _SETTLED_NS}
         if settled != known:
-            _save(memory, root, settled)
+            _save(memory, root, suffixes, settled)
     return sorted(paths)
 
 
-def _list(folder: str, mtime_ns: int) -> Listing:
+def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
     images, folders = [], []
     with os.scandir(folder) as entries:
         for entry in entries:
@@ -134,7 +138,7 @@ def _list(folder: str, mtime_ns: int) -> Listing:
                 continue
             if entry.is_dir():
                 folders.append(entry.name)
-            elif entry.name.lower().endswith(SUFFIXES) and entry.is_file():
+            elif entry.name.lower().endswith(suffixes) and entry.is_file():
                 images.append(entry.name)
     return Listing(mtime_ns, sorted(images), sorted(folders))
 
@@ -159,18 +163,18 @@ def _user_cache() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "sparkmim"
 
 
-def _load(memory: Path, root: Path) -> dict[str, Listing]:
+def _load(memory: Path, root: Path, suffixes: tuple[str, ...]) -> dict[str, Listing]:
     try:
         stored = json.loads(memory.read_text(encoding="utf-8"))
-        if stored["root"] != str(root) or stored["suffixes"] != list(SUFFIXES):
+        if stored["root"] != str(root) or stored["suffixes"] != list(suffixes):
             return {}
         return {folder: Listing(*listing) for folder, listing in stored["folders"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours: scan afresh
         return {}
 
 
-def _save(memory: Path, root: Path, listings: dict[str, Listing]) -> None:
-    stored = {"root": str(root), "suffixes": SUFFIXES, "folders": listings}
+def _save(memory: Path, root: Path, suffixes: tuple[str, ...], listings: dict[str, Listing]) -> None:
+    stored = {"root": str(root), "suffixes": suffixes, "folders": listings}
     partial = memory.with_suffix(f".{os.getpid()}")
     try:
         memory.parent.mkdir(parents=True, exist_ok=True)

@@ -214,7 +214,11 @@ class Pictures(StepCallback):
     """Every so many epochs, a picture of inputs, masked inputs and reconstructions of the same few images."""
 
     def __init__(
-        self, samples: Sequence[dict[str, Any]], every_steps: int, mean: Sequence[float], std: Sequence[float]
+        self,
+        samples: Sequence[dict[str, Any]],
+        every_steps: int,
+        mean: Sequence[float] | None,
+        std: Sequence[float] | None,
     ) -> None:
         super().__init__()
         self.images = torch.stack([sample["image"] for sample in samples])

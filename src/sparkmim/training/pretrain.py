@@ -18,15 +18,16 @@ from rich.table import Table
 from torch import nn
 
 from sparkmim.commands import PretrainResult
-from sparkmim.data import PretrainDataset, SkipLog, find_images, normalisation, pretrain_transform
+from sparkmim.data import PretrainDataset, SkipLog, array_transform, normalisation, pretrain_transform
 from sparkmim.models import SparK, create_encoder
-from sparkmim.models.spark import encoder_norm
+from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
 from sparkmim.training.run import RunFolder, log_to
+from sparkmim.training.source import Source, open_source
 
 log = logging.getLogger("sparkmim")
 
@@ -64,7 +65,8 @@ def run_pretraining(
     model = build_model(settings)
     if settings["init_weights"] and not settings["resume"]:
         weights.load_into(model, settings["init_weights"])
-    dataset = build_dataset(settings, model)
+    source = open_source(settings["data"], settings["channels"], len(model.image_size))
+    dataset = build_dataset(settings, model, source)
     world_size, trainer_devices = _devices(settings)
     parts = settings["accumulate"]
     batch_size = _batch_size(settings["batch_size"], batch_is_free, len(dataset), world_size, parts)
@@ -99,11 +101,10 @@ def run_pretraining(
     metadata = _metadata(settings, model)
     keeper = Keeper(folder, settings["save_minutes"], metadata, monitor, ema)
     every = [monitor, *([ema] if ema else []), *callbacks, keeper]
-    if settings["picture_every"] and len(model.image_size) == 2:
+    if settings["picture_every"] and len(model.image_size) > 1:
         samples = [dataset[0, index] for index in range(min(6, len(dataset)))]
-        every.insert(
-            0, Pictures(samples, settings["picture_every"] * steps_per_epoch, settings["mean"], settings["std"])
-        )
+        tones = (None, None) if source.arrays else (settings["mean"], settings["std"])  # arrays are not in 0..1
+        every.insert(0, Pictures(samples, settings["picture_every"] * steps_per_epoch, *tones))
 
     with warnings.catch_warnings():
         _silence_what_is_meant(warnings)
@@ -171,6 +172,8 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     """
     settings = dict(settings)
     recipe = recipe_named(settings["recipe"])
+    if settings["decoder"] == "fcmae" and settings["decoder_width"] is None:
+        settings["decoder_width"] = DECODER_WIDTH["fcmae"]
     for name in (
         "epochs", "batch_size", "optimizer", "learning_rate", "warmup_epochs", "weight_decay", "weight_decay_end",
         "clip_grad", "mask_ratio", "decoder_width", "crop_scale",
@@ -179,12 +182,9 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
             settings[name] = getattr(recipe, name)
     if settings["drop_path"] is None and settings["recipe"] == "paper" and isinstance(settings["model"], str):
         settings["drop_path"] = PAPER_DROP_PATH.get(settings["model"])
-    mean, std = normalisation(settings["channels"])
-    settings["mean"] = list(settings["mean"] or mean)
-    settings["std"] = list(settings["std"] or std)
-    if isinstance(settings["image_size"], int):
-        settings["image_size"] = [settings["image_size"]] * 2
-    settings["image_size"] = list(settings["image_size"])
+    for name in ("mean", "std", "feature_modules"):
+        if settings[name] is not None:
+            settings[name] = list(settings[name])
     if settings["accelerator"] == "auto":
         settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
     if settings["precision"] == "auto":
@@ -202,11 +202,21 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     if settings["optimizer"] not in ("lamb", "adamw"):
         raise ValueError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
     for name in ("mean", "std"):
-        if len(settings[name]) != settings["channels"]:
-            raise ValueError(f"{name} has {len(settings[name])} values for {settings['channels']} channel(s)")
+        if settings[name] is not None and len(settings[name]) != settings["channels"]:
+            raise ValueError(
+                f"{name} has {len(settings[name])} value(s) for {settings['channels']} channel(s); `sparkmim "
+                "statistics` measures them"
+            )
+    if settings["std"] is not None and min(settings["std"]) <= 0:
+        raise ValueError(f"std is {settings['std']}; all of its values must be above 0")
+    sizes = settings["image_size"]
+    if not isinstance(sizes, int) and not 1 <= len(sizes) <= 3:
+        raise ValueError(f"image_size is {list(sizes)}; give one number, or one per axis: 1, 2 or 3 of them")
+    if settings["channels"] < 1:
+        raise ValueError(f"channels is {settings['channels']}; it must be above 0")
     if not 0 < settings["crop_scale"] <= 1:
         raise ValueError(f"crop_scale is {settings['crop_scale']}; it is a share of the image, above 0 and at most 1")
-    if not 0 <= settings["flip"] <= 1:
+    if settings["flip"] is not None and not 0 <= settings["flip"] <= 1:
         raise ValueError(f"flip is {settings['flip']}; it is a probability between 0 and 1")
     if not 0 <= settings["ema"] < 1:
         raise ValueError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
@@ -237,26 +247,37 @@ def build_model(settings: dict[str, Any]) -> SparK:
         patch_size=settings["patch_size"],
         decoder_width=settings["decoder_width"],
         channels=settings["channels"],
+        decoder=settings["decoder"],
+        stages=settings["stages"],
+        feature_modules=settings["feature_modules"],
     )
     settings["patch_size"] = model.patch_size
+    settings["image_size"] = list(model.image_size)
     return model
 
 
-def build_dataset(settings: dict[str, Any], model: SparK) -> PretrainDataset:
-    """Images with their masks."""
-    data = settings["data"]
-    if data is None:
-        raise ValueError("no data given; --data names a folder of images or a text file of paths")
-    source = find_images(data) if isinstance(data, str) else data
-    transform = pretrain_transform(
-        tuple(settings["image_size"]),
-        settings["mean"],
-        settings["std"],
-        crop_scale=(settings["crop_scale"], 1.0),
-        flip=settings["flip"],
-    )
+def build_dataset(settings: dict[str, Any], model: SparK, source: Source) -> PretrainDataset:
+    """Images with their masks; settles `mean`, `std` and `flip`, which depend on the data."""
+    rank = len(model.image_size)
+    if settings["mean"] is None or settings["std"] is None:
+        if source.arrays:
+            found = source.statistics()
+            mean, std = found.mean, found.std
+        else:
+            mean, std = map(list, normalisation(settings["channels"]))
+        settings["mean"] = settings["mean"] or mean
+        settings["std"] = settings["std"] or std
+    if settings["flip"] is None:
+        settings["flip"] = 0.5 if rank == 2 else 0.0
+    scale = (settings["crop_scale"], 1.0)
+    transform: Any
+    if source.arrays:
+        transform = array_transform(model.image_size, settings["mean"], settings["std"], scale, settings["flip"])
+    else:
+        height, width = model.image_size
+        transform = pretrain_transform((height, width), settings["mean"], settings["std"], scale, settings["flip"])
     return PretrainDataset(
-        source, transform, model.grid, settings["mask_ratio"], settings["seed"], channels=settings["channels"]
+        source.items, transform, model.grid, settings["mask_ratio"], settings["seed"], settings["channels"], source.read
     )
 
 
@@ -320,7 +341,10 @@ def _metadata(settings: dict[str, Any], model: SparK) -> dict[str, Any]:
         "image_size": list(model.image_size),
         "patch_size": model.patch_size,
         "mask_ratio": model.mask_ratio,
+        "decoder": settings["decoder"],
         "decoder_width": settings["decoder_width"],
+        "stages": settings["stages"],
+        "feature_modules": settings["feature_modules"],
         "channels": settings["channels"],
         "mean": settings["mean"],
         "std": settings["std"],

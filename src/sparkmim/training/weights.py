@@ -109,6 +109,9 @@ def load(path: str | Path) -> SparK:
         patch_size=metadata["patch_size"],
         decoder_width=metadata["decoder_width"],
         channels=metadata["channels"],
+        decoder=metadata.get("decoder", "spark"),
+        stages=metadata.get("stages"),
+        feature_modules=metadata.get("feature_modules"),
     )
     load_into(model, path)
     return model.eval()

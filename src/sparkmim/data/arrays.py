@@ -1,0 +1,193 @@
+"""Signals, volumes and images of any number of channels: arrays in their own units, of any number of axes."""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkmim.data.decoding import UnreadableImage
+
+Array = npt.NDArray[Any]
+
+ARRAY_SUFFIXES = (".npy", ".npz", ".nii", ".nii.gz")
+"""What the name of an array file ends in. NIfTI needs the extra `nifti`."""
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+_ASPECT = math.log(4 / 3)
+
+
+def read_array(path: str | Path) -> Array:
+    """Reads the array of a file, in its own units and axes; `.npy` is mapped, not loaded.
+
+    A `.npz` holds one array, or names the one that counts `image` or `data`. A NIfTI volume is turned to the closest
+    canonical orientation (right, anterior, superior), and its intensities are scaled as the header says.
+
+    Raises:
+        UnreadableImage: if there is no such array.
+        ValueError: if the file is NIfTI and nibabel is not installed.
+    """
+    path = Path(path)
+    try:
+        if path.name.lower().endswith((".nii", ".nii.gz")):
+            return _read_nifti(path)
+        if path.suffix.lower() == ".npy":
+            mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
+            return mapped
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
+            names = [name for name in ("image", "data") if name in loaded.files] or loaded.files
+            if len(names) != 1 and names[:1] not in (["image"], ["data"]):
+                raise UnreadableImage(path, f"holds {', '.join(names) or 'nothing'}; call the array to use 'image'")
+            return np.asarray(loaded[names[0]])
+    except (UnreadableImage, MissingPackage):
+        raise
+    except Exception as error:  # numpy and nibabel raise anything, from EOFError to zipfile.BadZipFile
+        raise UnreadableImage(path, str(error) or type(error).__name__) from error
+
+
+class MissingPackage(ValueError):
+    """A file needs a package that is not installed."""
+
+
+def _read_nifti(path: Path) -> Array:
+    try:
+        nibabel: Any = importlib.import_module("nibabel")
+    except ImportError as error:
+        raise MissingPackage(f"{path} is a NIfTI volume; reading it needs `pip install 'sparkmim[nifti]'`") from error
+    volume = nibabel.as_closest_canonical(nibabel.load(path))
+    return np.asarray(volume.dataobj)
+
+
+def channels_first(array: Array, channels: int, rank: int) -> Array:
+    """Brings `[C, *S]`, `[*S, C]` or, for one channel, `[*S]` to `[C, *S]`, without a copy.
+
+    Raises:
+        ValueError: if the shape is none of these, or the values are no numbers.
+    """
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"holds {array.dtype} values; integers or floats are needed")
+    if array.size == 0:
+        raise ValueError(f"is empty, of shape {list(array.shape)}")
+    if array.ndim == rank and channels == 1:
+        return array[None]
+    if array.ndim == rank + 1 and array.shape[0] == channels:
+        return array
+    if array.ndim == rank + 1 and array.shape[-1] == channels:
+        return np.moveaxis(array, -1, 0)
+    axes = {1: "L", 2: "H, W", 3: "D, H, W"}[rank]
+    raise ValueError(
+        f"is of shape {list(array.shape)}; for channels {channels} and an image_size of {rank} number(s) it must be "
+        f"[{channels}, {axes}] or [{axes}, {channels}]" + (f" or [{axes}]" if channels == 1 else "")
+    )
+
+
+def to_array(item: Any, channels: int, rank: int, name: str = "item") -> Array:
+    """The array in an item of a dataset: `[C, *S]` in its own units.
+
+    Args:
+        item: a path, an array, a tensor, or a tuple, list or dict with one of these first, or as `image`.
+        channels: `C`.
+        rank: number of spatial axes.
+        name: what an error calls it.
+
+    Raises:
+        TypeError: if there is no array in it.
+        ValueError: if a tensor or array has the wrong shape.
+        UnreadableImage: if a file can't be read, or holds an array of the wrong shape.
+    """
+    if isinstance(item, Mapping) and "image" in item:
+        item = item["image"]
+    elif isinstance(item, tuple | list) and item:
+        item = item[0]
+    if isinstance(item, str | Path):
+        array = read_array(item)
+        try:
+            return channels_first(array, channels, rank)
+        except ValueError as error:
+            raise UnreadableImage(item, str(error)) from error
+    if isinstance(item, Tensor):
+        item = item.detach().cpu().numpy()
+    if not isinstance(item, np.ndarray):
+        raise TypeError(
+            f"{name} is of type {type(item).__name__}; accepted is a path, a tensor, a numpy array, or a tuple, list "
+            "or dict with one of these first, or as 'image'"
+        )
+    try:
+        return channels_first(item, channels, rank)
+    except ValueError as error:
+        raise ValueError(f"{name} {error}") from error
+
+
+def array_transform(
+    image_size: Sequence[int],
+    mean: Sequence[float],
+    std: Sequence[float],
+    crop_scale: tuple[float, float] = (0.67, 1.0),
+    flip: float = 0.0,
+) -> Callable[[Array], Tensor]:
+    """A random crop, resized linearly, mirrored along the last axis, and normalised.
+
+    The counterpart of `pretrain_transform` for any number of spatial axes. Only the crop is read from a mapped file.
+
+    Args:
+        image_size: of the result, per axis.
+        mean: per channel, in the data's units.
+        std: per channel, in the data's units.
+        crop_scale: smallest and largest share of the array that a crop covers; with more than one axis, its sides
+            deviate from the array's proportions by up to 4:3.
+        flip: how often arrays are mirrored along their last axis.
+
+    Returns:
+        A function from `[C, *S]` to float32 `[C, *image_size]`. It raises `UnreadableImage` where values are not
+        finite.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ValueError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip is {flip}; it is a probability between 0 and 1")
+    rank, size = len(image_size), tuple(image_size)
+    shape = (-1, *(1,) * rank)
+    means, deviations = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
+
+    def transform(array: Array) -> Tensor:
+        low, high = crop_scale
+        side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
+        stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
+        sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
+        where = [slice(None)]
+        for extent, share in zip(array.shape[1:], sides, strict=True):
+            length = max(1, round(extent * share))
+            start = int(torch.randint(extent - length + 1, ()))
+            where.append(slice(start, start + length))
+        crop = np.array(array[tuple(where)], dtype=np.float32)  # a copy: mapped files cannot be written to
+        x = resized(torch.from_numpy(crop), size)
+        if not bool(torch.isfinite(x).all()):
+            raise UnreadableImage("", "holds values that are not finite")
+        if torch.rand(()) < flip:
+            x = x.flip(-1)
+        return (x - means) / deviations
+
+    return transform
+
+
+def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
+    """Resizes `[C, *S]` to `[C, *size]` linearly, averaging where that makes it smaller."""
+    if tuple(x.shape[1:]) == size:
+        return x
+    if len(size) == 2:
+        return F.interpolate(x[None], size=size, mode="bilinear", antialias=True)[0]
+    smaller = tuple(min(have, want) for have, want in zip(x.shape[1:], size, strict=True))
+    averaged = F.interpolate(x[None], size=smaller, mode="area")
+    return F.interpolate(averaged, size=size, mode=_LINEAR[len(size)])[0]

@@ -1,0 +1,102 @@
+"""What `data` stands for: image files, array files, or a dataset, and how an item of it is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+
+from sparkmim.data import (
+    ARRAY_SUFFIXES,
+    ChannelStatistics,
+    channel_statistics,
+    find_images,
+    to_array,
+    to_image,
+)
+from sparkmim.data.arrays import MissingPackage
+from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.sources import SUFFIXES
+
+_FIRST_LOOK = 200
+"""Samples that mean and deviation are measured on when a run starts without them."""
+
+
+@dataclass
+class Source:
+    """A data set and what it holds.
+
+    Attributes:
+        items: a sequence of paths, or a dataset.
+        arrays: whether items are arrays in their own units, of any channels and axes, rather than 8-bit images.
+        channels: of every item.
+        rank: number of spatial axes.
+    """
+
+    items: Any
+    arrays: bool
+    channels: int
+    rank: int
+
+    def read(self, item: Any, name: str) -> Any:
+        """An item as `[C, *S]`: an array in its units, or a uint8 tensor."""
+        if self.arrays:
+            return to_array(item, self.channels, self.rank, name)
+        return to_image(item, self.channels, name)
+
+    def statistics(self, samples: int = _FIRST_LOOK) -> ChannelStatistics:
+        """Mean and deviation per channel; of images in 0..1."""
+        scale = 1.0 if self.arrays else 255.0
+        return channel_statistics(self.items, self.read, scale, samples, Console(stderr=True))
+
+
+def open_source(data: Any, channels: int, rank: int) -> Source:
+    """Finds the items of a data set.
+
+    Images of 1 or 3 channels come from image files if there are any, else from array files; signals, volumes and other
+    numbers of channels from array files. A Dataset holds arrays in the same cases as files must.
+
+    Raises:
+        ValueError: if there is nothing to read, or it cannot be read with these channels and axes.
+        FileNotFoundError: if a path does not exist.
+    """
+    arrays_only = rank != 2 or channels not in (1, 3)
+    if data is None:
+        raise ValueError("no data given; --data names a folder of images or arrays, or a text file of paths")
+    if not isinstance(data, str):
+        return Source(data, arrays_only, channels, rank)
+    paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
+    arrays = [path for path in paths if path.lower().endswith(ARRAY_SUFFIXES)]
+    images = [path for path in paths if not path.lower().endswith(ARRAY_SUFFIXES)]
+    chosen = arrays if arrays_only or not images else images
+    if not chosen:
+        kind = f"{channels} channel(s)" if rank == 2 else {1: "signals", 3: "volumes"}[rank]
+        raise ValueError(
+            f"{data} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
+            f"{', '.join(ARRAY_SUFFIXES)} files"
+        )
+    source = Source(chosen, chosen is arrays, channels, rank)
+    if source.arrays:
+        _look_at(chosen[0], source)
+    return source
+
+
+def _look_at(path: str, source: Source) -> None:
+    """Fails before the run begins if the first array is of another shape, or its format cannot be read here."""
+    try:
+        source.read(path, path)
+    except MissingPackage:
+        raise
+    except UnreadableImage as error:
+        if "is of shape" in error.reason:
+            raise ValueError(str(error)) from error
+
+
+def measure(data: Any, channels: int, rank: int, samples: int) -> ChannelStatistics:
+    """What `sparkmim.statistics` does."""
+    if rank not in (1, 2, 3):
+        raise ValueError(f"axes is {rank}; signals have 1, images 2, volumes 3")
+    if channels < 1 or samples < 1:
+        raise ValueError(f"channels is {channels} and samples {samples}; both must be above 0")
+    return open_source(data, channels, rank).statistics(samples)
