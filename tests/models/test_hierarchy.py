@@ -181,6 +181,31 @@ def test_a_coarser_map_inside_decides_on_the_patch() -> None:
         verify_encoder(network, patch_size=4, feature_modules=["0", "1"])
 
 
+def test_what_is_shared_stays_whole() -> None:
+    """Modules of two names and tensors of two modules are found once, and are the network's own afterwards."""
+
+    class Shared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.one, self.two = nn.Conv2d(3, 4, 2, 2), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1)
+            self.again = self.one
+            self.two.weight = self.one.weight
+            self.down = nn.Conv2d(4, 8, 2, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.down(self.two(self.again(self.one(self.stem(x)))))
+            return out
+
+    network = Shared()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    hierarchy = Hierarchy(network)
+    assert (hierarchy.strides, hierarchy.unreached) == ((2, 4), ())
+    assert network.two.weight is network.one.weight
+    for name, tensor in network.state_dict().items():
+        assert torch.equal(tensor, before[name]), name
+    assert verify_encoder(network).exact
+
+
 def test_the_rank_must_fit() -> None:
     with pytest.raises(ValueError, match=r"ResNet convolves in 2-D, but images of 3 spatial axes"):
         Hierarchy(timm.create_model("resnet18"), rank=3)

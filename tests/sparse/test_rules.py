@@ -250,6 +250,26 @@ def test_pooling_by_default_steps_by_its_kernel() -> None:
         agree(function, RAGGED, (4, 4))
 
 
+@BOTH
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("padding", ["", "same"])
+def test_conditional_convolution(visible: Tensor, groups: int, padding: str) -> None:
+    """Every sample has weights of its own; timm folds the batch into the channels for it."""
+
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.routing = nn.Linear(3, 2)
+            self.conv = timm.layers.CondConv2d(3, 6, 3, 2, padding, groups=groups, bias=True, num_experts=2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            routing = self.routing(x.mean((2, 3))).sigmoid()
+            out: Tensor = self.conv(x, routing)
+            return out.relu()
+
+    agree(randomised(Conditional()), visible, (4, 4))
+
+
 # Normalisation
 
 

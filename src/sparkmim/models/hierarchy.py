@@ -65,7 +65,8 @@ class Hierarchy(nn.Module):
             raise ValueError("the encoder is wrapped by torch.compile; pass the module itself")
         if rank not in _PROBE_SIZES:
             raise ValueError(f"images have 1, 2 or 3 spatial axes, not {rank}")
-        if rank_of(encoder, default=rank) != rank:
+        ranks = {len(module.kernel_size) for module in encoder.modules() if isinstance(module, _ConvNd)}
+        if ranks and rank not in ranks:
             raise ValueError(
                 f"{type(encoder).__name__} convolves in {rank_of(encoder)}-D, but images of {rank} spatial axes were "
                 "asked for; give image_size one number per axis"
@@ -144,20 +145,17 @@ class Hierarchy(nn.Module):
 
     def _probe(self, shape: tuple[int, ...], train: bool) -> list[Tensor]:
         """Feature maps on the meta device, where nothing is computed; with `train`, finds what is unreached."""
-        tensors = {
-            name: torch.empty_like(tensor, device="meta").requires_grad_(train and tensor.is_floating_point())
-            for name, tensor in self.named_parameters()
-        }
-        buffers = {name: torch.empty_like(tensor, device="meta") for name, tensor in self.named_buffers()}
+        twins = _meta_twins(self, train)
+        tensors = {name: twins[name] for name, _ in self.named_parameters()}
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
         images = torch.empty(shape, device="meta", dtype=dtype)
         probe = _Probe(self, list(tensors.values()) if train else [])
-        state = {f"hierarchy.{name}": tensor for name, tensor in {**tensors, **buffers}.items()}
+        state = {f"hierarchy.{name}": tensor for name, tensor in twins.items()}
         modules = self.encoder.modules() if train else ()
         handles = [module.register_forward_hook(self._coarsen(shape)) for module in modules]
         try:
             with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
-                maps, reached = functional_call(probe, state, (images,), tie_weights=True)
+                maps, reached = functional_call(probe, state, (images,), tie_weights=False)
         finally:
             for handle in handles:
                 handle.remove()
@@ -203,11 +201,10 @@ class Hierarchy(nn.Module):
         )
 
 
-def rank_of(encoder: nn.Module, default: int = 2) -> int:
-    """The number of spatial axes that a network convolves over, by its convolution layers."""
-    return max(
-        (len(module.kernel_size) for module in encoder.modules() if isinstance(module, _ConvNd)), default=default
-    )
+def rank_of(encoder: nn.Module) -> int:
+    """The number of spatial axes of a network's images, by its first convolution; 2 without one."""
+    convolutions = (module for module in encoder.modules() if isinstance(module, _ConvNd))
+    return next((len(module.kernel_size) for module in convolutions), 2)
 
 
 def _existing(encoder: nn.Module, names: Sequence[str]) -> list[str]:
@@ -240,6 +237,23 @@ class _Probe(nn.Module):
             return maps, []
         grads = torch.autograd.grad([map_.sum() for map_ in maps], self.tensors, allow_unused=True)
         return [map_.detach() for map_ in maps], [grad is not None for grad in grads]
+
+
+def _meta_twins(root: nn.Module, train: bool) -> dict[str, Tensor]:
+    """A tensor without memory for every parameter and buffer, under one name for each module that holds it.
+
+    `functional_call` would itself tie what is shared, but does not put modules back that have two names.
+    """
+    by_tensor: dict[int, Tensor] = {}
+    twins: dict[str, Tensor] = {}
+    for prefix, module in root.named_modules():
+        own = (*module.named_parameters(recurse=False, remove_duplicate=False), *module.named_buffers(recurse=False))
+        for name, tensor in own:
+            if id(tensor) not in by_tensor:
+                trains = train and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
+                by_tensor[id(tensor)] = torch.empty_like(tensor, device="meta").requires_grad_(trains)
+            twins[f"{prefix}.{name}" if prefix else name] = by_tensor[id(tensor)]
+    return twins
 
 
 @contextmanager
@@ -302,11 +316,11 @@ def _traced_calls(encoder: nn.Module, shape: tuple[int, ...]) -> dict[str, _Call
         return hook
 
     handles = [module.register_forward_hook(record(name)) for name, module in encoder.named_modules() if name]
-    tensors = {name: torch.empty_like(t, device="meta") for name, t in encoder.state_dict(keep_vars=True).items()}
+    twins = _meta_twins(encoder, train=False)
     dtype = next((t.dtype for t in encoder.parameters()), torch.float32)
     try:
         with _finding_maps(encoder, shape):
-            functional_call(encoder, tensors, (torch.empty(shape, device="meta", dtype=dtype),), tie_weights=True)
+            functional_call(encoder, twins, (torch.empty(shape, device="meta", dtype=dtype),), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()

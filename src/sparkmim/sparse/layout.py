@@ -60,6 +60,11 @@ class PatchLayout:
         """Number of spatial axes."""
         return len(self.grid)
 
+    @functools.cached_property
+    def samples(self) -> tuple[PatchLayout, ...]:
+        """A layout for each sample alone."""
+        return tuple(PatchLayout(visible) for visible in torch.split(self.visible, 1))
+
     @property
     def uniform(self) -> bool:
         """Whether every sample has the same number of visible patches."""

@@ -120,6 +120,9 @@ class MaskedDense(TorchFunctionMode):
             return func(*args, **kwargs)
         if name == "numel":
             return int(mask.sum()) * x.shape[1]
+        if name in ("view", "reshape") and (out := func(*args, **kwargs)).shape[0] == 1 < x.shape[0]:
+            # The batch goes into the channels, for a convolution with weights of each sample's own.
+            return func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
         if name in _SEE_ZEROS:
             out = func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
             if name == "pad":

@@ -29,15 +29,15 @@ _AnyRule = TypeVar("_AnyRule", bound=Rule)
 RULES: dict[str, Rule] = {}
 """Rules by the name of the function, without leading and trailing underscores."""
 
-BORDERED: set[str] = set()
-"""Names of the rules that know what to do with a `BorderedTensor`."""
+PENDING: set[str] = set()
+"""Names of the rules that know what to do with a `PendingTensor`."""
 
 
 class UnsupportedOperation(RuntimeError):
     """An operation that has no exact meaning on visible patches alone, or no rule yet."""
 
 
-def register_rule(*names: str, bordered: bool = False) -> Callable[[_AnyRule], _AnyRule]:
+def register_rule(*names: str, pending: bool = False) -> Callable[[_AnyRule], _AnyRule]:
     """Registers the decorated function as the rule of the tensor functions called `names`.
 
     A name is that of the function without leading and trailing underscores: `conv2d` stands for
@@ -46,13 +46,13 @@ def register_rule(*names: str, bordered: bool = False) -> Callable[[_AnyRule], _
 
     Args:
         names: of the functions.
-        bordered: whether the rule takes maps to which `F.pad` has added a border (`BorderedTensor`).
+        pending: whether the rule takes maps to which `F.pad` has added a border (`PendingTensor`).
     """
 
     def register(rule: _AnyRule) -> _AnyRule:
         RULES.update(dict.fromkeys(names, rule))
-        if bordered:
-            BORDERED.update(names)
+        if pending:
+            PENDING.update(names)
         return rule
 
     return register
@@ -111,21 +111,41 @@ class PackedTensor(torch.Tensor):
             return rule(func, *args, **(kwargs or {}))
 
 
-class BorderedTensor(PackedTensor):
-    """A packed map with a border that `F.pad` has added to the dense map, and that is not laid down yet.
+class PendingTensor(PackedTensor):
+    """A packed map on its way into a convolution or pooling, in a shape that does not divide into patches.
 
-    With its border, a map no longer divides into patches. The convolution or pooling that follows makes it divide
-    again, and reads the border as it needs it; nothing else is defined on such a map.
+    It has a border that `F.pad` has added and that is not laid down yet, or its batch is folded into the channels,
+    `[1, B · C, *S]`, for a convolution with weights of each sample's own. What follows reads it as it needs it;
+    nothing else is defined on such a map.
 
     Attributes:
         border: positions before and after the map, per spatial axis; negative where the map is cropped.
         border_mode: what fills it: `constant`, `reflect`, `replicate` or `circular`.
         border_value: of a constant border.
+        folded: the axis into which batch and channels are folded, 1 or 0; None if they are not.
     """
 
     border: tuple[tuple[int, int], ...]
     border_mode: str
     border_value: float
+    folded: int | None
+
+    @classmethod
+    def of(
+        cls,
+        x: PackedTensor,
+        border: tuple[tuple[int, int], ...] | None = None,
+        mode: str = "constant",
+        value: float = 0.0,
+        folded: int | None = None,
+    ) -> PendingTensor:
+        """The same map with a border, or folded. For rules."""
+        pending: PendingTensor = x.view_as(x)  # type: ignore[assignment]
+        pending.__class__ = cls
+        pending.patches, pending.axes = x.patches, x.axes
+        pending.border = border if border is not None else ((0, 0),) * len(x.axes)
+        pending.border_mode, pending.border_value, pending.folded = mode, value, folded
+        return pending
 
     @classmethod
     def __torch_function__(
@@ -136,7 +156,7 @@ class BorderedTensor(PackedTensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = _name_of(func)
-        if name.strip("_") not in BORDERED:
+        if name.strip("_") not in PENDING:
             raise UnsupportedOperation(
                 f"`{name}` of a masked map that was padded: a convolution or pooling must follow the padding directly"
             )
@@ -146,8 +166,13 @@ class BorderedTensor(PackedTensor):
         """Whether the border is nothing but more positions of that value."""
         return self.border_mode == "constant" and self.border_value == value and min(map(min, self.border)) >= 0
 
-    def without_border(self) -> PackedTensor:
-        """The map as it was before padding."""
+    @property
+    def bare(self) -> bool:
+        """Whether there is no border."""
+        return not any(map(any, self.border))
+
+    def settled(self) -> PackedTensor:
+        """The map as it was before."""
         return PackedTensor.wrap(self.values, self.patches, self.axes)
 
 
@@ -171,9 +196,12 @@ def dense_shape(x: PackedTensor) -> torch.Size:
     if len(x.axes) == x.patches.rank:
         for axis, cells in zip(x.axes, x.patches.grid, strict=True):
             shape[axis] *= cells
-        if isinstance(x, BorderedTensor):
+        if isinstance(x, PendingTensor):
             for axis, border in zip(x.axes, x.border, strict=True):
                 shape[axis] += sum(border)
+            if x.folded is not None:
+                together = shape[0] * shape[1]
+                shape[:2] = [1, together] if x.folded == 1 else [together, 1]
     else:  # spatial axes flattened into one
         shape[x.axes[0]] *= math.prod(x.patches.grid)
     return torch.Size(shape)
@@ -310,8 +338,8 @@ def on_dense_map(x: PackedTensor, name: str, function: Callable[[Tensor], Tensor
     rank, patches = x.patches.rank, x.patches
     if x.axes != tuple(range(2, 2 + rank)) or x.ndim != 2 + rank:
         raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))} whose channels are not second")
-    dense = unpack(x.without_border() if isinstance(x, BorderedTensor) else x)
-    if isinstance(x, BorderedTensor):
+    dense = unpack(x.settled() if isinstance(x, PendingTensor) else x)
+    if isinstance(x, PendingTensor):
         sizes = [size for pair in reversed(x.border) for size in pair]
         dense = F.pad(dense, sizes, x.border_mode, x.border_value if x.border_mode == "constant" else None)
     out = function(dense)

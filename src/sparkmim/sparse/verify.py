@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
@@ -97,6 +98,20 @@ def _check_runs(network: nn.Module, images: Tensor) -> None:
         ) from error
 
 
+class _InDouble(TorchFunctionMode):
+    """Keeps float64 where a network's code asks for float32, as some normalisations do: round-off would hide errors."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        given = (*args[1:], *(kwargs or {}).values())
+        to_single = name == "float" or (name == "to" and any(value is torch.float32 for value in given))
+        if to_single and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
 @dataclass
 class _Run:
     modules: dict[str, Tensor]  # outputs of every module, in order of execution
@@ -131,12 +146,12 @@ def _run(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed
             module.register_forward_hook(keep(name))
     torch.manual_seed(seed)
     if packed:
-        with naming_modules(network):
+        with naming_modules(network), _InDouble():
             maps = network(pack(images, PatchLayout(visible)))
     else:
         block = [size // cells for size, cells in zip(images.shape[2:], visible.shape[1:], strict=True)]
         mask = PatchLayout(visible).upsampled(block).unsqueeze(1)
-        with MaskedDense(visible):
+        with MaskedDense(visible), _InDouble():
             maps = network(images * mask)
     maps = [value for value in map(dense, maps) if value is not None]
     generator = torch.Generator().manual_seed(seed)

@@ -11,22 +11,22 @@ from torch import Tensor
 from sparkmim.sparse.packed import PackedTensor, block_of, dense_shape, like, register_rule
 
 
-@register_rule("get:shape", bordered=True)
+@register_rule("get:shape", pending=True)
 def _shape(func: Callable[..., Any], x: PackedTensor, *_: Any) -> torch.Size:
     return dense_shape(x)
 
 
-@register_rule("size", bordered=True)
+@register_rule("size", pending=True)
 def _size(func: Callable[..., Any], x: PackedTensor, dim: int | None = None) -> torch.Size | int:
     return dense_shape(x) if dim is None else dense_shape(x)[dim]
 
 
-@register_rule("len", bordered=True)
+@register_rule("len", pending=True)
 def _len(func: Callable[..., Any], x: PackedTensor) -> int:
     return x.patches.batch_size
 
 
-@register_rule("repr", "format", bordered=True)
+@register_rule("repr", "format", pending=True)
 def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
     block = "×".join(map(str, block_of(x)))
     return f"PackedTensor(shape={list(dense_shape(x))}, dtype={x.dtype}, {x.patches!r}, block={block})"
@@ -36,7 +36,7 @@ def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
     "dim", "ndimension", "get:ndim", "get:dtype", "get:device", "get:layout", "get:names", "get_device",
     "get:is_cuda", "get:is_cpu", "get:is_meta", "get:is_mps", "get:is_xpu", "get:is_sparse", "get:is_mkldnn",
     "get:is_quantized", "get:is_nested", "is_floating_point", "is_complex", "element_size", "get:itemsize",
-    "get:requires_grad", bordered=True,
+    "get:requires_grad", pending=True,
 )  # fmt: skip
 @register_rule(
     "set:requires_grad", "get:grad_fn", "get:is_leaf", "get:grad", "get:retains_grad",

@@ -12,8 +12,8 @@ from torch import Tensor
 from sparkmim.sparse.gather import Geometry, gather_convolution, multiply_rows
 from sparkmim.sparse.images import image_convolution
 from sparkmim.sparse.packed import (
-    BorderedTensor,
     PackedTensor,
+    PendingTensor,
     UnsupportedOperation,
     block_of,
     dense_shape,
@@ -76,7 +76,7 @@ def geometry_of(
     return Geometry(block, tuple(kernel), tuple(stride), tuple(padding), tuple(dilation))
 
 
-@register_rule("conv1d", "conv2d", "conv3d", bordered=True)
+@register_rule("conv1d", "conv2d", "conv3d", pending=True)
 def _convolution(
     func: Callable[..., Any],
     x: PackedTensor,
@@ -89,6 +89,8 @@ def _convolution(
 ) -> Tensor:
     rank = x.patches.rank
     name = func.__name__
+    if isinstance(x, PendingTensor) and x.folded is not None:
+        return _convolve_each(func, x, weight, bias, (stride, padding, dilation), groups)
     if int(name[4]) != rank:
         raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))}, which has {rank} spatial axes")
     kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, rank), per_axis(dilation, rank)
@@ -98,12 +100,12 @@ def _convolution(
         after = tuple(size - size // 2 if padding == "same" else 0 for size in total)
     else:
         before = after = per_axis(padding, rank)
-    if isinstance(x, BorderedTensor):
+    if isinstance(x, PendingTensor):
         if not x.extends_by(0.0):
             return on_dense_map(x, name, lambda dense: func(dense, weight, bias, stride, padding, dilation, groups))
         before = tuple(size + extra for size, (extra, _) in zip(before, x.border, strict=True))
         after = tuple(size + extra for size, (_, extra) in zip(after, x.border, strict=True))
-        x = x.without_border()
+        x = x.settled()
     geometry = geometry_of(name, x, kernel, stride, before, dilation, after)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
@@ -120,6 +122,30 @@ def _convolution(
     return like(x, from_rows(rows, patches.num_visible, geometry.out_block))
 
 
+def _convolve_each(
+    func: Callable[..., Any],
+    x: PendingTensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    settings: Sequence[Any],
+    groups: int,
+) -> Tensor:
+    """Every sample by weights of its own: `[1, B · C, *S]` by `[B · out, C / groups, *kernel]`, in `B · groups`."""
+    samples = x.patches.batch_size
+    if x.folded != 1 or groups % samples or weight.shape[0] % samples:
+        raise UnsupportedOperation(
+            f"`{func.__name__}` of a batch folded into the channels wants groups for each sample"
+        )
+    stored = torch.split(x.settled(), list(x.patches.counts))
+    weights = weight.chunk(samples)
+    biases = [None] * samples if bias is None else bias.chunk(samples)
+    parts = []
+    for values, patches, own, offset in zip(stored, x.patches.samples, weights, biases, strict=True):
+        sample = PendingTensor.of(PackedTensor.wrap(values, patches, x.axes), x.border, x.border_mode, x.border_value)
+        parts.append(_convolution(func, sample, own, offset, *settings, groups=groups // samples))
+    return PendingTensor.of(PackedTensor.wrap(torch.cat(parts), x.patches, x.axes), folded=1)
+
+
 def _local(geometry: Geometry) -> bool:
     """Whether windows do not overlap and stay inside their patch."""
     return geometry.kernel == geometry.stride and not any(geometry.padding) and set(geometry.dilation) == {1}
@@ -133,7 +159,7 @@ def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | 
     return like(x, rows.view(*x.shape[:-1], -1))
 
 
-@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", bordered=True)
+@register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", pending=True)
 def _transposed_convolution(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     return on_dense_map(x, func.__name__, lambda dense: func(dense, *args, **kwargs))
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from sparkmim.sparse.gather import Geometry
 from sparkmim.sparse.images import gather_windows
 from sparkmim.sparse.packed import (
-    BorderedTensor,
     PackedTensor,
+    PendingTensor,
     UnsupportedOperation,
     dense_shape,
     gather_patches,
@@ -37,7 +37,7 @@ def _windows(x: PackedTensor, geometry: Geometry, outside: float) -> Tensor:
     return gather_windows(to_rows(x), x.patches, geometry.block, start, length, outside)
 
 
-@register_rule("max_pool1d", "max_pool2d", "max_pool3d", bordered=True)
+@register_rule("max_pool1d", "max_pool2d", "max_pool3d", pending=True)
 def _max_pool(
     func: Callable[..., Any],
     x: PackedTensor,
@@ -55,19 +55,19 @@ def _max_pool(
     steps = per_axis(stride, rank) if stride else kernel
     before, dilation = per_axis(padding, rank), per_axis(dilation, rank)
     after, outside = before, -math.inf
-    if isinstance(x, BorderedTensor):
+    if isinstance(x, PendingTensor):
         if any(before) or not x.extends_by(x.border_value):
             return on_dense_map(
                 x, func.__name__, lambda dense: func(dense, kernel_size, stride, padding, dilation, ceil_mode)
             )
         before, after = (tuple(sizes) for sizes in zip(*x.border, strict=True))
-        outside, x = x.border_value, x.without_border()
+        outside, x = x.border_value, x.settled()
     geometry = geometry_of(func.__name__, x, kernel, steps, before, dilation, after, ceil_mode)
     windows = _windows(x, geometry, outside)
     return like(x, _MAX_POOLS[rank](windows, kernel, steps, 0, dilation))
 
 
-@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", bordered=True)
+@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", pending=True)
 def _avg_pool(
     func: Callable[..., Any],
     x: PackedTensor,
@@ -79,7 +79,7 @@ def _avg_pool(
     divisor_override: int | None = None,
 ) -> Tensor:
     """A window divides by what it would divide by without a mask."""
-    if isinstance(x, BorderedTensor):
+    if isinstance(x, PendingTensor):
         options = (stride, padding, ceil_mode, count_include_pad, *([divisor_override] if divisor_override else []))
         return on_dense_map(x, func.__name__, lambda dense: func(dense, kernel_size, *options))
     rank = x.patches.rank

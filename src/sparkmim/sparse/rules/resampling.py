@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.sparse.packed import (
-    BorderedTensor,
     PackedTensor,
+    PendingTensor,
     UnsupportedOperation,
     block_of,
     dense_shape,
@@ -20,7 +20,7 @@ from sparkmim.sparse.packed import (
 )
 
 
-@register_rule("pad", "constant_pad_nd", bordered=True)
+@register_rule("pad", "constant_pad_nd", pending=True)
 def _pad(
     func: Callable[..., Any], x: PackedTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Tensor:
@@ -28,23 +28,19 @@ def _pad(
     pairs = [(int(before), int(after)) for before, after in zip(pad[::2], pad[1::2], strict=True)]
     border = {x.ndim - 1 - place: pair for place, pair in enumerate(pairs) if any(pair)}  # by axis
     value = 0.0 if value is None else float(value)
-    if not border and not isinstance(x, BorderedTensor):
+    if not border and not isinstance(x, PendingTensor):
         return like(x, x.clone())
     on_map = [axis for axis in border if axis in x.axes]
-    if not on_map and not isinstance(x, BorderedTensor) and 0 not in border:
+    if not on_map and not isinstance(x, PendingTensor) and 0 not in border:
         return like(x, func(x, pad, mode, value))  # channels
     if len(on_map) < len(border) or len(x.axes) != x.patches.rank:
         raise UnsupportedOperation(f"`pad` of a masked map {list(dense_shape(x))} by {list(pad)}: pad its spatial axes")
     new = tuple(border.get(axis, (0, 0)) for axis in x.axes)
-    if isinstance(x, BorderedTensor):
-        if (mode, value) != (x.border_mode, x.border_value) or mode != "constant":
+    if isinstance(x, PendingTensor):
+        if not x.bare and ((mode, value) != (x.border_mode, x.border_value) or mode != "constant"):
             raise UnsupportedOperation("`pad` of a masked map that was padded in another way has no rule")
         new = tuple((a + c, b + d) for (a, b), (c, d) in zip(x.border, new, strict=True))
-    out = PackedTensor.wrap(x.view_as(x), x.patches, x.axes)
-    out.__class__ = BorderedTensor
-    assert isinstance(out, BorderedTensor)
-    out.border, out.border_mode, out.border_value = new, mode, value
-    return out
+    return PendingTensor.of(x, new, mode, value, x.folded if isinstance(x, PendingTensor) else None)
 
 
 @register_rule("interpolate", "upsample", "upsample_nearest", "upsample_bilinear")

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, dense_shape, like, register_rule
+from sparkmim.sparse.packed import (
+    PackedTensor,
+    PendingTensor,
+    UnsupportedOperation,
+    dense_shape,
+    like,
+    register_rule,
+)
 from sparkmim.sparse.rules.elementwise import align
 
 
@@ -22,17 +29,29 @@ def _refuse(func: Callable[..., Any], x: PackedTensor, what: str) -> Unsupported
     return UnsupportedOperation(f"`{func.__name__}` of a masked map {list(dense_shape(x))} {what}")
 
 
-@register_rule("permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "get:T", "get:mT", "t")
+@register_rule(
+    "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "get:T", "get:mT", "t", pending=True
+)
 def _permute(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     # An index-carrying twin tells where every axis goes, whatever the spelling.
     twin = func(torch.empty(tuple(range(2, 2 + x.ndim)), device="meta"), *args, **kwargs)
     order = [size - 2 for size in twin.shape]
+    if isinstance(x, PendingTensor):
+        if x.folded is None or not x.bare or order != [1, 0, *range(2, x.ndim)]:
+            raise _refuse_pending(func)
+        return PendingTensor.of(x, folded=1 - x.folded)
     if order[0] != 0:
         raise _refuse(func, x, "moves the batch axis, which must stay first")
     return like(x, func(x, *args, **kwargs), tuple(order.index(axis) for axis in x.axes))
 
 
-@register_rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel")
+def _refuse_pending(func: Callable[..., Any]) -> UnsupportedOperation:
+    return UnsupportedOperation(
+        f"`{func.__name__}` of a masked map that was padded: a convolution or pooling must follow the padding directly"
+    )
+
+
+@register_rule("view", "reshape", "flatten", "unflatten", "view_as", "reshape_as", "ravel", pending=True)
 def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     before = list(dense_shape(x))
     if func.__name__ in ("view_as", "reshape_as"):
@@ -49,6 +68,14 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             raise _refuse(func, x, f"to {after} does not preserve the number of elements")
     else:
         after = list(func(torch.empty(before, device="meta"), *args, **kwargs).shape)
+
+    if isinstance(x, PendingTensor):
+        unfolded = [x.patches.batch_size, x.shape[1], *before[2:]]
+        if x.folded is None or not x.bare or after != unfolded:
+            raise _refuse_pending(func)
+        return x.settled()
+    if before[0] > 1 and after == [1, before[0] * before[1], *before[2:]] and x.axes == tuple(range(2, x.ndim)):
+        return PendingTensor.of(x, folded=1)  # for a convolution with weights of each sample's own
 
     stored: list[int] = []  # the sizes to store for `after`
     axes: list[int] = []  # where the spatial axes come to stand
