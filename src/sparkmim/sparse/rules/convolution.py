@@ -127,11 +127,11 @@ def _convolve_each(
     x: PendingTensor,
     weight: Tensor,
     bias: Tensor | None,
-    settings: Sequence[Any],
+    settings: tuple[Any, Any, Any],
     groups: int,
 ) -> Tensor:
     """Every sample by weights of its own: `[1, B · C, *S]` by `[B · out, C / groups, *kernel]`, in `B · groups`."""
-    samples = x.patches.batch_size
+    samples, (stride, padding, dilation) = x.patches.batch_size, settings
     if x.folded != 1 or groups % samples or weight.shape[0] % samples:
         raise UnsupportedOperation(
             f"`{func.__name__}` of a batch folded into the channels wants groups for each sample"
@@ -142,7 +142,7 @@ def _convolve_each(
     parts = []
     for values, patches, own, offset in zip(stored, x.patches.samples, weights, biases, strict=True):
         sample = PendingTensor.of(PackedTensor.wrap(values, patches, x.axes), x.border, x.border_mode, x.border_value)
-        parts.append(_convolution(func, sample, own, offset, *settings, groups=groups // samples))
+        parts.append(_convolution(func, sample, own, offset, stride, padding, dilation, groups // samples))
     return PendingTensor.of(PackedTensor.wrap(torch.cat(parts), x.patches, x.axes), folded=1)
 
 
