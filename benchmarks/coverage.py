@@ -26,13 +26,21 @@ from typing import Any
 import timm
 import torch
 from timm.models import model_entrypoint
+from torch.overrides import TorchFunctionMode
 
-import sparkmim
-from sparkmim.models import create_encoder
+from sparkmim.models import Hierarchy, create_encoder, verify_encoder
 from sparkmim.models.hierarchy import NoHierarchy
+from sparkmim.sparse import PatchLayout, UnsupportedOperation, naming_modules, pack
+from sparkmim.sparse.verify import MASKS
 
-LARGE = 120e6
+LARGE = 250e6
 """Networks of more parameters are verified one at a time."""
+
+FEW_MASKS = 60e6
+"""Networks of more parameters are verified with all patches visible, and under one mask instead of two."""
+
+SMALL_IMAGE = 100e6
+"""Networks of more parameters are verified on images of two patches per side instead of three."""
 
 
 def family(name: str) -> str:
@@ -53,19 +61,57 @@ def parameters_of(names: list[str]) -> dict[str, int]:
     return counts
 
 
-def check(name: str) -> dict[str, Any]:
+class WithoutInit(TorchFunctionMode):
+    """Leaves large tensors as they are allocated: networks that will be refused need no values."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = getattr(func, "__name__", "")
+        fills = name.endswith("_") and not name.startswith("__") and name != "requires_grad_"
+        if fills and args and isinstance(args[0], torch.Tensor) and args[0].numel() > 10_000:
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+def refusal(name: str) -> str | None:
+    """Runs a network forward on visible patches, and says what is refused; None if nothing is, or it did not run."""
+    try:
+        with WithoutInit():
+            encoder = create_encoder(name)
+        for size in (None, encoder.default_cfg["input_size"][1:]):
+            hierarchy = Hierarchy(encoder)
+            size = size or (3 * hierarchy.patch_unit,) * 2
+            visible = torch.ones(2, *(extent // hierarchy.patch_unit for extent in size), dtype=torch.bool)
+            try:
+                with torch.no_grad(), naming_modules(encoder):
+                    hierarchy(pack(torch.zeros(2, 3, *size), PatchLayout(visible)))
+                return None
+            except UnsupportedOperation as error:
+                return str(error)
+            except Exception:
+                continue
+    except Exception:
+        return None
+    return None
+
+
+def check(name: str, parameters: int, memory: float) -> dict[str, Any]:
     """Verifies one network."""
     row: dict[str, Any] = {"model": name, "family": family(name)}
+    if message := refusal(name):
+        return {**row, "status": "refused", "module": message.split("`")[1], "message": message}
+    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
     torch.manual_seed(0)
+    masks = MASKS if parameters <= FEW_MASKS else ("all visible", "ragged mask")
     try:
         encoder = create_encoder(name)
+        image_size = 2 * Hierarchy(encoder).patch_unit if parameters > SMALL_IMAGE else None
         try:
-            report = sparkmim.verify(encoder)
+            report = verify_encoder(encoder, image_size, masks=masks)
         except ValueError as error:
             if isinstance(error, NoHierarchy):
                 raise
             # Some take images of one size only.
-            report = sparkmim.verify(encoder, image_size=encoder.default_cfg["input_size"][1:])
+            report = verify_encoder(encoder, encoder.default_cfg["input_size"][1:], masks=masks)
     except MemoryError:
         return {**row, "status": "out of memory"}
     except NoHierarchy as error:
@@ -77,20 +123,15 @@ def check(name: str) -> dict[str, Any]:
     if report.exact:
         return {**row, "status": "exact", "error": report.error}
     refused = report.error == float("inf") and report.message.startswith("NOT supported")
-    return {
-        **row,
-        "status": "refused" if refused else "wrong",
-        "module": report.module,
-        "message": report.message,
-    }
+    status = "refused" if refused else "wrong"
+    return {**row, "status": status, "module": report.module, "message": report.message}
 
 
-def child(name: str, memory: float, threads: int, pipe: Any) -> None:
-    resource.setrlimit(resource.RLIMIT_DATA, (int(memory * 2**30),) * 2)
+def child(name: str, parameters: int, memory: float, threads: int, pipe: Any) -> None:
     with Path(os.devnull).open("w") as nothing, contextlib.redirect_stderr(nothing):
         torch.set_num_threads(threads)
         warnings.simplefilter("ignore")
-        pipe.send(check(name))
+        pipe.send(check(name, parameters, memory))
 
 
 def main() -> None:
@@ -118,7 +159,7 @@ def main() -> None:
             row = json.loads(line)
             rows[row["model"]] = row
     todo = [n for n in names if n not in rows or rows[n]["status"] in args.again]
-    todo.sort(key=lambda n: (counts[n] > LARGE, "vit" in family(n) or "transformer" in family(n), counts[n]))
+    todo.sort(key=lambda n: (counts[n] > LARGE, counts[n]))
     context = multiprocessing.get_context("fork")  # torch and timm are imported once
     running: dict[Any, tuple[str, Any, float]] = {}
     while todo or running:
@@ -129,7 +170,9 @@ def main() -> None:
             name = todo.pop(0)
             receive, send = context.Pipe(duplex=False)
             memory = args.large_memory if large else args.memory
-            process = context.Process(target=child, args=(name, memory, (os.cpu_count() or 1) if large else 1, send))
+            process = context.Process(
+                target=child, args=(name, counts[name], memory, (os.cpu_count() or 1) if large else 1, send)
+            )
             process.start()
             send.close()
             running[process] = (name, receive, time.monotonic())

@@ -10,7 +10,7 @@ from torch import nn
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.hierarchy import Hierarchy, rank_of
 from sparkmim.models.masking import patch_grid
-from sparkmim.sparse.verify import TOLERANCE, VerifyReport, verify_packed
+from sparkmim.sparse.verify import MASKS, TOLERANCE, VerifyReport, verify_packed
 
 _ROUND_OFF = 1e-2
 """A relative error that round-off in float64 can reach at worst."""
@@ -23,6 +23,7 @@ def verify_encoder(
     channels: int = 3,
     stages: int | None = None,
     feature_modules: Sequence[str] | None = None,
+    masks: Sequence[str] = MASKS,
 ) -> VerifyReport:
     """Runs a network on visible patches, and against its dense self and the method's definition.
 
@@ -35,6 +36,7 @@ def verify_encoder(
         channels: image channels.
         stages: how many of the encoder's maps to use; None for all.
         feature_modules: names of the modules whose outputs are the maps; None to find them.
+        masks: which comparisons to make, of `MASKS`.
 
     Raises:
         ValueError: if sizes do not divide, or no hierarchy is found.
@@ -49,11 +51,11 @@ def verify_encoder(
     patch = hierarchy.patch_unit if patch_size is None else patch_size
     size = given or (3 * patch,) * rank
     grid = patch_grid(size, patch, hierarchy.patch_unit)
-    report = verify_packed(hierarchy, (2, channels, *size), grid)
+    report = verify_packed(hierarchy, (2, channels, *size), grid, masks=masks)
     if _ROUND_OFF > report.error > TOLERANCE and patch_size is None and given is None:
         # BatchNorm over a handful of positions, layer after layer, can amplify round-off as far. With four times the
         # positions it does not, while a true difference remains.
-        report = verify_packed(hierarchy, (2, channels, *(2 * extent for extent in size)), grid)
+        report = verify_packed(hierarchy, (2, channels, *(2 * extent for extent in size)), grid, masks=masks)
     # Name modules as the user's network does.
     module = None if report.module is None else report.module.removeprefix("encoder.")
     message = report.message.replace("`encoder.", "`").replace("`encoder`", f"`{type(encoder).__name__}`")

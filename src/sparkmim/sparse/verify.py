@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
-from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, naming_modules, pack, unpack
+from sparkmim.sparse.packed import PackedTensor, PendingTensor, UnsupportedOperation, naming_modules, pack, unpack
 
 TOLERANCE = 1e-6
 """Relative error, in float64, up to which a network counts as exact. Round-off stays below 1e-9."""
@@ -36,7 +37,12 @@ class VerifyReport:
     message: str
 
 
-def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int], seed: int = 0) -> VerifyReport:
+MASKS = ("all visible", "partial mask", "ragged mask")
+
+
+def verify_packed(
+    network: nn.Module, shape: Sequence[int], grid: Sequence[int], seed: int = 0, masks: Sequence[str] = MASKS
+) -> VerifyReport:
     """Holds a network that runs on packed images against its dense self and against the masked definition.
 
     Three comparisons in float64 and training mode, each forward and backward: all patches visible against
@@ -48,6 +54,7 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
         shape: of the images, `[B, C, *S]`; B at least 2.
         grid: patches along each axis.
         seed: of images, masks and whatever the network draws.
+        masks: which of `MASKS` to compare under.
     """
     network = copy.deepcopy(network).double().train()
     for module in network.modules():
@@ -63,7 +70,7 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
     images = torch.randn(tuple(shape), dtype=torch.float64, generator=generator)
     patches = int(torch.Size(grid).numel())
     worst = 0.0
-    for kind in ("all visible", "partial mask", "ragged mask"):
+    for kind in masks:
         visible = torch.zeros(shape[0], patches, dtype=torch.bool)
         for sample in range(shape[0]):
             extra = sample if kind == "ragged mask" else 0
@@ -82,6 +89,9 @@ def verify_packed(network: nn.Module, shape: Sequence[int], grid: Sequence[int],
         error, name, message = _compare(packed, dense, kind)
         worst = max(worst, error)
         if error > TOLERANCE:
+            if name is None:
+                name = _first_to_differ(network, images, visible, seed)
+                message += f"; `{name}` is the first to differ"
             return VerifyReport(False, error, name, f"NOT exact: {message}")
     return VerifyReport(True, worst, None, f"exact: worst relative error {worst:.1e}, forward and backward")
 
@@ -114,80 +124,103 @@ class _InDouble(TorchFunctionMode):
 
 @dataclass
 class _Run:
-    modules: dict[str, Tensor]  # outputs of every module, in order of execution
     maps: list[Tensor]
     grads: dict[str, Tensor]
 
 
 def _run(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed: int) -> _Run:
-    network = copy.deepcopy(network)  # so that running statistics start alike
-    outputs: dict[str, Tensor] = {}
+    """Feature maps, zero where masked, and the gradients of their sum with random weights."""
+    parameters = dict(network.named_parameters())
+    with _keeping_buffers(network):
+        maps = [_dense(map_, visible, packed) for map_ in _forward(network, images, visible, packed, seed)]
+        found = [map_ for map_ in maps if map_ is not None]
+        generator = torch.Generator().manual_seed(seed)
+        weights = [torch.randn(map_.shape, dtype=map_.dtype, generator=generator) for map_ in found]
+        total = torch.stack([(map_ * weight).sum() for map_, weight in zip(found, weights, strict=True)]).sum()
+        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
+    return _Run(
+        [map_.detach() for map_ in found],
+        {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None},
+    )
 
-    def dense(value: Any) -> Tensor | None:
-        """A map with zeros at masked positions."""
-        if isinstance(value, PackedTensor):
-            spatial = value.axes == tuple(range(2, value.ndim)) and len(value.axes) == visible.ndim - 1
-            return unpack(value) if spatial else None
-        if not isinstance(value, Tensor) or packed:
-            return value if isinstance(value, Tensor) else None
-        mask = MaskedDense(visible).mask_of(value)
-        return value if mask is None else torch.where(mask.unsqueeze(1), value, 0)
 
-    def keep(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            value = dense(output)
-            if value is not None:
-                outputs[name] = value.detach().clone()
-
-        return hook
-
-    for name, module in network.named_modules():
-        if name:
-            module.register_forward_hook(keep(name))
+def _forward(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed: int) -> list[Any]:
     torch.manual_seed(seed)
     if packed:
         with naming_modules(network), _InDouble():
-            maps = network(pack(images, PatchLayout(visible)))
-    else:
-        block = [size // cells for size, cells in zip(images.shape[2:], visible.shape[1:], strict=True)]
-        mask = PatchLayout(visible).upsampled(block).unsqueeze(1)
-        with MaskedDense(visible), _InDouble():
-            maps = network(images * mask)
-    maps = [value for value in map(dense, maps) if value is not None]
-    generator = torch.Generator().manual_seed(seed)
-    weights = [torch.randn(map_.shape, dtype=map_.dtype, generator=generator) for map_ in maps]
-    parameters = dict(network.named_parameters())
-    total = torch.stack([(map_ * weight).sum() for map_, weight in zip(maps, weights, strict=True)]).sum()
-    grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    found = {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None}
-    return _Run(outputs, [map_.detach() for map_ in maps], found)
+            return list(network(pack(images, PatchLayout(visible))))
+    block = [size // cells for size, cells in zip(images.shape[2:], visible.shape[1:], strict=True)]
+    mask = PatchLayout(visible).upsampled(block).unsqueeze(1)
+    with MaskedDense(visible), _InDouble():
+        return list(network(images * mask))
+
+
+@contextmanager
+def _keeping_buffers(network: nn.Module) -> Iterator[None]:
+    """Puts running statistics back, so that all runs start alike."""
+    before = [(buffer, buffer.clone()) for buffer in network.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, saved in before:
+                buffer.copy_(saved)
+
+
+def _dense(value: Any, visible: Tensor, packed: bool) -> Tensor | None:
+    """A map with zeros at masked positions; None for what is none."""
+    if isinstance(value, PackedTensor):
+        spatial = value.axes == tuple(range(2, value.ndim)) and len(value.axes) == visible.ndim - 1
+        return unpack(value) if spatial else None
+    if not isinstance(value, Tensor) or packed:
+        return value if isinstance(value, Tensor) else None
+    mask = MaskedDense(visible).mask_of(value)
+    return value if mask is None else torch.where(mask.unsqueeze(1), value, 0)
+
+
+def _first_to_differ(network: nn.Module, images: Tensor, visible: Tensor, seed: int) -> str | None:
+    """The first module, in order of execution, whose output is not what it should be."""
+
+    def outputs(packed: bool) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Any:
+            def hook(_: nn.Module, __: Any, output: Any) -> None:
+                value = None if isinstance(output, PendingTensor) else _dense(output, visible, packed)
+                if value is not None:
+                    found[name] = value.detach().clone()
+
+            return hook
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in network.named_modules() if name]
+        try:
+            with torch.no_grad(), _keeping_buffers(network):
+                _forward(network, images, visible, packed, seed)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    ours, theirs = outputs(packed=True), outputs(packed=False)
+    for name, output in ours.items():
+        if name in theirs and _relative(output, theirs[name], floor=1e-12) > TOLERANCE:
+            return name
+    return None
 
 
 def _compare(packed: _Run, dense: _Run, kind: str) -> tuple[float, str | None, str]:
-    """Worst relative error, the first module that differs, and a line that says so."""
+    """Worst relative error; if it is a gradient's, the module of the parameter; and a line that says where."""
     worst = 0.0
     for index, (ours, theirs) in enumerate(zip(packed.maps, dense.maps, strict=True)):
         error = _relative(ours, theirs, floor=0.0)
         worst = max(worst, error)
         if error > TOLERANCE:
-            module = next(
-                (
-                    name
-                    for name, output in packed.modules.items()
-                    if name in dense.modules and _relative(output, dense.modules[name], floor=1e-12) > TOLERANCE
-                ),
-                None,
-            )
-            return (
-                error,
-                module,
-                f"feature map {index} is off by {error:.1e} ({kind}); `{module}` is the first to differ",
-            )
+            return error, None, f"feature map {index} is off by {error:.1e} ({kind})"
     # Gradients that are zero by construction (a bias before BatchNorm) are round-off of the others.
     floor = 1e-6 * max((grad.norm().item() for grad in dense.grads.values()), default=0.0)
     for name in dense.grads:
         if name not in packed.grads:
-            return float("inf"), None, f"the gradient of `{name}` is missing ({kind})"
+            return float("inf"), name.rpartition(".")[0], f"the gradient of `{name}` is missing ({kind})"
         error = _relative(packed.grads[name], dense.grads[name], floor)
         worst = max(worst, error)
         if error > TOLERANCE:
