@@ -2,6 +2,7 @@
 
     python benchmarks/coverage.py --out benchmarks/results/coverage.jsonl
     python benchmarks/coverage.py --out /tmp/new.jsonl --models "resnet*" convnext_tiny
+    python benchmarks/coverage.py --out benchmarks/results/coverage.jsonl --page docs/coverage.md
 
 Each network is verified in a process of its own, of bounded memory and time, forward and backward, in float64, at
 three patches per side and a batch of two. Results are appended as they come; a second call goes on with what is
@@ -16,10 +17,12 @@ import fnmatch
 import json
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import time
 import warnings
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -134,11 +137,73 @@ def child(name: str, parameters: int, memory: float, threads: int, pipe: Any) ->
         pipe.send(check(name, parameters, memory))
 
 
+REASONS = [
+    ("attention within windows, or of grouped positions", r"mixes part of the map|mixes the batch|not preserve|padded"),
+    ("attention among positions", r"attention|compares positions|batch axis, which must stay first|softmax|normalize"),
+    ("class tokens or position embeddings beside the positions", r"cat`|does not fit the masked map|expand"),
+    ("mixes positions by a matrix, an unfolding or a sequence", r"linear`|unfold|conv1d`|im2col|avg_pool1d|lstm|flip"),
+    ("unpadded convolution: positions leave the patch grid", r"no longer correspond|does not divide"),
+    ("pools to a fixed number of regions", r"adaptive_"),
+]
+"""What a refusal comes down to, by what its message says."""
+
+
+def reason(row: dict[str, Any]) -> str:
+    """In a few words, why a network was refused."""
+    if row["status"] == "no hierarchy":
+        return "unpadded convolutions: no feature map divides the image"
+    return next((words for words, pattern in REASONS if re.search(pattern, row.get("message", ""))), "see message")
+
+
+def page(rows: list[dict[str, Any]]) -> str:
+    """The results as a Markdown page: a table of families, and every model of each."""
+    families: dict[str, list[dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: row["model"]):
+        families.setdefault(row["family"], []).append(row)
+    exact = [row for row in rows if row["status"] == "exact"]
+    worst = max(exact, key=lambda row: row["error"])
+    lines = [
+        "# Which networks are exact",
+        "",
+        f"Of the {len(rows):,} models that timm {timm.__version__} registers, {len(exact)} are exact under masking: on "
+        "visible patches alone they compute what the definition of a masked network says, forward and backward. Each "
+        f"was verified in float64; the largest relative error is {worst['error']:.0e} ({worst['model']}), and 1e-6 "
+        "would be reported. The others are refused by name before anything is trained; none gives a wrong result "
+        "silently.",
+        "",
+        "Made by `python benchmarks/coverage.py`, on three patches per side and two images, under three masks. "
+        f"Networks of more than {FEW_MASKS / 1e6:.0f} million parameters ran under two masks, those of more than "
+        f"{SMALL_IMAGE / 1e6:.0f} million on two patches per side. `sparkmim verify --model NAME` repeats any line.",
+        "",
+        "| family | exact | refused | why the others are refused |",
+        "| --- | --- | --- | --- |",
+    ]
+    for name, members in sorted(families.items()):
+        good = sum(row["status"] == "exact" for row in members)
+        others = Counter(reason(row) for row in members if row["status"] != "exact")
+        why = "; ".join(words for words, _ in others.most_common(3))
+        lines.append(f"| [{name}](#{name}) | {good} | {len(members) - good} | {why} |")
+    for name, members in sorted(families.items()):
+        lines += ["", f"## {name}", ""]
+        good = [f"`{row['model']}`" for row in members if row["status"] == "exact"]
+        if good:
+            lines += ["Exact: " + ", ".join(good) + ".", ""]
+        by_message: dict[str, list[str]] = {}
+        for row in members:
+            if row["status"] != "exact":
+                text = row.get("message", row["status"]).removeprefix("NOT supported: ").split(". Replace")[0]
+                text = re.sub(r"\d+(, \d+)+", "…", text.splitlines()[0])[:220]
+                by_message.setdefault(text, []).append(f"`{row['model']}`")
+        for text, models in by_message.items():
+            lines.append(f"- {', '.join(models)}: {text}")
+    return "\n".join(line.rstrip() for line in lines).rstrip() + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--models", nargs="*", default=["*"], help="names or patterns")
-    parser.add_argument("--smallest", action="store_true", help="only the smallest network of each family")
+    parser.add_argument("--page", type=Path, help="write the results as a page, and verify nothing")
     parser.add_argument("--again", nargs="*", default=[], help="statuses to repeat")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--memory", type=float, default=9.0, help="GiB per small network")
@@ -147,18 +212,16 @@ def main() -> None:
     args = parser.parse_args()
 
     names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)]
-    counts = parameters_of(names)
-    if args.smallest:
-        smallest: dict[str, str] = {}
-        for name in sorted(names, key=lambda n: (counts[n] or 1e12, n)):
-            smallest.setdefault(family(name), name)
-        names = sorted(smallest.values())
     rows: dict[str, dict[str, Any]] = {}
     if args.out.is_file():
         for line in args.out.read_text().splitlines():
             row = json.loads(line)
             rows[row["model"]] = row
     todo = [n for n in names if n not in rows or rows[n]["status"] in args.again]
+    if args.page:
+        args.page.write_text(page(list(rows.values())), encoding="utf-8")
+        return
+    counts = parameters_of(todo)
     todo.sort(key=lambda n: (counts[n] > LARGE, counts[n]))
     context = multiprocessing.get_context("fork")  # torch and timm are imported once
     running: dict[Any, tuple[str, Any, float]] = {}

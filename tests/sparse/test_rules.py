@@ -302,6 +302,11 @@ def test_layer_norm(visible: Tensor) -> None:
     agree(randomised(timm.layers.RmsNorm2d(6)), visible, (2, 2), 6)
 
 
+@BOTH
+def test_local_response_norm(visible: Tensor) -> None:
+    agree(nn.LocalResponseNorm(3), visible, (2, 2), 6)
+
+
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_group_norm(rank: int) -> None:
     @given(masks(rank), st.sampled_from([1, 2, 6]), st.booleans())

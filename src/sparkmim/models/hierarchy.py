@@ -18,7 +18,10 @@ MAX_MAPS = 4
 """The method decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
 
 _PROBE_SIZES = {1: (4096, 3360), 2: (256, 224), 3: (128, 112)}
-"""Image sizes, by rank, at which strides are read off, until one divides; on the meta device, so size costs nothing."""
+"""Image sizes, by rank, at which strides are read off, until one divides.
+
+On the meta device, where nothing is computed, unless an operation of the network does not work there.
+"""
 
 _SHOWN_CANDIDATES = 12
 
@@ -80,12 +83,15 @@ class Hierarchy(nn.Module):
         if len(image_size) == rank:
             sizes.append(tuple(image_size))
         refusals: list[ValueError] = []
-        for size in sizes:
-            try:
-                self._find_maps((2, channels, *size))
-                return
-            except ValueError as refusal:
-                refusals.append(refusal)
+        for self._device in ("meta", "cpu"):
+            for size in sizes if self._device == "meta" else reversed(sizes):
+                try:
+                    self._find_maps((2, channels, *size))
+                    return
+                except ValueError as refusal:
+                    refusals.append(refusal)
+            if not any("meta" in str(refusal).lower() for refusal in refusals):
+                break  # else an operation of the network cannot do without values
         # A network that runs, and has no maps, says more than one that does not take the size.
         raise next((refusal for refusal in refusals if isinstance(refusal, NoHierarchy)), refusals[-1])
 
@@ -144,11 +150,11 @@ class Hierarchy(nn.Module):
         return maps
 
     def _probe(self, shape: tuple[int, ...], train: bool) -> list[Tensor]:
-        """Feature maps on the meta device, where nothing is computed; with `train`, finds what is unreached."""
-        twins = _meta_twins(self, train)
+        """Feature maps of zeros; with `train`, finds what is unreached."""
+        twins = _twins(self, self._device, train)
         tensors = {name: twins[name] for name, _ in self.named_parameters()}
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
-        images = torch.empty(shape, device="meta", dtype=dtype)
+        images = torch.zeros(shape, device=self._device, dtype=dtype)
         probe = _Probe(self, list(tensors.values()) if train else [])
         state = {f"hierarchy.{name}": tensor for name, tensor in twins.items()}
         modules = self.encoder.modules() if train else ()
@@ -179,7 +185,7 @@ class Hierarchy(nn.Module):
         Raises:
             NoHierarchy: if there is none, or if maps get finer again, so that the last at a stride may not be meant.
         """
-        calls = _traced_calls(self.encoder, shape)
+        calls = _traced_calls(self.encoder, shape, self._device)
         found = sorted((calls[name].done, name) for name in _units(self.encoder, calls))
         maps = [(calls[name].stride, name) for _, name in found if calls[name].times == 1]
         chosen = _deepest(maps)
@@ -239,8 +245,8 @@ class _Probe(nn.Module):
         return [map_.detach() for map_ in maps], [grad is not None for grad in grads]
 
 
-def _meta_twins(root: nn.Module, train: bool) -> dict[str, Tensor]:
-    """A tensor without memory for every parameter and buffer, under one name for each module that holds it.
+def _twins(root: nn.Module, device: str, train: bool) -> dict[str, Tensor]:
+    """A tensor of zeros for every parameter and buffer, under one name for each module that holds it.
 
     `functional_call` would itself tie what is shared, but does not put modules back that have two names.
     """
@@ -251,7 +257,7 @@ def _meta_twins(root: nn.Module, train: bool) -> dict[str, Tensor]:
         for name, tensor in own:
             if id(tensor) not in by_tensor:
                 trains = train and isinstance(tensor, nn.Parameter) and tensor.is_floating_point()
-                by_tensor[id(tensor)] = torch.empty_like(tensor, device="meta").requires_grad_(trains)
+                by_tensor[id(tensor)] = torch.zeros_like(tensor, device=device).requires_grad_(trains)
             twins[f"{prefix}.{name}" if prefix else name] = by_tensor[id(tensor)]
     return twins
 
@@ -299,7 +305,7 @@ class _Call:
     times: int
 
 
-def _traced_calls(encoder: nn.Module, shape: tuple[int, ...]) -> dict[str, _Call]:
+def _traced_calls(encoder: nn.Module, shape: tuple[int, ...], device: str) -> dict[str, _Call]:
     calls: dict[str, _Call] = {}
     count = 0
 
@@ -316,11 +322,11 @@ def _traced_calls(encoder: nn.Module, shape: tuple[int, ...]) -> dict[str, _Call
         return hook
 
     handles = [module.register_forward_hook(record(name)) for name, module in encoder.named_modules() if name]
-    twins = _meta_twins(encoder, train=False)
+    twins = _twins(encoder, device, train=False)
     dtype = next((t.dtype for t in encoder.parameters()), torch.float32)
     try:
         with _finding_maps(encoder, shape):
-            functional_call(encoder, twins, (torch.empty(shape, device="meta", dtype=dtype),), tie_weights=False)
+            functional_call(encoder, twins, (torch.zeros(shape, device=device, dtype=dtype),), tie_weights=False)
     finally:
         for handle in handles:
             handle.remove()

@@ -35,6 +35,14 @@ def _batch_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs:
     return like(x, func(x, *args, **kwargs))
 
 
+@register_rule("local_response_norm")
+def _local_response_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Over neighbouring channels, position by position."""
+    if 1 in x.axes:
+        raise UnsupportedOperation(f"`local_response_norm` of a map {list(dense_shape(x))} with channels not second")
+    return like(x, func(x, *args, **kwargs))
+
+
 @register_rule("layer_norm", "rms_norm")
 def _layer_norm(
     func: Callable[..., Any], x: PackedTensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
