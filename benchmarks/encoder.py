@@ -142,7 +142,7 @@ def main() -> None:
         )  # fmt: skip
     Console(width=120).print(table)
     if args.json:
-        machine = torch.cuda.get_device_name() if args.device == "cuda" else _processor()
+        machine = torch.cuda.get_device_name() if args.device == "cuda" else processor()
         report = {
             "command": "python " + " ".join(sys.argv), "machine": machine, "threads": torch.get_num_threads(),
             "torch": torch.__version__, "python": platform.python_version(), "batch": args.batch, "size": args.size,
@@ -151,7 +151,7 @@ def main() -> None:
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 
 
-def _processor() -> str:
+def processor() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
             return line.partition(":")[2].strip()

@@ -175,6 +175,22 @@ def test_autocast_gradients() -> None:
             assert error < 0.1, name
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_gradients_in_half_precision(stride: int) -> None:
+    """As those in float32, up to the rounding of the inputs; on CPUs some are computed in float32."""
+    conv = nn.Conv2d(6, 6, 3, stride, padding=1, groups=6)
+    images = torch.randn(2, 6, 16, 16)
+    layout = PatchLayout(random_mask(2, (2, 2), seed=3))
+    grads = []
+    for enabled in (False, True):
+        inputs = images.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            out = conv(pack(inputs, layout))
+        out.values.float().sin().sum().backward()
+        grads.append(inputs.grad)
+    torch.testing.assert_close(grads[1], grads[0], rtol=0.05, atol=0.02)
+
+
 def test_two_threads() -> None:
     visible = [random_mask(2, (2, 2), seed=seed) for seed in (1, 7)]
     expected = [run(small_network(i).double(), i, visible[i]) for i in range(2)]

@@ -201,15 +201,26 @@ class _ImageConvolution(torch.autograd.Function):
             grad_weight = _depthwise_weight_grad(rows, grad, form.patches, geometry).to(weight.dtype)
             of_weight = False
         if of_rows or of_weight:
+            dtype = _backward_dtype(rows, ctx.groups, geometry)
             # For the input's gradient alone, the kernel asks the images for their shape only.
-            images = form.images(rows) if of_weight else rows.new_empty_strided(*ctx.images_like)
+            images = form.images(rows) if of_weight else rows.new_empty_strided(*ctx.images_like, dtype=dtype)
             grad_images, grad_dense, _ = torch.ops.aten.convolution_backward(
-                form.results_grad(grad), images, weight.to(grad.dtype), None, geometry.stride, form.padding,
-                geometry.dilation, False, (0,) * form.patches.rank, ctx.groups, (of_rows, of_weight, False),
+                form.results_grad(grad).to(dtype), images.to(dtype), weight.to(dtype), None, geometry.stride,
+                form.padding, geometry.dilation, False, (0,) * form.patches.rank, ctx.groups,
+                (of_rows, of_weight, False),
             )  # fmt: skip
-            grad_rows = form.images_grad(grad_images) if of_rows else None
+            grad_rows = form.images_grad(grad_images.to(rows.dtype)) if of_rows else None
             grad_weight = grad_dense.to(weight.dtype) if of_weight else grad_weight
         return grad_rows, grad_weight, grad.sum(0) if of_bias else None, None, None, None
+
+
+def _backward_dtype(rows: Tensor, groups: int, geometry: Geometry) -> torch.dtype:
+    """Float32 where bfloat16 is slow: on CPUs, depthwise with a stride, which takes 20 to 120 times as long.
+
+    Measured by `benchmarks/depthwise.py`, on an AMD EPYC (`results/depthwise.json`).
+    """
+    slow = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and groups == rows.shape[1]
+    return torch.float32 if slow and max(geometry.stride) > 1 else rows.dtype
 
 
 def _depthwise_weight_grad(rows: Tensor, grad: Tensor, patches: PatchLayout, geometry: Geometry) -> Tensor:
