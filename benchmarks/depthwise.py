@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from encoder import processor
 
 CASES = ((96, 56, 3), (144, 28, 5), (240, 28, 3), (576, 14, 5))
 """Channels, size of the map, kernel."""
