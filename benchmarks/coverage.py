@@ -1,4 +1,4 @@
-"""Which networks are exact under masking: `sparkmim verify` over every model that timm registers.
+"""Which networks are exact under masking: `sparkmim verify` over every model of timm and of torchvision.
 
     python benchmarks/coverage.py --out benchmarks/results/coverage.jsonl
     python benchmarks/coverage.py --out /tmp/new.jsonl --models "resnet*" convnext_tiny
@@ -28,8 +28,10 @@ from typing import Any
 
 import timm
 import torch
+import torchvision
 from timm.models import model_entrypoint
 from torch.overrides import TorchFunctionMode
+from torchvision.models import list_models
 
 from sparkmim.models import Hierarchy, create_encoder, verify_encoder
 from sparkmim.models.hierarchy import NoHierarchy
@@ -46,8 +48,15 @@ SMALL_IMAGE = 100e6
 """Networks of more parameters are verified on images of two patches per side instead of three."""
 
 
+def all_names() -> list[str]:
+    """All of timm's models, and all of torchvision's classifiers."""
+    return timm.list_models() + [f"torchvision/{name}" for name in list_models(module=torchvision.models)]
+
+
 def family(name: str) -> str:
-    """The module of timm that a model comes from."""
+    """The module of timm that a model comes from, or `torchvision`."""
+    if name.startswith("torchvision/"):
+        return "torchvision"
     return model_entrypoint(name).__module__.rpartition(".")[-1]
 
 
@@ -58,7 +67,7 @@ def parameters_of(names: list[str]) -> dict[str, int]:
         warnings.simplefilter("ignore")
         for name in names:
             try:
-                counts[name] = sum(p.numel() for p in timm.create_model(name, num_classes=0).parameters())
+                counts[name] = sum(p.numel() for p in create_encoder(name).parameters())
             except Exception:
                 counts[name] = 0
     return counts
@@ -75,12 +84,17 @@ class WithoutInit(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def native_size(encoder: torch.nn.Module) -> tuple[int, ...]:
+    """The image size that a network was made for."""
+    return tuple(getattr(encoder, "default_cfg", {"input_size": (3, 224, 224)})["input_size"][1:])
+
+
 def refusal(name: str) -> str | None:
     """Runs a network forward on visible patches, and says what is refused; None if nothing is, or it did not run."""
     try:
         with WithoutInit():
             encoder = create_encoder(name)
-        for size in (None, encoder.default_cfg["input_size"][1:]):
+        for size in (None, native_size(encoder)):
             hierarchy = Hierarchy(encoder)
             size = size or (3 * hierarchy.patch_unit,) * 2
             visible = torch.ones(2, *(extent // hierarchy.patch_unit for extent in size), dtype=torch.bool)
@@ -114,7 +128,7 @@ def check(name: str, parameters: int, memory: float) -> dict[str, Any]:
             if isinstance(error, NoHierarchy):
                 raise
             # Some take images of one size only.
-            report = verify_encoder(encoder, encoder.default_cfg["input_size"][1:], masks=masks)
+            report = verify_encoder(encoder, native_size(encoder), masks=masks)
     except MemoryError:
         return {**row, "status": "out of memory"}
     except NoHierarchy as error:
@@ -161,12 +175,14 @@ def page(rows: list[dict[str, Any]]) -> str:
     for row in sorted(rows, key=lambda row: row["model"]):
         families.setdefault(row["family"], []).append(row)
     exact = [row for row in rows if row["status"] == "exact"]
+    of_timm = sum(row["family"] != "torchvision" for row in rows)
     worst = max(exact, key=lambda row: row["error"])
     lines = [
         "# Which networks are exact",
         "",
-        f"Of the {len(rows):,} models that timm {timm.__version__} registers, {len(exact)} are exact under masking: on "
-        "visible patches alone they compute what the definition of a masked network says, forward and backward. Each "
+        f"Of the {of_timm:,} models that timm {timm.__version__} registers, and the {len(rows) - of_timm} classifiers "
+        f"of torchvision {torchvision.__version__.split('+')[0]}, {len(exact):,} are exact under masking: on visible "
+        "patches alone they compute what the definition of a masked network says, forward and backward. Each "
         f"was verified in float64; the largest relative error is {worst['error']:.0e} ({worst['model']}), and 1e-6 "
         "would be reported. The others are refused by name before anything is trained; none gives a wrong result "
         "silently.",
@@ -211,7 +227,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="per network")
     args = parser.parse_args()
 
-    names = [n for n in timm.list_models() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)]
+    names = [n for n in all_names() if any(fnmatch.fnmatch(n, pattern) for pattern in args.models)]
     rows: dict[str, dict[str, Any]] = {}
     if args.out.is_file():
         for line in args.out.read_text().splitlines():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from pathlib import Path
@@ -99,6 +100,34 @@ def test_exported_weights_load_strictly_into_timm(photos: Path, tmp_path: Path) 
              batch_size=12)  # fmt: skip
     model = timm.create_model("resnet10t", num_classes=0)
     model.load_state_dict(load_file(tmp_path / "run" / "weights" / "encoder.safetensors"), strict=True)
+
+
+class Volumes(Dataset[dict[str, Tensor]]):
+    """Sixteen small volumes of two channels, in units of their own."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        ramps = torch.linspace(0, 1, 12) * torch.rand(2, 1, 1, 1, generator=generator)
+        return {"image": 300 * ramps.expand(2, 10, 14, 12) - 100, "label": torch.tensor(index)}
+
+
+def test_a_dataset_of_volumes_and_resuming_it(tmp_path: Path) -> None:
+    """From Python, with a network in hand; means and deviations are measured once, and kept."""
+    network = nn.Sequential(nn.Conv3d(2, 8, 3, 2, padding=1), nn.GroupNorm(2, 8), nn.ReLU(), nn.Conv3d(8, 16, 2, 2))
+    settings = {"data": Volumes(), "channels": 2, "image_size": [8, 16, 8], "patch_size": 4, "epochs": 2}
+    whole = pretrain(None, copy.deepcopy(network), tmp_path / "whole", **settings)
+    assert whole.step == 4
+    stopped = pretrain(None, copy.deepcopy(network), tmp_path / "run", **settings, callbacks=[StopAt(2)])
+    assert not stopped.finished
+    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    assert all(-100 < mean < 200 for mean in saved["mean"])
+    assert saved["flip"] == 0.0
+    resumed = sparkmim.pretrain(out=tmp_path / "run", resume=True, data=Volumes(), model=copy.deepcopy(network))
+    assert resumed.finished
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_a_recipes_batch_shrinks_to_the_images_there_are(photos: Path, network: str, tmp_path: Path) -> None:

@@ -309,23 +309,21 @@ def _devices(settings: dict[str, Any]) -> tuple[int, int | str]:
 
 def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
     """The saved settings; what was given now must agree with them, or be free to change."""
+    objects = {name for name in ("model", "data") if saved.get(name) is None}  # were Python's, and are given again
+    free = MAY_CHANGE | objects
     clash = [
         name
         for name in settings
-        if name not in MAY_CHANGE
+        if name not in free
         and settings[name] != defaults.get(name)
         and not _same(settings[name], saved.get(name))
     ]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
         raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
-    given = {name: settings[name] for name in MAY_CHANGE if name in settings and settings[name] != defaults.get(name)}
-    missing = [name for name in ("model", "data") if saved.get(name) is None and name not in given]
-    for name in missing:
-        if settings.get(name) is None or settings[name] == defaults.get(name):
-            raise ValueError(
-                f"the run in {settings['out']} was started from Python objects; pass {name} again to resume"
-            )
+    given = {name: settings[name] for name in free if name in settings and settings[name] != defaults.get(name)}
+    for name in sorted(objects - given.keys()):
+        raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
     return {**saved, **given, "out": settings["out"], "resume": True}
 
 
