@@ -237,6 +237,25 @@ def test_attributes_are_those_of_the_dense_map() -> None:
     assert (b, c, h, w) == (2, 3, 4, 4)
 
 
+def test_what_is_pending_cannot_be_unpacked() -> None:
+    x = pack(torch.randn(2, 3, 4, 4), PatchLayout(random_mask(2, (2, 2))))
+    with pytest.raises(UnsupportedOperation, match="must follow"):
+        unpack(F.pad(x, (1, 1, 1, 1)))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_second_derivatives_are_refused(kernel: int) -> None:
+    """They would be wrong: the kernels are beyond autograd's sight."""
+    x = torch.randn(1, 2, 4, 4, requires_grad=True)
+    weight = torch.randn(2, 16, kernel, kernel, requires_grad=True)
+    packed = pack(x.repeat(1, 8, 1, 1), PatchLayout(torch.ones(1, 2, 2, dtype=torch.bool)))
+    (grad,) = torch.autograd.grad(
+        unpack(F.conv2d(packed, weight, padding=kernel // 2)).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable|not have been used"):
+        torch.autograd.grad(grad.square().sum(), weight)
+
+
 def test_a_rule_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     visible = random_mask(2, (2, 2))
     x = pack(torch.randn(2, 3, 4, 4), PatchLayout(visible))

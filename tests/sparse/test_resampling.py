@@ -81,6 +81,19 @@ def test_padded_pooling() -> None:
     agree(Padded((0, 1, 1, 0), nn.AvgPool2d(2, 1, divisor_override=3)), RAGGED, (4, 4))
 
 
+def test_padded_pooling_rounded_up() -> None:
+    """What lies past the padded map is ignored, unlike the border."""
+    agree(lambda x: F.max_pool2d(F.pad(x - 9, (1, 0, 0, 0)), 3, 2, ceil_mode=True), RAGGED, (4, 4))
+    agree(lambda x: F.max_pool2d(F.pad(x - 9, (1, 0, 1, 0)), 4, 2, ceil_mode=True), RAGGED, (4, 4))
+
+
+@pytest.mark.parametrize(("factor", "size"), [(0.6, 5), (3.2, 5), (4.1, 10)])
+def test_nearest_neighbours_by_uneven_factors(factor: float, size: int) -> None:
+    """PyTorch finds positions by the factor that was given, even where the sizes would give other ones."""
+    visible = random_mask(2, (1, 2), seed=1)
+    agree(lambda x: F.interpolate(x, scale_factor=factor), visible, (size, size))
+
+
 def test_padded_channels_and_no_padding() -> None:
     agree(lambda x: F.pad(x, (0, 0, 0, 0, 1, 2)), RAGGED, (2, 2))
     agree(lambda x: F.pad(x, (0, 0, 0, 0)).relu_() + x, RAGGED, (2, 2))

@@ -303,6 +303,19 @@ def test_layer_norm(visible: Tensor) -> None:
 
 
 @BOTH
+def test_contiguous_is_a_copy_of_a_part(visible: Tensor) -> None:
+    """In-place operations on it leave the whole alone, as on dense maps."""
+
+    def function(x: Tensor) -> Tensor:
+        y = x * 2
+        y[:, :2].contiguous().relu_()
+        y.permute(0, 2, 3, 1).contiguous().mul_(3)
+        return y
+
+    agree(function, visible, (2, 2))
+
+
+@BOTH
 def test_local_response_norm(visible: Tensor) -> None:
     agree(nn.LocalResponseNorm(3), visible, (2, 2), 6)
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from sparkmim.sparse.layout import PatchLayout, Taps
 
@@ -119,6 +120,7 @@ class _MultiplyRows(torch.autograd.Function):
         return product(rows, matrix.t(), bias)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (rows, matrix), grad, needs = ctx.saved_tensors, grads[0], ctx.needs_input_grad
         return (
@@ -170,6 +172,7 @@ class _GatherConvolution(torch.autograd.Function):
         return owner(join([product(gathered, matrix, bias) for _, gathered in _gathered(rows, table)]))
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         """Both gradients come from one gather of `grad`, by the mirrored tables.
 

@@ -65,6 +65,7 @@ class PackedTensor(torch.Tensor):
         patches: the layout that says which patches these are.
         axes: where the spatial axes stand, in order. `(2, 3)` for a map `[B, C, H, W]`, `(1, 2)` for
             `[B, H, W, C]`; a single one for maps whose spatial axes have been flattened into one.
+        flat: positions per patch along each spatial axis, of a map that was flattened; None for others.
 
     The batch axis is always the first. What is stored differs from what `shape` tells in two places:
     the batch axis holds the `n` visible patches, each spatial axis one patch's share of the axis.
@@ -72,6 +73,7 @@ class PackedTensor(torch.Tensor):
 
     patches: PatchLayout
     axes: tuple[int, ...]
+    flat: tuple[int, ...] | None = None
 
     @classmethod
     def wrap(cls, values: Tensor, patches: PatchLayout, axes: tuple[int, ...]) -> PackedTensor:
@@ -107,6 +109,8 @@ class PackedTensor(torch.Tensor):
                 f"`{name}` has no rule for masked images. Replace the operation, give the encoder without "
                 f"that part, or write a rule with sparkmim.sparse.register_rule({name.strip('_')!r})"
             )
+        if kwargs and kwargs.get("out") is not None:
+            raise UnsupportedOperation(f"`{name}` of a masked map with out= has no rule; use its result")
         with DisableTorchFunctionSubclass():
             return rule(func, *args, **(kwargs or {}))
 
@@ -171,8 +175,10 @@ class PendingTensor(PackedTensor):
         """Whether there is no border."""
         return not any(map(any, self.border))
 
-    def settled(self) -> PackedTensor:
-        """The map as it was before."""
+    def settled(self, unfold: bool = False) -> PackedTensor:
+        """The map as it was before padding; with `unfold`, before folding too."""
+        if self.folded is not None and not unfold:
+            raise UnsupportedOperation("a batch folded into the channels must be convolved, and unfolded again")
         return PackedTensor.wrap(self.values, self.patches, self.axes)
 
 
@@ -211,7 +217,10 @@ def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -
     """Wraps the result of a rule with the layout of `x`. What is packed already (in-place operations) stays."""
     if isinstance(values, PackedTensor):
         return values
-    return PackedTensor.wrap(values, x.patches, x.axes if axes is None else axes)
+    out = PackedTensor.wrap(values, x.patches, x.axes if axes is None else axes)
+    if x.flat is not None and len(out.axes) < x.patches.rank:
+        out.flat = x.flat
+    return out
 
 
 def to_rows(x: Tensor) -> Tensor:
@@ -312,6 +321,8 @@ def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
     Raises:
         ValueError: if the axes of `x` stand in another order.
     """
+    if isinstance(x, PendingTensor):
+        raise UnsupportedOperation("unpack of a masked map that was padded: a convolution or pooling must follow")
     if x.axes != tuple(range(2, 2 + x.patches.rank)) or x.dim() != 2 + x.patches.rank:
         raise ValueError(f"unpack needs a map in the order [B, C, *S], not {list(x.shape)} with *S at axes {x.axes}")
     with DisableTorchFunctionSubclass():

@@ -314,9 +314,7 @@ def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str
     clash = [
         name
         for name in settings
-        if name not in free
-        and settings[name] != defaults.get(name)
-        and not _same(settings[name], saved.get(name))
+        if name not in free and settings[name] != defaults.get(name) and not _same(settings[name], saved.get(name))
     ]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)

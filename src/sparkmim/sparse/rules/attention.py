@@ -25,7 +25,8 @@ def _attention(
     """Of flattened maps `[B, …, positions, d]`. Masked positions ask nothing and are not attended to."""
     parts = [part for part in (query, key, value) if isinstance(part, PackedTensor)]
     flat = all(part.axes == (part.ndim - 2,) and part.patches is parts[0].patches for part in parts)
-    if len(parts) < 3 or not flat or attn_mask is not None or is_causal:
+    alike = len({part.ndim for part in parts}) == 1
+    if len(parts) < 3 or not flat or not alike or attn_mask is not None or is_causal:
         raise UnsupportedOperation(
             "`scaled_dot_product_attention` of masked maps has a rule for all positions of a sample with each other, "
             "without a bias by position"

@@ -55,7 +55,8 @@ def _is_contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any
 
 @register_rule("contiguous")
 def _contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> PackedTensor:
-    return x
+    """The memory format stays, but what may share memory with another map no longer does."""
+    return like(x, x.clone()) if x._is_view() else x
 
 
 @register_rule(

@@ -136,7 +136,7 @@ def _convolve_each(
         raise UnsupportedOperation(
             f"`{func.__name__}` of a batch folded into the channels wants groups for each sample"
         )
-    stored = torch.split(x.settled(), list(x.patches.counts))
+    stored = torch.split(x.settled(unfold=True), list(x.patches.counts))
     weights = weight.chunk(samples)
     biases = [None] * samples if bias is None else bias.chunk(samples)
     parts = []
@@ -153,7 +153,7 @@ def _local(geometry: Geometry) -> bool:
 
 @register_rule("linear")
 def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(x, PackedTensor) or x.ndim - 1 in x.axes:
+    if not isinstance(x, PackedTensor) or x.ndim - 1 in x.axes or weight.ndim != 2:
         raise UnsupportedOperation("`linear` needs channels last in a masked map, and a dense weight")
     rows = multiply_rows(x.reshape(-1, x.shape[-1]), weight, bias)
     return like(x, rows.view(*x.shape[:-1], -1))
@@ -171,7 +171,7 @@ def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor) -> Tensor:
         x, other = other, x
     left, right = (part if isinstance(part, PackedTensor) else None for part in (x, other))
     if left is not None and right is not None:
-        over_positions = left.axes == (left.ndim - 1,) and right.axes == (right.ndim - 2,)
+        over_positions = left.axes == (left.ndim - 1,) and right.axes == (right.ndim - 2,) and left.flat == right.flat
         if over_positions and left.ndim == right.ndim and left.patches is right.patches:
             return sum_by_sample(torch.matmul(left, right), left.patches)
     elif left is not None and left.ndim - 1 not in left.axes:

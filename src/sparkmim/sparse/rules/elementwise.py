@@ -33,7 +33,7 @@ BINARY = """
     rdiv floor_divide floordiv rfloordiv remainder mod rmod fmod pow rpow ipow float_power addcmul addcdiv lerp atan2
     arctan2 hypot copysign maximum minimum fmax fmin heaviside logaddexp logaddexp2 nextafter xlogy
     where masked_fill copy
-    eq ne lt le gt ge equal greater greater_equal less less_equal not_equal logical_and logical_or logical_xor
+    eq ne lt le gt ge greater greater_equal less less_equal not_equal logical_and logical_or logical_xor
     bitwise_and bitwise_or bitwise_xor and or xor
 """
 
@@ -44,9 +44,9 @@ def align(x: PackedTensor, other: Tensor) -> Tensor:
     What varies by sample is repeated for the sample's patches; what varies by position is packed.
     """
     if isinstance(other, PackedTensor):
-        if other.patches is not x.patches or other.ndim - max(other.axes) != x.ndim - max(x.axes):
+        if other.patches is not x.patches or other.ndim != x.ndim or other.axes != x.axes:
             raise UnsupportedOperation("the operands are masked differently, or their axes stand in another order")
-        if block_of(other) != block_of(x):
+        if block_of(other) != block_of(x) or other.flat != x.flat:
             raise UnsupportedOperation(
                 f"the operands' maps have different sizes, {list(dense_shape(x))} and {list(dense_shape(other))}"
             )
@@ -86,7 +86,8 @@ def align(x: PackedTensor, other: Tensor) -> Tensor:
 
 @register_rule(*UNARY.split())
 def _unary(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    if not isinstance(x, PackedTensor) or any(isinstance(arg, Tensor) and arg.ndim for arg in args):
+    given = (*args, *kwargs.values())
+    if not isinstance(x, PackedTensor) or any(isinstance(arg, Tensor) and arg.ndim for arg in given):
         return elementwise(func, x, *args, **kwargs)
     out: Tensor = func(x, *args, **kwargs)
     return like(x, out)
@@ -96,7 +97,7 @@ def _unary(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Te
 def elementwise(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
     """Any elementwise operation on any mixture of packed tensors, dense tensors and numbers."""
     packed = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, PackedTensor)]
-    x = max(packed, key=lambda arg: arg.numel())
+    x = max(packed, key=lambda arg: (arg.ndim, arg.numel()))
     inplace = func.__name__.rstrip("_") != func.__name__ and not func.__name__.startswith("__")
     if (inplace or func.__name__.startswith("__i")) and args[0] is not x:
         raise UnsupportedOperation(f"`{func.__name__}` would write a masked map into a smaller or a dense tensor")
@@ -119,5 +120,7 @@ def _feature_dropout(
     """Whole channels are dropped per sample, not per patch."""
     if func.__name__.startswith("feature_alpha"):
         raise UnsupportedOperation("`feature_alpha_dropout` has no rule for masked images; use dropout")
+    if 1 in x.axes:
+        raise UnsupportedOperation(f"`{func.__name__}` of a masked map {list(dense_shape(x))} with channels not second")
     ones = x.new_ones(x.patches.batch_size, x.shape[1], *(1,) * (x.ndim - 2))
     return elementwise(torch.Tensor.mul_ if inplace else torch.mul, x, F.dropout(ones, p, training))

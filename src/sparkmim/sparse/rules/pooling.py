@@ -37,6 +37,17 @@ def _windows(x: PackedTensor, geometry: Geometry, outside: float) -> Tensor:
     return gather_windows(to_rows(x), x.patches, geometry.block, start, length, outside)
 
 
+def _rank_of(func: Callable[..., Any], x: PackedTensor) -> int:
+    """Spatial axes of the map, which must be those of the function."""
+    rank = x.patches.rank
+    if int(func.__name__[-2]) != rank:
+        raise UnsupportedOperation(
+            f"`{func.__name__}` of a masked map {list(dense_shape(x))}: it must have {rank} spatial axes, after the "
+            "channels"
+        )
+    return rank
+
+
 @register_rule("max_pool1d", "max_pool2d", "max_pool3d", pending=True)
 def _max_pool(
     func: Callable[..., Any],
@@ -50,13 +61,13 @@ def _max_pool(
 ) -> Tensor:
     if return_indices:
         raise UnsupportedOperation(f"`{func.__name__}` with return_indices: positions in a masked map have no rule")
-    rank = x.patches.rank
+    rank = _rank_of(func, x)
     kernel = per_axis(kernel_size, rank)
     steps = per_axis(stride, rank) if stride else kernel
     before, dilation = per_axis(padding, rank), per_axis(dilation, rank)
     after, outside = before, -math.inf
     if isinstance(x, PendingTensor):
-        if any(before) or not x.extends_by(x.border_value):
+        if any(before) or ceil_mode or not x.extends_by(x.border_value):
             return on_dense_map(
                 x, func.__name__, lambda dense: func(dense, kernel_size, stride, padding, dilation, ceil_mode)
             )
@@ -82,7 +93,7 @@ def _avg_pool(
     if isinstance(x, PendingTensor):
         options = (stride, padding, ceil_mode, count_include_pad, *([divisor_override] if divisor_override else []))
         return on_dense_map(x, func.__name__, lambda dense: func(dense, kernel_size, *options))
-    rank = x.patches.rank
+    rank = _rank_of(func, x)
     kernel = per_axis(kernel_size, rank)
     steps = per_axis(stride, rank) if stride else kernel
     padding = per_axis(padding, rank)
@@ -120,7 +131,8 @@ def _adaptive_pool(
 ) -> Tensor:
     """Global pooling: over the visible positions of each sample."""
     sizes = [output_size] if isinstance(output_size, int) or output_size is None else list(output_size)
-    if any(size != 1 for size in sizes) or return_indices or x.axes != tuple(range(2, x.ndim)):
+    fits = x.axes == tuple(range(2, x.ndim)) and int(func.__name__[-2]) == len(x.axes)
+    if any(size != 1 for size in sizes) or return_indices or not fits:
         raise UnsupportedOperation(
             f"`{func.__name__}` to {output_size}: only global pooling (output size 1) is defined on a masked map"
         )

@@ -63,7 +63,7 @@ def per_sample(x: PackedTensor, function: Callable[[Tensor], Tensor]) -> Tensor:
 )  # fmt: skip
 def _reduce(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Any:
     name = func.__name__.removeprefix("linalg_")
-    if name in ("max", "min") and args and isinstance(args[0], Tensor):
+    if name in ("max", "min") and ((args and isinstance(args[0], Tensor)) or "other" in kwargs):
         return elementwise(func, x, *args, **kwargs)
     position = {"norm": 1, "vector_norm": 1, "topk": 1}.get(name, 0)
     dims = _dims(x, name, position, args, kwargs)
@@ -93,7 +93,8 @@ def _reduce(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any
 
 def _dims(x: PackedTensor, name: str, position: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int] | None:
     dim = kwargs.get("dim", kwargs.get("axis", args[position] if len(args) > position else None))
-    if isinstance(dim, bool) or dim is None:  # `x.var(False)`: an old spelling of `correction`
+    empty = isinstance(dim, Sequence) and not dim
+    if isinstance(dim, bool) or dim is None or empty:  # `x.var(False)`: an old spelling of `correction`
         return None
     return [axis % x.ndim for axis in (dim if isinstance(dim, Sequence) else [dim])]
 

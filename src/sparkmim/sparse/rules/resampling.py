@@ -20,7 +20,7 @@ from sparkmim.sparse.packed import (
 )
 
 
-@register_rule("pad", "constant_pad_nd", pending=True)
+@register_rule("pad", pending=True)
 def _pad(
     func: Callable[..., Any], x: PackedTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Tensor:
@@ -39,6 +39,8 @@ def _pad(
     if isinstance(x, PendingTensor):
         if not x.bare and ((mode, value) != (x.border_mode, x.border_value) or mode != "constant"):
             raise UnsupportedOperation("`pad` of a masked map that was padded in another way has no rule")
+        if any(old < 0 < more for pairs in zip(x.border, new, strict=True) for old, more in zip(*pairs, strict=True)):
+            raise UnsupportedOperation("`pad` of a masked map that was cropped has no rule")
         new = tuple((a + c, b + d) for (a, b), (c, d) in zip(x.border, new, strict=True))
     return PendingTensor.of(x, new, mode, value, x.folded if isinstance(x, PendingTensor) else None)
 
@@ -60,17 +62,22 @@ def _interpolate(
             wanted = [size] * len(sizes) if isinstance(size, int) else list(size)
         else:
             factors = scale_factor if isinstance(scale_factor, Sequence) else [scale_factor or 1.0] * len(sizes)
-            wanted = [int(extent * factor) for extent, factor in zip(sizes, factors, strict=True)]
+            exact = [extent * factor for extent, factor in zip(sizes, factors, strict=True)]
+            wanted = [int(extent) for extent in exact]
         pairs = list(zip(wanted, sizes, block_of(x), strict=True))
-        if all(new % old == 0 or (old % new == 0 and block % (old // new) == 0) for new, old, block in pairs):
+        whole = size is not None or kwargs.get("recompute_scale_factor") or wanted == exact
+        if whole and all(new % old == 0 or (old % new == 0 and block % (old // new) == 0) for new, old, block in pairs):
             return like(x, F.interpolate(x, size=[block * new // old for new, old, block in pairs], mode="nearest"))
-    return on_dense_map(x, func.__name__, lambda dense: func(dense, size, scale_factor, mode, *args, **kwargs))
+    # Contiguous: with `antialias`, PyTorch's result depends on the memory format of narrow maps.
+    return on_dense_map(
+        x, func.__name__, lambda dense: func(dense.contiguous(), size, scale_factor, mode, *args, **kwargs)
+    )
 
 
 @register_rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
 def _shuffle(func: Callable[..., Any], x: PackedTensor, factor: int) -> Tensor:
     """Every position's channels, or every small block of positions, on its own."""
-    if x.axes != tuple(range(2, 2 + x.patches.rank)):
+    if x.axes != tuple(range(2, 2 + x.patches.rank)) or (x.patches.rank == 1 and "pixel" in func.__name__):
         raise UnsupportedOperation(f"`{func.__name__}` of a masked map {list(dense_shape(x))} with channels not second")
     if func.__name__ == "pixel_unshuffle" and any(size % factor for size in block_of(x)):
         raise UnsupportedOperation(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from sparkmim.sparse.packed import (
     PackedTensor,
     PendingTensor,
     UnsupportedOperation,
+    block_of,
     dense_shape,
     like,
     register_rule,
@@ -33,6 +35,7 @@ def _refuse(func: Callable[..., Any], x: PackedTensor, what: str) -> Unsupported
     "permute", "transpose", "swapaxes", "swapdims", "movedim", "moveaxis", "get:T", "get:mT", "t", pending=True
 )
 def _permute(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    _refuse_in_place(func, x)
     # An index-carrying twin tells where every axis goes, whatever the spelling.
     twin = func(torch.empty(tuple(range(2, 2 + x.ndim)), device="meta"), *args, **kwargs)
     order = [size - 2 for size in twin.shape]
@@ -43,6 +46,11 @@ def _permute(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
     if order[0] != 0:
         raise _refuse(func, x, "moves the batch axis, which must stay first")
     return like(x, func(x, *args, **kwargs), tuple(order.index(axis) for axis in x.axes))
+
+
+def _refuse_in_place(func: Callable[..., Any], x: PackedTensor) -> None:
+    if func.__name__.endswith("_") and not func.__name__.startswith("__"):
+        raise _refuse(func, x, "in place has no rule; use the function that returns the result")
 
 
 def _refuse_pending(func: Callable[..., Any]) -> UnsupportedOperation:
@@ -73,7 +81,7 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
         unfolded = [x.patches.batch_size, x.shape[1], *before[2:]]
         if x.folded is None or not x.bare or after != unfolded:
             raise _refuse_pending(func)
-        return x.settled()
+        return x.settled(unfold=True)
     if before[0] > 1 and after == [1, before[0] * before[1], *before[2:]] and x.axes == tuple(range(2, x.ndim)):
         return PendingTensor.of(x, folded=1)  # for a convolution with weights of each sample's own
 
@@ -85,6 +93,8 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
         wide_out = [axis for axis in outputs if after[axis] > 1] or outputs[:1]
         if not special:
             stored += [after[axis] for axis in outputs]
+        elif not outputs:
+            raise _refuse(func, x, f"to {after} drops part of the map")
         elif inputs == outputs == [0]:
             stored.append(x.shape[0])
         elif 0 in special:
@@ -108,7 +118,10 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             stored += [after[axis] // cells if axis == wide_out[0] else after[axis] for axis in outputs]
         else:
             raise _refuse(func, x, f"to {after} mixes part of the map with other axes")
-    return like(x, x.reshape(stored), tuple(axes))
+    out = like(x, x.reshape(stored), tuple(axes))
+    if len(axes) < x.patches.rank and len(x.axes) == x.patches.rank:
+        out.flat = block_of(x)  # to be split like that again
+    return out
 
 
 def _splits_like_grid(x: PackedTensor, inputs: list[int], sizes: list[int]) -> bool:
@@ -116,7 +129,7 @@ def _splits_like_grid(x: PackedTensor, inputs: list[int], sizes: list[int]) -> b
     if len(x.axes) == 1 < x.patches.rank and tuple(inputs) == x.axes and len(sizes) == len(grid):
         blocks = [size // cells for size, cells in zip(sizes, grid, strict=True)]
         whole = all(size == block * cells for size, block, cells in zip(sizes, blocks, grid, strict=True))
-        return whole and math.prod(blocks) == x.shape[x.axes[0]]
+        return whole and tuple(blocks) == x.flat
     return False
 
 
@@ -160,6 +173,7 @@ def _matching_axes(before: list[int], after: list[int]) -> list[tuple[list[int],
 
 @register_rule("unsqueeze")
 def _unsqueeze(func: Callable[..., Any], x: PackedTensor, dim: int) -> Tensor:
+    _refuse_in_place(func, x)
     at = dim % (x.ndim + 1)
     if at == 0:
         raise _refuse(func, x, "puts an axis before the batch")
@@ -168,6 +182,7 @@ def _unsqueeze(func: Callable[..., Any], x: PackedTensor, dim: int) -> Tensor:
 
 @register_rule("squeeze")
 def _squeeze(func: Callable[..., Any], x: PackedTensor, *args: Any, dim: Any = None) -> Tensor:
+    _refuse_in_place(func, x)
     shape = dense_shape(x)
     dims = args if dim is None else (dim,)
     asked = _sizes(dims) if dims else list(range(x.ndim))
@@ -180,7 +195,7 @@ def _squeeze(func: Callable[..., Any], x: PackedTensor, *args: Any, dim: Any = N
 @register_rule("expand_as")
 def _expand_as(func: Callable[..., Any], x: Tensor, other: PackedTensor) -> Tensor:
     if isinstance(x, PackedTensor):
-        return like(other, x.expand(other.shape))
+        return like(other, align(other, x).expand(other.shape))
     return like(other, align(other, x).expand(other.shape))
 
 
@@ -220,6 +235,10 @@ def _drop_axis(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: 
 def _along_axis(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     position = {"narrow": 0, "index_select": 0, "flip": 0, "roll": 1}[func.__name__]
     dims = kwargs.get("dim", kwargs.get("dims", args[position] if len(args) > position else 0))
+    if func.__name__ == "flip" and args:
+        dims = _sizes(args)
+    if isinstance(dims, Sequence) and not dims:
+        raise _refuse(func, x, "without axes has no rule")
     for dim in dims if isinstance(dims, Sequence) else [dims]:
         _free_dim(func, x, dim)
     return like(x, func(x, *args, **kwargs))
@@ -246,8 +265,9 @@ def _join(func: Callable[..., Any], tensors: Sequence[Tensor], dim: int = 0, **k
 @register_rule("getitem")
 def _getitem(func: Callable[..., Any], x: PackedTensor, index: Any) -> Tensor:
     items = list(index) if isinstance(index, tuple) else [index]
-    if any(isinstance(item, Tensor | list) for item in items):
+    if not all(item is None or item is Ellipsis or isinstance(item, slice) or _is_index(item) for item in items):
         raise _refuse(func, x, "by an index tensor has no rule; use slices or index_select")
+    items = [operator.index(item) if _is_index(item) else item for item in items]
     if Ellipsis in items:
         at = items.index(Ellipsis)
         explicit = sum(item is not None for item in items) - 1
@@ -269,6 +289,10 @@ def _getitem(func: Callable[..., Any], x: PackedTensor, index: Any) -> Tensor:
             source += 1
         stored.append(item)
     return like(x, x[tuple(stored)], tuple(axes))
+
+
+def _is_index(item: Any) -> bool:
+    return hasattr(item, "__index__") and not isinstance(item, bool | Tensor)
 
 
 def _local_slice(func: Callable[..., Any], x: PackedTensor, item: Any, size: int, block: int) -> slice:
