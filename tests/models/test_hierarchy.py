@@ -117,6 +117,12 @@ def test_no_hierarchy() -> None:
         Hierarchy(timm.create_model("inception_v3"))
 
 
+def test_tokens_are_no_maps() -> None:
+    """Of a transformer, the patch embedding alone would be left."""
+    with pytest.raises(NoHierarchy, match=r"VisionTransformer goes on with tokens after .*`conv_proj`"):
+        Hierarchy(torchvision.models.vit_b_16())
+
+
 def test_stages() -> None:
     network = timm.create_model("resnet18")
     assert Hierarchy(network).strides == (4, 8, 16, 32)

@@ -192,6 +192,15 @@ class Hierarchy(nn.Module):
         order = [name for _, name in maps]
         at = [order.index(name) for _, name in chosen]
         if chosen and at == sorted(at):
+            last = calls[chosen[-1][1]]
+            positions = math.prod(last.shape[2:])
+            tokens = [call.shape for call in calls.values() if call.done > last.done and len(call.shape) == 3]
+            if len(shape) > 3 and any(found[1] >= positions for found in tokens):
+                raise NoHierarchy(
+                    f"{type(self.encoder).__name__} goes on with tokens after its last feature map "
+                    f"`{chosen[-1][1]}`, as a transformer; use a convolutional network, or name maps with "
+                    "feature_modules=[...]"
+                )
             return [name for _, name in chosen]
         candidates = [f"{name} {'×'.join(map(str, calls[name].shape[1:]))}" for stride, name in maps if stride]
         if not candidates:
