@@ -171,8 +171,20 @@ def reason(row: dict[str, Any]) -> str:
     return next((words for words, pattern in REASONS if re.search(pattern, row.get("message", ""))), "see message")
 
 
+def not_run(names: list[str]) -> list[str]:
+    """A paragraph on networks without a result."""
+    if not names:
+        return []
+    shown = ", ".join(f"`{name}`" for name in sorted(names))
+    return [f"Not run, for their size, on a machine of two cores and 24 GiB: {shown}.", ""]
+
+
 def page(rows: list[dict[str, Any]]) -> str:
     """The results as a Markdown page: a table of families, and every model of each."""
+    done = {row["model"] for row in rows}
+    missing = [name for name in all_names() if name not in done]
+    unfinished = [row["model"] for row in rows if row["status"].startswith("out of")]
+    rows = [row for row in rows if not row["status"].startswith("out of")]
     families: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(rows, key=lambda row: row["model"]):
         families.setdefault(row["family"], []).append(row)
@@ -182,13 +194,13 @@ def page(rows: list[dict[str, Any]]) -> str:
     lines = [
         "# Which networks are exact",
         "",
-        f"Of the {of_timm:,} models that timm {timm.__version__} registers, and the {len(rows) - of_timm} classifiers "
-        f"of torchvision {torchvision.__version__.split('+')[0]}, {len(exact):,} are exact under masking: on visible "
-        "patches alone they compute what the definition of a masked network says, forward and backward. Each "
-        f"was verified in float64; the largest relative error is {worst['error']:.0e} ({worst['model']}), and 1e-6 "
-        "would be reported. The others are refused by name before anything is trained; none gives a wrong result "
-        "silently.",
+        f"Of {of_timm:,} models of timm {timm.__version__} and {len(rows) - of_timm} classifiers of torchvision "
+        f"{torchvision.__version__.split('+')[0]}, {len(exact):,} are exact under masking: on visible patches alone they "
+        "compute what the definition of a masked network says, forward and backward. Each was verified in float64; the "
+        f"largest relative error is {worst['error']:.0e} ({worst['model']}), and 1e-6 would be reported. The others are "
+        "refused by name before anything is trained; none gives a wrong result silently.",
         "",
+        *not_run(missing + unfinished),
         "Made by `python benchmarks/coverage.py`, on three patches per side and two images, under three masks. "
         f"Networks of more than {FEW_MASKS / 1e6:.0f} million parameters ran under two masks, those of more than "
         f"{SMALL_IMAGE / 1e6:.0f} million on two patches per side. `sparkmim verify --model NAME` repeats any line.",
