@@ -195,10 +195,10 @@ def page(rows: list[dict[str, Any]]) -> str:
         "# Which networks are exact",
         "",
         f"Of {of_timm:,} models of timm {timm.__version__} and {len(rows) - of_timm} classifiers of torchvision "
-        f"{torchvision.__version__.split('+')[0]}, {len(exact):,} are exact under masking: on visible patches alone they "
-        "compute what the definition of a masked network says, forward and backward. Each was verified in float64; the "
-        f"largest relative error is {worst['error']:.0e} ({worst['model']}), and 1e-6 would be reported. The others are "
-        "refused by name before anything is trained; none gives a wrong result silently.",
+        f"{torchvision.__version__.split('+')[0]}, {len(exact):,} are exact under masking: on visible patches alone "
+        "they compute what the definition of a masked network says, forward and backward. Each was verified in "
+        f"float64; the largest relative error is {worst['error']:.0e} ({worst['model']}), and 1e-6 would be reported. "
+        "The others are refused by name before anything is trained; none gives a wrong result silently.",
         "",
         *not_run(missing + unfinished),
         "Made by `python benchmarks/coverage.py`, on three patches per side and two images, under three masks. "
