@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -53,32 +54,37 @@ def channel_statistics(
     """
     count = min(samples, len(source))
     places = [place * len(source) // count for place in range(count)]
-    total: Tensor | None = None
-    squares: Tensor | None = None
+    shift = total = squares = low = high = torch.zeros(())  # sums are taken of what is left after the shift
     values = done = 0
     unreadable: list[str] = []
     with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as progress:
         for place in progress.track(places, description="mean and standard deviation"):
+            name = f"item {place}"
             try:
-                read_in = read(source[place], str(place))
+                found = source[place]
+                name = str(found) if isinstance(found, str | Path) else name
+                read_in = read(found, name)
                 if not isinstance(read_in, Tensor):
                     read_in = torch.from_numpy(np.array(read_in, dtype=np.float64))
                 item = read_in.double().flatten(1) / scale  # [C, values]
                 if not bool(torch.isfinite(item).all()):
-                    raise UnreadableImage(f"item {place}", "holds values that are not finite")
+                    raise UnreadableImage(name, "holds values that are not finite")
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            sums, squared = item.sum(1), item.square().sum(1)
-            total = sums if total is None else total + sums
-            squares = squared if squares is None else squares + squared
+            if not done:
+                # The first sample's mean: squares of values far from zero would lose the digits of the deviation.
+                shift, low, high = item.mean(1), item.amin(1), item.amax(1)
+            low, high = torch.minimum(low, item.amin(1)), torch.maximum(high, item.amax(1))
+            item = item - shift[:, None]
+            total, squares = total + item.sum(1), squares + item.square().sum(1)
             values += item.shape[1]
             done += 1
-    if total is None or squares is None:
+    if not done:
         raise ValueError(f"none of {count} samples can be read; the first: {'; '.join(unreadable[:3])}")
-    mean = total / values
-    std = (squares / values - mean.square()).clamp(min=0).sqrt()
-    constant = [channel for channel, deviation in enumerate(std.tolist()) if deviation <= 1e-12]
+    offset = total / values
+    mean, std = shift + offset, (squares / values - offset.square()).clamp(min=0).sqrt()
+    constant = (low == high).nonzero().flatten().tolist()
     if constant:
         raise ValueError(
             f"channel(s) {', '.join(map(str, constant))} have the same value everywhere; leave them out of the data"

@@ -103,6 +103,7 @@ class PackedTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = _name_of(func)
+        cls._check(name)
         rule = RULES.get(name.strip("_"))
         if rule is None:
             raise UnsupportedOperation(
@@ -113,6 +114,10 @@ class PackedTensor(torch.Tensor):
             raise UnsupportedOperation(f"`{name}` of a masked map with out= has no rule; use its result")
         with DisableTorchFunctionSubclass():
             return rule(func, *args, **(kwargs or {}))
+
+    @classmethod
+    def _check(cls, name: str) -> None:
+        """Raises an `UnsupportedOperation` if the kind of tensor does not allow a function."""
 
 
 class PendingTensor(PackedTensor):
@@ -152,19 +157,11 @@ class PendingTensor(PackedTensor):
         return pending
 
     @classmethod
-    def __torch_function__(
-        cls,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        name = _name_of(func)
+    def _check(cls, name: str) -> None:
         if name.strip("_") not in PENDING:
             raise UnsupportedOperation(
                 f"`{name}` of a masked map that was padded: a convolution or pooling must follow the padding directly"
             )
-        return super().__torch_function__(func, types, args, kwargs)
 
     def extends_by(self, value: float) -> bool:
         """Whether the border is nothing but more positions of that value."""
