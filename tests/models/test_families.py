@@ -14,7 +14,7 @@ from sparkmim.sparse import MaskedDense, PatchLayout, pack, unpack
 
 MEMBERS = [
     "test_byobnet", "convmixer_1024_20_ks9_p14", "test_convnext", "convnextv2_atto", "cpubone_nano",
-    "cs3darknet_focus_s", "cspnext_tiny", "densenet121", "dla46x_c", "dpn48b", "test_efficientnet",
+    "cs3darknet_focus_s", "cspnext_tiny", "densenet121", "dla34", "dpn48b", "test_efficientnet",
     "tf_efficientnet_b0", "efficientnet_cc_b0_4e", "efficientvit_b0", "fasternet_t0", "fastvit_t8",
     "focalnet_tiny_srf", "ghostnet_050", "ghostnetv2_100", "hardcorenas_b", "hgnetv2_b0", "hrnet_w18_small",
     "iformer_t", "inception_next_atto", "lcnetv2_small", "lowformer_b0", "test_mambaout", "poolformerv2_s12",
