@@ -121,16 +121,18 @@ def check(name: str, parameters: int, memory: float) -> dict[str, Any]:
     masks = MASKS if parameters <= FEW_MASKS else ("all visible", "ragged mask")
     try:
         encoder = create_encoder(name)
+        full_size = native_size(encoder)
         image_size = 2 * Hierarchy(encoder).patch_unit if parameters > SMALL_IMAGE else None
+        del encoder  # verified by name, the network is not copied
         try:
-            report = verify_encoder(encoder, image_size, masks=masks)
+            report = verify_encoder(name, image_size, masks=masks)
             if not report.exact and image_size:  # four patches are few: the definition may take channels for positions
-                report = verify_encoder(encoder, masks=masks)
+                report = verify_encoder(name, masks=masks)
         except ValueError as error:
             if isinstance(error, NoHierarchy):
                 raise
             # Some take images of one size only.
-            report = verify_encoder(encoder, native_size(encoder), masks=masks)
+            report = verify_encoder(name, full_size, masks=masks)
     except MemoryError:
         return {**row, "status": "out of memory"}
     except NoHierarchy as error:

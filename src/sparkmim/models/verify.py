@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 
@@ -41,8 +42,7 @@ def verify_encoder(
     Raises:
         ValueError: if sizes do not divide, or no hierarchy is found.
     """
-    if isinstance(encoder, str):
-        encoder = create_encoder(encoder, channels)
+    encoder = create_encoder(encoder, channels) if isinstance(encoder, str) else copy.deepcopy(encoder)
     given = None if image_size is None or isinstance(image_size, int) else tuple(image_size)
     rank = len(given) if given else rank_of(encoder)
     if isinstance(image_size, int):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,9 @@ from sparkmim.sparse.packed import PackedTensor, PendingTensor, UnsupportedOpera
 
 TOLERANCE = 1e-6
 """Relative error, in float64, up to which a network counts as exact. Round-off stays below 1e-9."""
+
+_SMALLEST = 1e-300
+"""A norm that can be divided by."""
 
 
 @dataclass
@@ -47,16 +51,18 @@ def verify_packed(
 
     Three comparisons in float64 and training mode, each forward and backward: all patches visible against
     the dense network; a partial mask against the definition (`MaskedDense`); and a partial mask with
-    different numbers of visible patches per sample. The network itself is left untouched.
+    different numbers of visible patches per sample.
 
     Args:
-        network: maps images `[B, C, *S]` to a list of feature maps.
+        network: maps images `[B, C, *S]` to a list of feature maps. It is changed, to float64 and training mode and
+            away from constant parameters: give a copy of what is needed further.
         shape: of the images, `[B, C, *S]`; B at least 2.
         grid: patches along each axis.
         seed: of images, masks and whatever the network draws.
         masks: which of `MASKS` to compare under.
     """
-    network = copy.deepcopy(network).double().train()
+    network = network.double().train().requires_grad_()
+    network.zero_grad()
     for module in network.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.eval()  # drawn element by element, it differs between two layouts of the same map
@@ -77,16 +83,19 @@ def verify_packed(
             count = patches if kind == "all visible" else min(max(1, round(0.4 * patches)) + extra, patches)
             visible[sample, torch.randperm(patches, generator=generator)[:count]] = True
         visible = visible.view(shape[0], *grid)
+        grads: dict[str, Tensor] = {}
         try:
-            packed = _run(network, images, visible, packed=True, seed=seed)
+            maps = _run(network, images, visible, packed=True, seed=seed, keep=grads.__setitem__)
         except UnsupportedOperation as refusal:
             at_fault = str(refusal).split("`")[1] if str(refusal).startswith("in module `") else None
             return VerifyReport(False, float("inf"), at_fault, f"NOT supported: {refusal}")
         except Exception:
             _check_runs(network, images)
             raise
-        dense = _run(network, images, visible, packed=False, seed=seed)
-        error, name, message = _compare(packed, dense, kind)
+        norms: dict[str, tuple[float, float]] = {}
+        keep = partial(_take_norms, grads, norms)
+        expected = _run(network, images, visible, packed=False, seed=seed, keep=keep)
+        error, name, message = _compare(maps, expected, norms, kind)
         worst = max(worst, error)
         if error > TOLERANCE:
             if name is None:
@@ -122,26 +131,45 @@ class _InDouble(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-@dataclass
-class _Run:
-    maps: list[Tensor]
-    grads: dict[str, Tensor]
+def _run(
+    network: nn.Module,
+    images: Tensor,
+    visible: Tensor,
+    packed: bool,
+    seed: int,
+    keep: Callable[[str, Tensor], None],
+) -> list[Tensor]:
+    """Feature maps, zero where masked; `keep` is given each gradient of their sum with random weights, as it comes."""
+
+    def hand_over(name: str, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            keep(name, parameter.grad)
+        parameter.grad = None
+
+    handles = [
+        parameter.register_post_accumulate_grad_hook(partial(hand_over, name))  # type: ignore[no-untyped-call]
+        for name, parameter in network.named_parameters()
+    ]
+    try:
+        with _keeping_buffers(network):
+            maps = [_dense(map_, visible, packed) for map_ in _forward(network, images, visible, packed, seed)]
+            found = [map_ for map_ in maps if map_ is not None]
+            generator = torch.Generator().manual_seed(seed)
+            weights = [torch.randn(map_.shape, dtype=map_.dtype, generator=generator) for map_ in found]
+            sums = [(map_ * weight).sum() for map_, weight in zip(found, weights, strict=True)]
+            torch.stack(sums).sum().backward()  # type: ignore[no-untyped-call]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return [map_.detach() for map_ in found]
 
 
-def _run(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed: int) -> _Run:
-    """Feature maps, zero where masked, and the gradients of their sum with random weights."""
-    parameters = dict(network.named_parameters())
-    with _keeping_buffers(network):
-        maps = [_dense(map_, visible, packed) for map_ in _forward(network, images, visible, packed, seed)]
-        found = [map_ for map_ in maps if map_ is not None]
-        generator = torch.Generator().manual_seed(seed)
-        weights = [torch.randn(map_.shape, dtype=map_.dtype, generator=generator) for map_ in found]
-        total = torch.stack([(map_ * weight).sum() for map_, weight in zip(found, weights, strict=True)]).sum()
-        grads = torch.autograd.grad(total, list(parameters.values()), allow_unused=True)
-    return _Run(
-        [map_.detach() for map_ in found],
-        {name: grad for name, grad in zip(parameters, grads, strict=True) if grad is not None},
-    )
+def _take_norms(grads: dict[str, Tensor], norms: dict[str, tuple[float, float]], name: str, expected: Tensor) -> None:
+    """Adds to `norms` those of a gradient's error and of the gradient; both are let go, to need less memory."""
+    norm = expected.norm().item()
+    ours = grads.pop(name, None)
+    error = torch.inf if ours is None else expected.sub_(ours).norm().item()
+    norms[name] = (error, norm)
 
 
 def _forward(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, seed: int) -> list[Any]:
@@ -208,28 +236,30 @@ def _first_to_differ(network: nn.Module, images: Tensor, visible: Tensor, seed: 
     return None
 
 
-def _compare(packed: _Run, dense: _Run, kind: str) -> tuple[float, str | None, str]:
+def _compare(
+    maps: list[Tensor], expected: list[Tensor], norms: dict[str, tuple[float, float]], kind: str
+) -> tuple[float, str | None, str]:
     """Worst relative error; if it is a gradient's, the module of the parameter; and a line that says where."""
     worst = 0.0
-    for index, (ours, theirs) in enumerate(zip(packed.maps, dense.maps, strict=True)):
-        error = _relative(ours, theirs, floor=0.0)
+    for index, (ours, theirs) in enumerate(zip(maps, expected, strict=True)):
+        error = _relative(ours, theirs)
         worst = max(worst, error)
         if error > TOLERANCE:
             return error, None, f"feature map {index} is off by {error:.1e} ({kind})"
     # Gradients that are zero by construction (a bias before BatchNorm) are round-off of the others.
-    floor = 1e-6 * max((grad.norm().item() for grad in dense.grads.values()), default=0.0)
-    for name in dense.grads:
-        if name not in packed.grads:
-            return float("inf"), name.rpartition(".")[0], f"the gradient of `{name}` is missing ({kind})"
-        error = _relative(packed.grads[name], dense.grads[name], floor)
+    floor = max(1e-6 * max((norm for _, norm in norms.values()), default=0.0), _SMALLEST)
+    for name, (difference, norm) in norms.items():
+        error = difference / max(norm, floor)
+        error = error if math.isfinite(error) else torch.inf
         worst = max(worst, error)
         if error > TOLERANCE:
-            return error, name.rpartition(".")[0], f"the gradient of `{name}` is off by {error:.1e} ({kind})"
+            wrong = f"off by {error:.1e}" if math.isfinite(difference) else "missing or not finite"
+            return error, name.rpartition(".")[0], f"the gradient of `{name}` is {wrong} ({kind})"
     return worst, None, ""
 
 
-def _relative(ours: Tensor, theirs: Tensor, floor: float) -> float:
+def _relative(ours: Tensor, theirs: Tensor, floor: float = _SMALLEST) -> float:
     if ours.shape != theirs.shape:
         return float("inf")
-    error = (ours - theirs).norm() / theirs.norm().clamp(min=max(floor, 1e-300))
+    error = (ours - theirs).norm() / theirs.norm().clamp(min=floor)
     return float("inf") if not torch.isfinite(error) else error.item()
