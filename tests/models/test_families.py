@@ -66,19 +66,29 @@ def errors(found: Result, true: Result) -> tuple[float, float]:
     return max(forward), ((found[1] - true[1]).norm() / true[1].norm()).item()
 
 
+NORMALISED_AFTER_ACTIVATION = ("convmixer_1024_20_ks9_p14", "repvit_m1")
+"""Those whose maps go from one normalisation to the next."""
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_in_single_precision(name: str) -> None:
     """Maps to 1e-5 and gradients to 1e-4 of the definition in float64, with statistics as after training.
 
-    Where the dense definition in float32 is farther off than that, twice as far is allowed. A ReLU whose input is zero
-    up to rounding moves the gradient of one draw by more, so it must hold for one of three; a wrong rule is wrong in
-    all.
+    A ReLU whose input is zero up to rounding moves the gradient of one draw by more, so it must hold for one of
+    three; a wrong rule is wrong in all.
     """
     hierarchy = Hierarchy(encoder_named(name)).train()
     size = 3 * hierarchy.patch_unit
     for module in hierarchy.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = 1.0
+        if "Norm" in type(module).__name__ or "Filter" in type(module).__name__:
+            # Dozens of ReLUs on values around zero, without shortcuts, amplify rounding a thousandfold, in the
+            # definition as well. Around two they do not; but in maps that are normalised again, without a ReLU
+            # between, a large mean is itself what amplifies it.
+            bias = getattr(module, "bias", None)
+            if bias is not None and name not in NORMALISED_AFTER_ACTIVATION:
+                nn.init.constant_(bias, 2.0)
     with torch.no_grad():
         hierarchy(torch.randn(4, 3, size, size))  # sets running statistics
     hierarchy.eval()
@@ -89,9 +99,7 @@ def test_in_single_precision(name: str) -> None:
         images = torch.randn(2, 3, size, size, generator=generator)
         visible = random_visible(2, (3, 3), 0.6, generator)
         true = run(double, images.double(), visible, packed=False)
-        ours = errors(run(hierarchy, images, visible, packed=True), true)
-        dense = errors(run(hierarchy, images, visible, packed=False), true)
-        if ours[0] <= max(1e-5, 2 * dense[0]) and ours[1] <= max(1e-4, 2 * dense[1]):
+        seen.append(errors(run(hierarchy, images, visible, packed=True), true))
+        if seen[-1][0] <= 1e-5 and seen[-1][1] <= 1e-4:
             return
-        seen.append((ours, dense))
-    pytest.fail(f"maps and gradients are off by, and those of the dense definition: {seen}")
+    pytest.fail(f"maps and gradients are off by {seen}")
