@@ -264,7 +264,7 @@ def test_initial_weights(photos: Path, network: str, tmp_path: Path) -> None:
 
 def test_weight_files_tell_how_to_build_the_model(photos: Path, network: str, tmp_path: Path) -> None:
     pretrain(photos, network, tmp_path / "run", epochs=1)
-    _, metadata = weights.read(tmp_path / "run" / "weights" / "encoder.safetensors")
+    metadata = weights.open_weights(tmp_path / "run" / "weights" / "encoder.safetensors").metadata
     assert metadata["model"] == network
     assert metadata["image_size"] == [32, 32]
     assert json.dumps(metadata)
@@ -273,7 +273,7 @@ def test_weight_files_tell_how_to_build_the_model(photos: Path, network: str, tm
     for path, message in ((broken, "cannot be read as a safetensors file"), (tmp_path / "no", "does not exist"),
                           (tmp_path, "is a folder without weights")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
-            weights.read(path)
+            weights.open_weights(path)
 
 
 def test_nothing_is_overwritten(photos: Path, network: str, tmp_path: Path) -> None:

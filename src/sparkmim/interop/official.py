@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.models import SparK
 
 _LEFTOVERS = {"imn_m", "imn_s", "norm_black", "config"}
@@ -65,6 +66,21 @@ def parameter_name(name: str, maps: int = 4) -> str:
     return name
 
 
+def translated(module: Mapping[str, Any], maps: int | None = None) -> dict[str, Tensor]:
+    """An original `module` dictionary under our names, without what means nothing to the model.
+
+    The keys of an encoder alone, or of a classifier, become timm's.
+
+    Args:
+        module: the dictionary.
+        maps: how many feature maps the model decodes from; None for as many as there are mask tokens.
+    """
+    if not any(name.startswith("sparse_encoder.") for name in module):
+        return {encoder_name(name): tensor for name, tensor in module.items() if name not in _LEFTOVERS}
+    maps = maps or sum(name.startswith("mask_tokens.") for name in module)
+    return {parameter_name(name, maps): tensor for name, tensor in module.items() if name not in _LEFTOVERS}
+
+
 def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     """Loads an original `module` dictionary, encoder and decoder, into a model.
 
@@ -75,9 +91,8 @@ def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     """
     if "module" in state_dict and not isinstance(state_dict["module"], Tensor):
         state_dict = state_dict["module"]
-    maps = len(model.densify)
     own = model.state_dict()
-    tensors = {parameter_name(name, maps): tensor for name, tensor in state_dict.items() if name not in _LEFTOVERS}
+    tensors = translated(state_dict, len(model.densify))
     for name, tensor in tensors.items():  # a Linear of the original may be a 1×1 convolution here
         if name in own and tensor.shape == own[name].shape[:2] and tensor.numel() == own[name].numel():
             tensors[name] = tensor.view(own[name].shape)
@@ -101,20 +116,80 @@ def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     model.load_state_dict({**own, **tensors})
 
 
-def read(path: str | Path) -> dict[str, Any]:
-    """Reads a released file's `module` dictionary, without running any code in it.
+_RESNETS = {
+    (2, 2, 2, 2): "resnet18", (3, 4, 6, 3): "resnet50", (3, 4, 23, 3): "resnet101", (3, 8, 36, 3): "resnet152",
+    (3, 24, 36, 3): "resnet200",
+}  # fmt: skip
+_CONVNEXTS = {
+    ((3, 3, 9, 3), 96): "convnext_tiny", ((3, 3, 27, 3), 96): "convnext_small", ((3, 3, 27, 3), 128): "convnext_base",
+    ((3, 3, 27, 3), 192): "convnext_large", ((3, 3, 27, 3), 256): "convnext_xlarge",
+}  # fmt: skip
+
+
+def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
+    """timm's name of the ResNet or ConvNeXt whose encoder tensors, under timm's names, these are; None if unknown.
+
+    Told by the number of blocks in each stage, and the width of a ConvNeXt's stem.
+    """
+
+    def blocks(pattern: str) -> int:
+        return len({match[1] for name in tensors if (match := re.match(pattern, name))})
+
+    if "layer1.0.conv1.weight" in tensors:
+        name = _RESNETS.get(tuple(blocks(rf"layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4)))  # type: ignore[arg-type]
+        if (name == "resnet18") == ("layer1.0.conv3.weight" in tensors):  # basic blocks have no third convolution
+            return None
+        return name
+    if "stem.0.weight" in tensors:
+        depths = tuple(blocks(rf"stages\.{stage}\.blocks\.(\d+)\.") for stage in range(4))
+        return _CONVNEXTS.get((depths, tensors["stem.0.weight"].shape[0]))  # type: ignore[arg-type]
+    return None
+
+
+def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads a file of the original release, or another of PyTorch's, without running any code in it.
+
+    The kind is recognised from the content: encoder and decoder (`*_withdecoder_*_spark_style.pth`), an encoder alone
+    (`*_timm_style.pth`, `*_official_style.pth`), a fine-tuned classifier (`*_1kfinetuned_*.pth`), or a plain state
+    dict, maybe under `state_dict` or `model`.
+
+    Returns:
+        The tensors under our names, and what is known of the model, in the words of our own weight files.
 
     Raises:
-        ValueError: if the file is no original SparK file.
+        ValueError: if the file holds no weights.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(f"{path} cannot be read as a PyTorch weight file: {_first_line(error)}") from error
-    if not isinstance(content, dict) or not isinstance(content.get("module"), dict):
-        raise ValueError(f"{path} has no `module` entry, as original SparK files with decoder have")
-    module: dict[str, Any] = content["module"]
-    return module
+    module = content
+    for key in ("module", "state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(key), dict):
+            module = content[key]
+            break
+    named = (
+        {name: value for name, value in module.items() if isinstance(value, Tensor)} if isinstance(module, dict) else {}
+    )
+    if not named or not all(isinstance(name, str) for name in module):
+        raise ValueError(f"{path} holds no weights: neither tensors by name, nor a `module` entry with them")
+    tensors = translated(named)
+    encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
+    config = module.get("config") if isinstance(module.get("config"), dict) else {}
+    size = content.get("input_size") or config.get("sparse_encoder.input_size") or 224
+    known = {
+        "model": architecture_of(encoder),
+        "image_size": [size, size] if isinstance(size, int) else list(size),
+        "patch_size": 32,
+        "mask_ratio": config.get("mask_ratio", 0.6),
+        "channels": 3,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+    }
+    if "decoder.head.weight" in tensors:
+        known["decoder"] = "spark"
+        known["decoder_width"] = tensors["decoder.blocks.0.upsample.weight"].shape[0]
+    return tensors, known
 
 
 def _first_line(error: Exception) -> str:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
 
-def create_encoder(name: str, channels: int = 3, drop_path: float | None = None) -> nn.Module:
+def create_encoder(
+    name: str, channels: int = 3, drop_path: float | None = None, classes: int | None = None
+) -> nn.Module:
     """Builds a network, randomly initialised and without a classifier where it can be left out.
 
     Args:
@@ -19,25 +22,26 @@ def create_encoder(name: str, channels: int = 3, drop_path: float | None = None)
             no required argument that returns a module.
         channels: image channels.
         drop_path: stochastic depth rate, for networks that have one; None keeps the network's default.
+        classes: of its classifier, if it is to have one; a factory must take them as `num_classes`.
 
     Raises:
         ValueError: if there is no such network, or it cannot be built with these settings.
     """
     if ".py:" in name:
-        return _from_file(name, channels)
+        return _from_file(name, channels, classes)
     if name.startswith("torchvision/"):
-        return _from_torchvision(name.removeprefix("torchvision/"), channels, drop_path)
-    return _from_timm(name, channels, drop_path)
+        return _from_torchvision(name.removeprefix("torchvision/"), channels, drop_path, classes)
+    return _from_timm(name, channels, drop_path, classes)
 
 
-def _from_timm(name: str, channels: int, drop_path: float | None) -> nn.Module:
+def _from_timm(name: str, channels: int, drop_path: float | None, classes: int | None) -> nn.Module:
     import timm
 
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise ValueError(f"timm has no model named {name!r}{hint}")
-    settings: dict[str, Any] = {"in_chans": channels, "num_classes": 0}
+    settings: dict[str, Any] = {"in_chans": channels, "num_classes": classes or 0}
     if drop_path is not None:
         settings["drop_path_rate"] = drop_path
     try:
@@ -49,7 +53,7 @@ def _from_timm(name: str, channels: int, drop_path: float | None) -> nn.Module:
     return model
 
 
-def _from_torchvision(name: str, channels: int, drop_path: float | None) -> nn.Module:
+def _from_torchvision(name: str, channels: int, drop_path: float | None, classes: int | None) -> nn.Module:
     from torchvision.models import get_model, list_models
 
     if name not in list_models():
@@ -58,7 +62,9 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None) -> nn.M
         raise ValueError(f"torchvision has no model named {name!r}{hint}")
     if channels != 3:
         raise ValueError(f"torchvision's models take 3 channels, not {channels}; use --channels 3 or a timm model")
-    settings = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
+    settings: dict[str, Any] = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
+    if classes:
+        settings["num_classes"] = classes
     try:
         model: nn.Module = get_model(name, weights=None, **settings)
     except TypeError as error:
@@ -68,7 +74,12 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None) -> nn.M
     return model
 
 
-def _from_file(name: str, channels: int) -> nn.Module:
+def factory_of(name: str) -> Callable[..., Any]:
+    """The function that `path/to/file.py:factory` names.
+
+    Raises:
+        ValueError: if there is none.
+    """
     file, _, factory_name = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
@@ -81,8 +92,15 @@ def _from_file(name: str, channels: int) -> nn.Module:
     factory = getattr(module, factory_name, None)
     if not callable(factory):
         raise ValueError(f"{path} has no function named {factory_name!r}")
-    takes_channels = "in_chans" in inspect.signature(factory).parameters
-    encoder = factory(in_chans=channels) if takes_channels else factory()
+    return cast(Callable[..., Any], factory)
+
+
+def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
+    factory = factory_of(name)
+    given: dict[str, Any] = {"in_chans": channels} if "in_chans" in inspect.signature(factory).parameters else {}
+    if classes:
+        given["num_classes"] = classes
+    encoder = factory(**given)
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
     return encoder

@@ -21,13 +21,13 @@ from sparkmim.commands import PretrainResult
 from sparkmim.data import PretrainDataset, SkipLog, array_transform, normalisation, pretrain_transform
 from sparkmim.models import SparK, create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
-from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
 from sparkmim.training.run import RunFolder, log_to
 from sparkmim.training.source import Source, open_source
+from sparkmim.training.weights import open_weights
 
 log = logging.getLogger("sparkmim")
 
@@ -64,7 +64,7 @@ def run_pretraining(
     torch.manual_seed(settings["seed"])
     model = build_model(settings)
     if settings["init_weights"] and not settings["resume"]:
-        weights.load_into(model, settings["init_weights"])
+        open_weights(settings["init_weights"]).load_into(model)
     source = open_source(settings["data"], settings["channels"], len(model.image_size))
     dataset = build_dataset(settings, model, source)
     world_size, trainer_devices = _devices(settings)

@@ -1,0 +1,120 @@
+"""A classifier of any network: its own head where it can be given one, else a linear one on its deepest map."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+from torch import Tensor, nn
+
+from sparkmim.models.encoders import create_encoder, factory_of
+from sparkmim.models.hierarchy import Hierarchy, rank_of
+
+ENCODER_PREFIX = "encoder."
+"""What stands before the names of a network inside a `PooledClassifier`."""
+
+
+class PooledClassifier(nn.Module):
+    """A network's deepest feature map, averaged over positions, and a linear layer.
+
+    Args:
+        encoder: any network with a feature hierarchy; the module itself is used.
+        classes: how many.
+        channels: image channels.
+        image_size: of the images, for networks that take one size only.
+        feature_modules: names of the modules whose outputs are the maps; None to find them.
+
+    Raises:
+        ValueError: if the network has no hierarchy.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        classes: int,
+        channels: int = 3,
+        image_size: Sequence[int] | None = None,
+        feature_modules: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        rank = len(image_size) if image_size else rank_of(encoder)
+        hierarchy = Hierarchy(encoder, channels, rank, image_size, feature_modules=feature_modules)
+        self.encoder = encoder
+        self._hierarchy = [hierarchy]  # in a list: its parameters are the encoder's
+        self.head = nn.Linear(hierarchy.channels[-1], classes)
+        nn.init.trunc_normal_(self.head.weight, std=0.02)
+        nn.init.zeros_(self.head.bias)
+
+    @property
+    def hierarchy(self) -> Hierarchy:
+        """How the encoder's feature maps are found."""
+        return self._hierarchy[0]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """`[B, C, *S]` to logits `[B, classes]`."""
+        deepest = self.hierarchy(images)[-1]  # [B, C_k, *(S / r)]
+        logits: Tensor = self.head(deepest.flatten(2).mean(-1))
+        return logits
+
+
+def create_classifier(
+    model: str | nn.Module,
+    classes: int,
+    channels: int = 3,
+    drop_path: float | None = None,
+    image_size: Sequence[int] | None = None,
+    feature_modules: Sequence[str] | None = None,
+) -> nn.Module:
+    """Builds a network with a classifier, randomly initialised.
+
+    Networks of timm and torchvision, and factories that take `num_classes`, get their own head, so that weights load
+    strictly where the network comes from; others a `PooledClassifier`. A module from Python is used as it is if
+    it has timm's `reset_classifier`.
+
+    Args:
+        model: a name for `create_encoder`, or a module.
+        classes: how many.
+        channels: image channels.
+        drop_path: stochastic depth rate; None for the network's own.
+        image_size: of the images, for networks that take one size only.
+        feature_modules: as for `PooledClassifier`.
+
+    Raises:
+        ValueError: if there is no such network, or it cannot be built so.
+    """
+    if classes < 2:
+        raise ValueError(f"there is {classes} class; a classifier needs 2 or more")
+    if isinstance(model, nn.Module):
+        if callable(reset := getattr(model, "reset_classifier", None)):
+            reset(classes)
+            return model
+        return PooledClassifier(model, classes, channels, image_size, feature_modules)
+    if ".py:" in model and "num_classes" not in inspect.signature(factory_of(model)).parameters:
+        return PooledClassifier(
+            create_encoder(model, channels, drop_path), classes, channels, image_size, feature_modules
+        )
+    return create_encoder(model, channels, drop_path, classes)
+
+
+def encoder_of(classifier: nn.Module) -> nn.Module:
+    """The network that maps images to features: the classifier itself, or what a `PooledClassifier` holds."""
+    return classifier.encoder if isinstance(classifier, PooledClassifier) else classifier
+
+
+def head_of(classifier: nn.Module) -> tuple[str, ...]:
+    """Names of the parameters of the last layer, that which maps features to classes.
+
+    Raises:
+        ValueError: if it is not known.
+    """
+    if isinstance(classifier, PooledClassifier):
+        prefixes: tuple[str, ...] = ("head.",)
+    else:
+        named = getattr(classifier, "default_cfg", {}).get("classifier")
+        if named is None:  # torchvision's, or the user's: the last linear layer
+            linear = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
+            if not linear:
+                raise ValueError(f"{type(classifier).__name__} has no linear layer that could be its classifier")
+            named = linear[-1]
+        prefixes = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
+    return tuple(name for name, _ in classifier.named_parameters() if name.startswith(prefixes))
