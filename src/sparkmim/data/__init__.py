@@ -9,8 +9,18 @@ from sparkmim.data.augmentation import (
     normalisation,
     pretrain_transform,
 )
-from sparkmim.data.dataset import EpochBatchSampler, PretrainDataset, SkipLog, collate, counted_seed, to_image
+from sparkmim.data.dataset import (
+    AugmentedDataset,
+    EpochBatchSampler,
+    LabelledDataset,
+    PretrainDataset,
+    SkipLog,
+    collate,
+    counted_seed,
+    to_image,
+)
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil
+from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.data.sources import find_images
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 
@@ -18,8 +28,11 @@ __all__ = [
     "ARRAY_SUFFIXES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
+    "AugmentedDataset",
     "ChannelStatistics",
     "EpochBatchSampler",
+    "Labelled",
+    "LabelledDataset",
     "PretrainDataset",
     "SkipLog",
     "Transform",
@@ -33,6 +46,7 @@ __all__ = [
     "find_images",
     "from_pil",
     "normalisation",
+    "open_labelled",
     "pretrain_transform",
     "read_array",
     "to_array",

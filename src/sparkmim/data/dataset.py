@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate
 
 from sparkmim.data.decoding import UnreadableImage, check_channels, decode, from_pil
+from sparkmim.data.labelled import Labelled
 from sparkmim.models.masking import random_visible, visible_per_sample
 
 MAX_STAND_INS = 50
@@ -35,20 +36,19 @@ def counted_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-class PretrainDataset(Dataset[dict[str, Any]]):
-    """Augmented images with their masks, each determined by (seed, epoch, index) alone.
+class AugmentedDataset(Dataset[dict[str, Any]]):
+    """Augmented images, each determined by (seed, epoch, index) alone.
 
     It is indexed by `(epoch, index)`, as `EpochBatchSampler` does, and returns
 
     - `image`: float `[C, H, W]`, whatever `transform` makes;
-    - `visible`: bool `[*grid]`, true where a patch is visible. The transform has no influence on it;
     - `index`: the index that was asked for;
     - `skipped`: how many images were unreadable on the way to the one shown, `index + skipped` (from the start
       again after the last). Where it is 0, the image asked for is the one shown;
     - `unreadable`: for each of them, its path and the reason.
 
-    The image that stands in is cropped and masked as the one asked for would have been, so it is no copy of its
-    own sample in the same epoch.
+    The image that stands in is cropped as the one asked for would have been, so it is no copy of its own sample in
+    the same epoch.
 
     Args:
         source: paths of images, or a map-style dataset. Items are paths, PIL images, uint8 or float tensors
@@ -56,8 +56,6 @@ class PretrainDataset(Dataset[dict[str, Any]]):
             dict with one as `image`. Floats must lie in [0, 1]: they stand for 0 to 255, and are rounded to it.
         transform: from uint8 `[C, H, W]` to float `[C, *image_size]`. It may draw from the generators of torch
             (on CPU), numpy and Python, which are seeded around it and then put back.
-        grid: patches along each axis.
-        mask_ratio: the share of the patches that is hidden.
         seed: of everything random.
         channels: of the images. Files and PIL images are converted to it (1 or 3), tensors and arrays must have it.
         read: from an item of the source and its name to what `transform` takes; None for `to_image`. It raises
@@ -65,8 +63,7 @@ class PretrainDataset(Dataset[dict[str, Any]]):
 
     Raises:
         TypeError: if the source is of no accepted kind. Reading a sample, if an item is.
-        ValueError: if the source is empty or the mask impossible. Reading a sample, if an image has the wrong shape
-            or range.
+        ValueError: if the source is empty. Reading a sample, if an image has the wrong shape or range.
         RuntimeError: reading a sample, if it and the next ones, 50 in a row, are unreadable.
     """
 
@@ -74,8 +71,6 @@ class PretrainDataset(Dataset[dict[str, Any]]):
         self,
         source: Sequence[str | Path] | Dataset[Any],
         transform: Callable[[Any], Tensor],
-        grid: Sequence[int],
-        mask_ratio: float,
         seed: int = 0,
         channels: int = 3,
         read: Callable[[Any, str], Any] | None = None,
@@ -87,7 +82,6 @@ class PretrainDataset(Dataset[dict[str, Any]]):
             )
         if len(source) == 0:
             raise ValueError("source holds no images")
-        visible_per_sample(grid, mask_ratio)  # raises if the mask is impossible
         self._source: Any = source
         self._of_paths = isinstance(source, (list, tuple)) and all(isinstance(item, (str, Path)) for item in source)
         if isinstance(source, (list, tuple)) and self._of_paths:
@@ -96,8 +90,6 @@ class PretrainDataset(Dataset[dict[str, Any]]):
             # One block of memory, which worker processes share. Strings would be copied by counting references.
             self._source = np.array([os.fsencode(path) for path in source])
         self.transform = transform
-        self.grid = tuple(grid)
-        self.mask_ratio = mask_ratio
         self.seed = seed
         self.channels = channels
         self.read = read if read is not None else functools.partial(_image_of, channels=channels)
@@ -108,10 +100,8 @@ class PretrainDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
         epoch, index = key
         image, unreadable = self._read(index, counted_seed(self.seed, epoch, index, "image"))
-        generator = torch.Generator().manual_seed(counted_seed(self.seed, epoch, index, "mask"))
         return {
             "image": image,
-            "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0],
             "index": index,
             "skipped": len(unreadable),
             "unreadable": unreadable,
@@ -145,12 +135,81 @@ class PretrainDataset(Dataset[dict[str, Any]]):
         )
 
 
+class PretrainDataset(AugmentedDataset):
+    """`AugmentedDataset` with masks, which are determined by (seed, epoch, index) as well.
+
+    Its samples have, in addition, `visible`: bool `[*grid]`, true where a patch is visible. Neither the transform nor
+    a stand-in has an influence on it.
+
+    Args:
+        source: as for `AugmentedDataset`; also `transform`, `seed`, `channels`, `read`.
+        transform: from an image to float `[C, *image_size]`.
+        grid: patches along each axis.
+        mask_ratio: the share of the patches that is hidden.
+        seed: of everything random.
+        channels: of the images.
+        read: from an item to what `transform` takes.
+
+    Raises:
+        ValueError: if the mask is impossible; and what `AugmentedDataset` raises.
+    """
+
+    def __init__(
+        self,
+        source: Sequence[str | Path] | Dataset[Any],
+        transform: Callable[[Any], Tensor],
+        grid: Sequence[int],
+        mask_ratio: float,
+        seed: int = 0,
+        channels: int = 3,
+        read: Callable[[Any, str], Any] | None = None,
+    ) -> None:
+        super().__init__(source, transform, seed, channels, read)
+        visible_per_sample(grid, mask_ratio)  # raises if the mask is impossible
+        self.grid = tuple(grid)
+        self.mask_ratio = mask_ratio
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        epoch, index = key
+        generator = torch.Generator().manual_seed(counted_seed(self.seed, epoch, index, "mask"))
+        return {**super().__getitem__(key), "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0]}
+
+
+class LabelledDataset(AugmentedDataset):
+    """`AugmentedDataset` with `label` in its samples: that of the image shown, if another stands in.
+
+    Args:
+        images: with their labels.
+        transform: from an image to float `[C, *image_size]`.
+        seed: of everything random.
+        channels: of the images.
+        read: from an item to what `transform` takes.
+    """
+
+    def __init__(
+        self,
+        images: Labelled,
+        transform: Callable[[Any], Tensor],
+        seed: int = 0,
+        channels: int = 3,
+        read: Callable[[Any, str], Any] | None = None,
+    ) -> None:
+        super().__init__(images.items, transform, seed, channels, read)
+        self.labels = images.labels
+        self.classes = images.classes
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        sample = super().__getitem__(key)
+        shown = (sample["index"] + sample["skipped"]) % len(self)
+        return {**sample, "label": int(self.labels[shown])}
+
+
 def _image_of(item: Any, name: str, channels: int) -> Tensor:
     return to_image(item, channels, name)
 
 
 def to_image(item: Any, channels: int, name: str = "item") -> Tensor:
-    """The image in an item of a dataset: uint8 `[channels, H, W]`. See `PretrainDataset` for what is accepted.
+    """The image in an item of a dataset: uint8 `[channels, H, W]`. See `AugmentedDataset` for what is accepted.
 
     Raises:
         TypeError: if there is no image in it.
