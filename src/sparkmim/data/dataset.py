@@ -39,7 +39,7 @@ def counted_seed(*parts: int | str) -> int:
 class AugmentedDataset(Dataset[dict[str, Any]]):
     """Augmented images, each determined by (seed, epoch, index) alone.
 
-    It is indexed by `(epoch, index)`, as `EpochBatchSampler` does, and returns
+    It is indexed by `(epoch, index)`, or `(epoch, index, repeat)`, as `EpochBatchSampler` does, and returns
 
     - `image`: float `[C, H, W]`, whatever `transform` makes;
     - `index`: the index that was asked for;
@@ -97,9 +97,9 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
-        image, unreadable = self._read(index, counted_seed(self.seed, epoch, index, "image"))
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        epoch, index, *repeat = key
+        image, unreadable = self._read(index, counted_seed(self.seed, epoch, index, "image", *repeat))
         return {
             "image": image,
             "index": index,
@@ -169,8 +169,8 @@ class PretrainDataset(AugmentedDataset):
         self.grid = tuple(grid)
         self.mask_ratio = mask_ratio
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
-        epoch, index = key
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        epoch, index = key[:2]
         generator = torch.Generator().manual_seed(counted_seed(self.seed, epoch, index, "mask"))
         return {**super().__getitem__(key), "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0]}
 
@@ -198,7 +198,7 @@ class LabelledDataset(AugmentedDataset):
         self.labels = images.labels
         self.classes = images.classes
 
-    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
         sample = super().__getitem__(key)
         shown = (sample["index"] + sample["skipped"]) % len(self)
         return {**sample, "label": int(self.labels[shown])}
@@ -282,7 +282,7 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return batch
 
 
-class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
+class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     """The batches of one epoch for one process, as lists of `(epoch, index)`.
 
     The epoch's order is drawn from (seed, epoch). Each step takes the next `batch_size · world_size` of it, of
@@ -297,6 +297,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: of the order.
         epoch: which one.
         start_step: the step to begin with, to resume within an epoch.
+        repeats: times that each image stands in a row in the order (repeated augmentation, Hoffer et al., CVPR 2020).
+            An epoch stays as long, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
 
     Raises:
         ValueError: if the dataset does not fill one step, or an argument is out of range.
@@ -316,6 +318,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         seed: int = 0,
         epoch: int = 0,
         start_step: int = 0,
+        repeats: int = 1,
     ) -> None:
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
             raise ValueError(f"batch_size {batch_size}, rank {rank} and world_size {world_size} make no sense")
@@ -333,6 +336,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         self.seed = seed
         self.epoch = epoch
         self.start_step = start_step
+        self.repeats = repeats
         if not 0 <= start_step <= len(self):
             raise ValueError(f"start_step is {start_step}; an epoch has {len(self)} steps")
 
@@ -340,12 +344,16 @@ class EpochBatchSampler(Sampler[list[tuple[int, int]]]):
         """Steps of the whole epoch, wherever iteration starts."""
         return self.num_samples // (self.batch_size * self.world_size)
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         generator = torch.Generator().manual_seed(counted_seed(self.seed, self.epoch, "order"))
         order = torch.randperm(self.num_samples, generator=generator)
         for step in range(self.start_step, len(self)):
             first = (step * self.world_size + self.rank) * self.batch_size
-            yield [(self.epoch, index) for index in order[first : first + self.batch_size].tolist()]
+            places = range(first, first + self.batch_size)
+            if self.repeats == 1:
+                yield [(self.epoch, int(order[place])) for place in places]
+            else:
+                yield [(self.epoch, int(order[place // self.repeats]), place % self.repeats) for place in places]
 
 
 class SkipLog:

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from sparkmim.data import SkipLog
-from sparkmim.training import weights
-from sparkmim.training.module import NonFiniteLoss, PretrainModule
+from sparkmim.training.module import NonFiniteLoss, PretrainModule, ScheduledModule
 from sparkmim.training.run import RunFolder
 from sparkmim.visualize import reconstruction_grid
 
@@ -42,10 +41,10 @@ class StepCallback(pl.Callback):
     ) -> None:
         if trainer.global_step != self._seen:
             self._seen = trainer.global_step
-            assert isinstance(pl_module, PretrainModule)
+            assert isinstance(pl_module, ScheduledModule)
             self.on_step(trainer, pl_module, self._seen)
 
-    def on_step(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         """Called after optimiser step `step`, counted from 1."""
         raise NotImplementedError
 
@@ -103,7 +102,7 @@ class Monitor(StepCallback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        assert isinstance(pl_module, PretrainModule)
+        assert isinstance(pl_module, ScheduledModule)
         for report in self.skipped.add(batch):
             log.warning("unreadable image skipped: %s", report)
         # The loss of the batch before is there already: looking at it keeps no device waiting.
@@ -126,7 +125,7 @@ class Monitor(StepCallback):
                 "Lower --learning-rate, or raise --warmup-epochs"
             )
 
-    def on_step(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         loss = torch.stack(module.step_losses).mean()
         module.step_losses.clear()
         if trainer.world_size > 1:
@@ -192,7 +191,7 @@ class Monitor(StepCallback):
 class Ema(StepCallback):
     """Keeps an exponential moving average of the weights (timm's `ModelEmaV3`), and its files beside the others."""
 
-    def __init__(self, module: PretrainModule, decay: float) -> None:
+    def __init__(self, module: ScheduledModule, decay: float) -> None:
         super().__init__()
         self.average = ModelEmaV3(module.model, decay=decay)
 
@@ -200,7 +199,7 @@ class Ema(StepCallback):
         super().on_train_start(trainer, pl_module)
         self.average.to(pl_module.device)
 
-    def on_step(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         self.average.update(module.model, step=step)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,9 +225,10 @@ class Pictures(StepCallback):
         self.every_steps = every_steps
         self.mean, self.std = mean, std
 
-    def on_step(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         if (step % self.every_steps and step != trainer.max_steps) or not trainer.is_global_zero:
             return
+        assert isinstance(module, PretrainModule)
         model = module.model
         model.eval()
         with torch.no_grad():
@@ -245,15 +245,22 @@ class Keeper(StepCallback):
 
     A checkpoint is written beside the old one and then takes its place, so that there is a whole one at any
     moment. A second Ctrl-C leaves at once.
+
+    Args:
+        folder: of the run.
+        minutes: between checkpoints.
+        write_weights: writes the weight files; given the number of steps done.
+        monitor: refuses to save what is not finite.
     """
 
-    def __init__(self, folder: RunFolder, minutes: float, metadata: dict[str, Any], monitor: Monitor, ema: Ema | None):
+    def __init__(
+        self, folder: RunFolder, minutes: float, write_weights: Callable[[int], None], monitor: Monitor
+    ) -> None:
         super().__init__()
         self.folder = folder
         self.minutes = minutes
-        self.metadata = metadata
+        self.write_weights = write_weights
         self.monitor = monitor
-        self.ema = ema
         self.signal: int | None = None
         self._saved = 0.0
         self._handlers: dict[int, Any] = {}
@@ -276,7 +283,7 @@ class Keeper(StepCallback):
                 "\nfinishing this step, then saving; press Ctrl-C again to leave at once", file=sys.stderr, flush=True
             )
 
-    def on_step(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
+    def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         last = step == trainer.max_steps
         due = time.monotonic() - self._saved > 60 * self.minutes
         stop = self._agree(trainer, self.signal is not None)
@@ -291,7 +298,7 @@ class Keeper(StepCallback):
         """One process's wish becomes all processes' act; clocks and signals differ between them."""
         return trainer.strategy.reduce_boolean_decision(wish, all=False) if trainer.world_size > 1 else wish
 
-    def save(self, trainer: pl.Trainer, module: PretrainModule, step: int) -> None:
+    def save(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         """Writes checkpoint and weights."""
         self.monitor.check_finite()
         path = self.folder.checkpoint
@@ -299,10 +306,7 @@ class Keeper(StepCallback):
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(path)
-            metadata = {**self.metadata, "step": step}
-            weights.save(module.model, self.folder.weights, metadata)
-            if self.ema is not None:
-                weights.save(self.ema.average.module, self.folder.weights, metadata, suffix="_ema")
+            self.write_weights(step)
         self._saved = time.monotonic()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

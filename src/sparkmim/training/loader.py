@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from sparkmim.data import EpochBatchSampler, collate
 
 
-class StepBatchSampler(Sampler[list[tuple[int, int]]]):
+class StepBatchSampler(Sampler[list[tuple[int, ...]]]):
     """The batches of all epochs from the current step on, without an end.
 
     Args:
@@ -22,6 +22,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: number of processes.
         seed: of the order.
         position: tells the optimiser step to start at, asked when iteration starts.
+        repeats: as for `EpochBatchSampler`.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         world_size: int,
         seed: int,
         position: Callable[[], int],
+        repeats: int = 1,
     ) -> None:
         self.samples = samples
         self.local_batch = batch_size // (parts * world_size)
@@ -40,14 +42,15 @@ class StepBatchSampler(Sampler[list[tuple[int, int]]]):
         self.rank, self.world_size = rank, world_size
         self.seed = seed
         self.position = position
+        self.repeats = repeats
         self.steps_per_epoch = samples // batch_size
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
         epoch, step = divmod(self.position(), self.steps_per_epoch)
         while True:
             batches = EpochBatchSampler(
                 self.samples, self.local_batch, rank=self.rank, world_size=self.world_size, seed=self.seed,
-                epoch=epoch, start_step=step * self.parts,
+                epoch=epoch, start_step=step * self.parts, repeats=self.repeats,
             )  # fmt: skip
             for _, batch in zip(range((self.steps_per_epoch - step) * self.parts), batches, strict=False):
                 yield batch

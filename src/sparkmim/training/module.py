@@ -1,20 +1,26 @@
-"""The Lightning module of pretraining: the loss, the optimiser and its schedules."""
+"""The Lightning modules: the losses, the optimiser and its schedules."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
+from timm.data.mixup import Mixup
+from timm.loss.binary_cross_entropy import BinaryCrossEntropy
+from timm.loss.cross_entropy import SoftTargetCrossEntropy
 from timm.optim._param_groups import param_groups_weight_decay
 from timm.optim.lamb import Lamb
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from sparkmim.data import counted_seed
 from sparkmim.models import SparK
+from sparkmim.models.classifier import head_of
 from sparkmim.training import schedules
+from sparkmim.training.layer_decay import layer_decay_exponents
 
 
 @dataclass(frozen=True)
@@ -26,7 +32,7 @@ class OptimizerSettings:
     betas: tuple[float, float]
     weight_decay: float
     weight_decay_end: float
-    clip_grad: float
+    clip_grad: float | None
     steps: int
     warmup: int
 
@@ -35,22 +41,39 @@ class NonFiniteLoss(RuntimeError):
     """Training has diverged."""
 
 
-class PretrainModule(pl.LightningModule):
-    """Trains a `SparK` model on batches of images and masks."""
+class ScheduledModule(pl.LightningModule):
+    """What all trainings share: an optimiser whose rate and decay follow schedules step by step, and clipping.
 
-    def __init__(self, model: SparK, settings: OptimizerSettings, seed: int) -> None:
+    Args:
+        model: what is trained.
+        settings: of the optimiser.
+        seed: of what the network draws.
+
+    Attributes:
+        step_losses: of the batches since the last optimiser step.
+        grad_norm: before clipping, of the last step.
+        rate: learning rate of the last step, at its fullest.
+        decay: weight decay of the last step.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, seed: int) -> None:
         super().__init__()
         self.model = model
         self.settings = settings
         self.seed = seed
         self.grad_norm = torch.zeros(())
-        self.step_losses: list[Tensor] = []  # of the batches since the last optimiser step
+        self.step_losses: list[Tensor] = []
+        self.rate = self.decay = 0.0
         # Set while training only: neither the optimiser nor DDP's reducer should wait for gradients that never come.
-        self._frozen: list[torch.nn.Parameter] = []
+        self._frozen: list[nn.Parameter] = []
+
+    def untrained(self) -> set[str]:
+        """Names of the model's parameters that stay as they are."""
+        return set()
 
     def setup(self, stage: str) -> None:
-        unreached = set(self.model.unreached_parameters)
-        self._frozen = [p for name, p in self.model.named_parameters() if name in unreached and p.requires_grad]
+        names = self.untrained()
+        self._frozen = [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
         for parameter in self._frozen:
             parameter.requires_grad_(False)
 
@@ -58,33 +81,35 @@ class PretrainModule(pl.LightningModule):
         for parameter in self._frozen:
             parameter.requires_grad_(True)
 
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Groups of parameters, with weight decay above 0 where they decay; `scale` is their share of the rate."""
+        raise NotImplementedError
+
     def configure_optimizers(self) -> Optimizer:
         settings = self.settings
-        tokens = [name for name, _ in self.model.named_parameters() if name.endswith("mask_token")]
-        groups = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=tokens)
+        groups = self.parameter_groups()
         for group in groups:
             group["decays"] = group["weight_decay"] > 0
+            group.setdefault("scale", 1.0)
         if settings.optimizer == "adamw":
             return AdamW(groups, lr=settings.peak, betas=settings.betas)
         # Clipping is done in one place, below, for every optimiser.
-        return Lamb(groups, lr=settings.peak, betas=settings.betas, max_grad_norm=None)
+        return Lamb(groups, lr=settings.peak, betas=settings.betas, max_grad_norm=None, **self.lamb_settings())
+
+    def lamb_settings(self) -> dict[str, Any]:
+        """Further arguments of timm's `Lamb`."""
+        return {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         step, settings = self.global_step, self.settings
         # What the network draws in a step depends on (seed, step, rank) alone.
         torch.manual_seed(counted_seed(self.seed, batch_idx, self.global_rank, "network"))
-        rate = schedules.learning_rate(step, settings.steps, settings.warmup, settings.peak)
-        decay = schedules.weight_decay(step, settings.steps, settings.weight_decay, settings.weight_decay_end)
+        self.rate = schedules.learning_rate(step, settings.steps, settings.warmup, settings.peak)
+        self.decay = schedules.weight_decay(step, settings.steps, settings.weight_decay, settings.weight_decay_end)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
-            group["lr"] = rate
-            group["weight_decay"] = decay if group["decays"] else 0.0
-        self.rate, self.decay = rate, decay
-
-    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss: Tensor = self.model(batch["image"], batch["visible"]).loss
-        self.step_losses.append(loss.detach())
-        return loss
+            group["lr"] = self.rate * group["scale"]
+            group["weight_decay"] = self.decay if group["decays"] else 0.0
 
     def configure_gradient_clipping(
         self,
@@ -93,4 +118,105 @@ class PretrainModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad)
+        limit = self.settings.clip_grad
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit)
+
+
+class PretrainModule(ScheduledModule):
+    """Trains a `SparK` model on batches of images and masks."""
+
+    model: SparK
+
+    def untrained(self) -> set[str]:
+        return set(self.model.unreached_parameters)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        tokens = [name for name, _ in self.model.named_parameters() if name.endswith("mask_token")]
+        groups: list[dict[str, Any]] = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=tokens)
+        return groups
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(batch["image"], batch["visible"]).loss
+        self.step_losses.append(loss.detach())
+        return loss
+
+
+class ClassifyModule(ScheduledModule):
+    """Trains a classifier on batches of images and labels.
+
+    Args:
+        model: maps images `[B, C, *S]` to logits `[B, classes]`.
+        settings: of the optimiser.
+        seed: of mixing, and of what the network draws.
+        classes: how many.
+        layer_decay: share of the learning rate that each group of layers keeps of the one above; 1 for none.
+        mixup: alpha of mixup; 0 for none.
+        cutmix: alpha of CutMix; 0 for none. With both, one is chosen at random for each batch.
+        smoothing: of labels.
+        loss: `bce` (a binary decision for each class) or `ce`.
+        freeze: whether the head alone is trained.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        seed: int,
+        classes: int,
+        layer_decay: float,
+        mixup: float,
+        cutmix: float,
+        smoothing: float,
+        loss: Literal["bce", "ce"],
+        freeze: bool,
+    ) -> None:
+        super().__init__(model, settings, seed)
+        self.classes = classes
+        self.layer_decay = layer_decay
+        self.smoothing = smoothing
+        self.freeze_encoder = freeze
+        mixes = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "switch_prob": 0.5}
+        mixing: Any = Mixup  # untyped
+        self.mix = mixing(**mixes, label_smoothing=smoothing, num_classes=classes) if mixup or cutmix else None
+        soft_target: Any = SoftTargetCrossEntropy  # untyped
+        self.criterion: nn.Module = BinaryCrossEntropy(smoothing=0.0) if loss == "bce" else soft_target()
+
+    def untrained(self) -> set[str]:
+        head = set(head_of(self.model))
+        return {name for name, _ in self.model.named_parameters() if name not in head} if self.freeze_encoder else set()
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """One group per exponent of layer decay, with and without weight decay (none on vectors)."""
+        exponents = layer_decay_exponents(self.model)
+        groups: dict[tuple[int, bool], dict[str, Any]] = {}
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            key = exponents[name], parameter.ndim > 1 and not name.endswith((".bias", ".gamma"))
+            group = groups.setdefault(
+                key, {"params": [], "weight_decay": float(key[1]), "scale": self.layer_decay ** key[0]}
+            )
+            group["params"].append(parameter)
+        return list(groups.values())
+
+    def lamb_settings(self) -> dict[str, Any]:
+        # The paper's fine-tuning: no bias correction, and adapting where weights do not decay as well.
+        return {"bias_correction": False, "always_adapt": True}
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        np.random.seed(counted_seed(self.seed, batch_idx, self.global_rank, "mix") & 0xFFFFFFFF)  # noqa: NPY002
+        if self.freeze_encoder:
+            self.model.eval()  # running statistics and dropout are the encoder's too
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        images, labels = batch["image"], batch["label"]
+        if self.mix is not None and len(images) % 2 == 0:
+            images, targets = self.mix(images, labels)
+        else:
+            off = self.smoothing / self.classes
+            targets = torch.full((len(labels), self.classes), off, device=labels.device)  # [B, classes]
+            targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
+        loss: Tensor = self.criterion(self.model(images), targets)
+        self.step_losses.append(loss.detach())
+        return loss

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -21,11 +17,12 @@ from sparkmim.commands import PretrainResult
 from sparkmim.data import PretrainDataset, SkipLog, array_transform, normalisation, pretrain_transform
 from sparkmim.models import SparK, create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
+from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
-from sparkmim.training.loader import StepBatchSampler, make_loader
+from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, settle_machine
 from sparkmim.training.module import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
-from sparkmim.training.run import RunFolder, log_to
+from sparkmim.training.run import RunFolder
 from sparkmim.training.source import Source, open_source
 from sparkmim.training.weights import open_weights
 
@@ -51,9 +48,9 @@ def run_pretraining(
     console = Console(stderr=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder = RunFolder(settings["out"])
-    main = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    main = is_main_process()
     if settings["resume"]:
-        settings = _resumed(settings, defaults, folder.read_config())
+        settings = resumed(settings, defaults, folder.read_config(), MAY_CHANGE)
         if not folder.checkpoint.is_file():
             raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
     elif main:
@@ -67,16 +64,11 @@ def run_pretraining(
         open_weights(settings["init_weights"]).load_into(model)
     source = open_source(settings["data"], settings["channels"], len(model.image_size))
     dataset = build_dataset(settings, model, source)
-    world_size, trainer_devices = _devices(settings)
-    parts = settings["accumulate"]
-    batch_size = _batch_size(settings["batch_size"], batch_is_free, len(dataset), world_size, parts)
-    settings["batch_size"] = batch_size
-    steps_per_epoch = len(dataset) // batch_size
-    steps = max(1, round(settings["epochs"] * steps_per_epoch))
+    plan = plan_for(settings, batch_is_free, len(dataset))
     if settings["channels_last"] and len(model.image_size) == 2:
         model = model.to(memory_format=torch.channels_last)
 
-    rate_scale = batch_size / 256
+    rate_scale = plan.batch_size / 256
     module = PretrainModule(
         model,
         OptimizerSettings(
@@ -86,79 +78,49 @@ def run_pretraining(
             weight_decay=settings["weight_decay"],
             weight_decay_end=settings["weight_decay_end"],
             clip_grad=settings["clip_grad"],
-            steps=steps,
-            warmup=min(round(settings["warmup_epochs"] * steps_per_epoch), steps - 1),
+            steps=plan.steps,
+            warmup=min(round(settings["warmup_epochs"] * plan.steps_per_epoch), plan.steps - 1),
         ),
         seed=settings["seed"],
     )
 
     skipped = SkipLog(settings["max_unreadable"], epoch_size=len(dataset))
     monitor = Monitor(
-        batch_size, steps_per_epoch, settings["log_every"], folder.checkpoint, skipped,
+        plan.batch_size, plan.steps_per_epoch, settings["log_every"], folder.checkpoint, skipped,
         console if console.is_terminal and main else None,
     )  # fmt: skip
     ema = Ema(module, settings["ema"]) if settings["ema"] else None
     metadata = _metadata(settings, model)
-    keeper = Keeper(folder, settings["save_minutes"], metadata, monitor, ema)
+
+    def write_weights(step: int) -> None:
+        weights.save(model, folder.weights, {**metadata, "step": step})
+        if ema is not None:
+            weights.save(ema.average.module, folder.weights, {**metadata, "step": step}, suffix="_ema")
+
+    keeper = Keeper(folder, settings["save_minutes"], write_weights, monitor)
     every = [monitor, *([ema] if ema else []), *callbacks, keeper]
     if settings["picture_every"] and len(model.image_size) > 1:
         samples = [dataset[0, index] for index in range(min(6, len(dataset)))]
         tones = (None, None) if source.arrays else (settings["mean"], settings["std"])  # arrays are not in 0..1
-        every.insert(0, Pictures(samples, settings["picture_every"] * steps_per_epoch, *tones))
+        every.insert(0, Pictures(samples, settings["picture_every"] * plan.steps_per_epoch, *tones))
 
-    with warnings.catch_warnings():
-        _silence_what_is_meant(warnings)
-        trainer = pl.Trainer(
-            accelerator=settings["accelerator"],
-            devices=trainer_devices,
-            num_nodes=settings["num_nodes"],
-            strategy="ddp" if world_size > 1 else "auto",
-            precision=settings["precision"],
-            max_steps=steps,
-            max_epochs=-1,
-            accumulate_grad_batches=parts,
-            gradient_clip_val=settings["clip_grad"],
-            use_distributed_sampler=False,
-            sync_batchnorm=world_size > 1 and settings["accelerator"] == "cuda",
-            logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
-            callbacks=every,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            log_every_n_steps=1,
-        )
-        if trainer.is_global_zero:
-            # Python objects have no place in a file; resuming asks for them again.
-            plain = {key: None if key in ("model", "data") and not isinstance(value, str) else value
-                     for key, value in settings.items()}  # fmt: skip
-            folder.write_config({**plain, "resume": False})
-            _say_settings(console, settings, model, len(dataset), steps_per_epoch, steps)
-        _, handler = log_to(folder.path / "log.txt") if trainer.is_global_zero else (None, logging.NullHandler())
-        log.info("%s: %d steps in all", "resumed" if settings["resume"] else "started", steps)
-        sampler = StepBatchSampler(
-            len(dataset), batch_size, parts, trainer.global_rank, trainer.world_size, settings["seed"],
-            position=lambda: trainer.global_step,
-        )  # fmt: skip
-        loader = make_loader(dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda")
-        try:
-            trainer.fit(
-                module,
-                loader,
-                ckpt_path=folder.checkpoint if settings["resume"] else None,
-                weights_only=True,
-            )
-        finally:
-            gc.collect()  # lets go of the loader's iterator, and with it of the workers
-            log.removeHandler(handler)
-            handler.close()
+    trainer = fit(
+        settings,
+        module,
+        dataset,
+        plan,
+        folder,
+        every,
+        lambda: _say_settings(console, settings, model, len(dataset), plan),
+    )
     result = PretrainResult(
-        folder.path, trainer.global_step, steps, monitor.epoch_loss, monitor.images_per_second, model.eval()
+        folder.path, trainer.global_step, plan.steps, monitor.epoch_loss, monitor.images_per_second, model.eval()
     )
     if trainer.is_global_zero:
         if result.finished:
             console.print(f"done: loss {result.loss:.4f}; weights in {folder.weights}")
         else:
-            console.print(f"stopped at step {result.step} of {steps}; continue with --out {folder.path} --resume")
+            console.print(f"stopped at step {result.step} of {plan.steps}; continue with --out {folder.path} --resume")
         if skipped.count:
             console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.path}/log.txt")
     return result
@@ -185,12 +147,7 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     for name in ("mean", "std", "feature_modules"):
         if settings[name] is not None:
             settings[name] = list(settings[name])
-    if settings["accelerator"] == "auto":
-        settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if settings["precision"] == "auto":
-        settings["precision"] = "bf16-mixed" if has_bfloat16(settings["accelerator"]) else "32-true"
-    if settings["workers"] is None:
-        settings["workers"] = max(1, (os.cpu_count() or 2) - 1) if settings["accelerator"] == "cuda" else 2
+    settle_machine(settings)
     settings["out"] = str(settings["out"])
     for name in ("data", "init_weights"):
         if isinstance(settings[name], Path):
@@ -221,14 +178,6 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     if not 0 <= settings["ema"] < 1:
         raise ValueError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
     return settings
-
-
-def has_bfloat16(accelerator: str) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself."""
-    if accelerator == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return accelerator == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def build_model(settings: dict[str, Any]) -> SparK:
@@ -281,56 +230,6 @@ def build_dataset(settings: dict[str, Any], model: SparK, source: Source) -> Pre
     )
 
 
-def _batch_size(size: int, free: bool, images: int, world_size: int, parts: int) -> int:
-    """Checks the images per step; a recipe's, free to change, shrinks to what there is."""
-    unit = parts * world_size
-    if free:
-        size = max(1, min(size, images) // unit) * unit
-    if size > images:
-        raise ValueError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
-    if size % unit:
-        raise ValueError(
-            f"batch_size {size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
-            f"use {max(1, size // unit) * unit}"
-        )
-    return size
-
-
-def _devices(settings: dict[str, Any]) -> tuple[int, int | str]:
-    """Number of processes in all, and per node for Lightning."""
-    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
-        settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
-        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
-    devices = settings["devices"]
-    if devices == "auto":
-        devices = torch.cuda.device_count() if settings["accelerator"] == "cuda" else 1
-    return int(devices) * settings["num_nodes"], int(devices)
-
-
-def _resumed(settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str, Any]) -> dict[str, Any]:
-    """The saved settings; what was given now must agree with them, or be free to change."""
-    objects = {name for name in ("model", "data") if saved.get(name) is None}  # were Python's, and are given again
-    free = MAY_CHANGE | objects
-    clash = [
-        name
-        for name in settings
-        if name not in free and settings[name] != defaults.get(name) and not _same(settings[name], saved.get(name))
-    ]
-    if clash:
-        shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
-        raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
-    given = {name: settings[name] for name in free if name in settings and settings[name] != defaults.get(name)}
-    for name in sorted(objects - given.keys()):
-        raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
-    return {**saved, **given, "out": settings["out"], "resume": True}
-
-
-def _same(given: Any, saved: Any) -> bool:
-    if isinstance(given, int) and isinstance(saved, list):
-        return saved == [given] * len(saved)
-    return bool(given == saved or (isinstance(given, tuple) and list(given) == saved) or str(given) == str(saved))
-
-
 def _metadata(settings: dict[str, Any], model: SparK) -> dict[str, Any]:
     return {
         "model": settings["model"] if isinstance(settings["model"], str) else None,
@@ -352,9 +251,7 @@ def _millions(module: nn.Module) -> float:
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
-def _say_settings(
-    console: Console, settings: dict[str, Any], model: SparK, images: int, steps_per_epoch: int, steps: int
-) -> None:
+def _say_settings(console: Console, settings: dict[str, Any], model: SparK, images: int, plan: Plan) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
     table.add_column(no_wrap=True)
     table.add_column(overflow="fold")
@@ -366,8 +263,8 @@ def _say_settings(
         "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{images:,} images at {side}, {'×'.join(map(str, model.grid))} patches of {model.patch_size}, "
         f"{settings['mask_ratio']:.0%} hidden",
-        "length": f"{settings['epochs']:g} epochs × {steps_per_epoch} steps of {settings['batch_size']} images, "
-        f"{steps:,} steps in all",
+        "length": f"{settings['epochs']:g} epochs × {plan.steps_per_epoch} steps of {settings['batch_size']} images, "
+        f"{plan.steps:,} steps in all",
         "optimiser": f"{settings['optimizer']}, rate {rate:g} per 256 = {rate * settings['batch_size'] / 256:g}, "
         f"betas {settings['beta1']} {settings['beta2']}, decay {settings['weight_decay']} to "
         f"{settings['weight_decay_end']}, clip {settings['clip_grad']}",
@@ -378,12 +275,3 @@ def _say_settings(
     for key, value in rows.items():
         table.add_row(f"[bold]{key}", value)
     console.print(table)
-
-
-def _silence_what_is_meant(where: Any) -> None:
-    """Lightning's advice that does not apply: the stream of batches has no length by design."""
-    for message in (
-        r".*does not have many workers.*", r".*`max_epochs`.*", r".*Checkpoint directory.*exists and is not empty.*",
-        r".*GPU available but not used.*", r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
-    ):  # fmt: skip
-        where.filterwarnings("ignore", message=message)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+_FROM_PYTHON = "# Python objects, to be given again: "
 
 
 class RunFolder:
@@ -55,13 +56,19 @@ class RunFolder:
         """
         if not self.config.is_file():
             raise ValueError(f"{self.path} holds no run to resume; leave out --resume to start one there")
-        settings: dict[str, Any] = yaml.safe_load(self.config.read_text())
+        text = self.config.read_text()
+        settings: dict[str, Any] = yaml.safe_load(text)
+        first = text.partition("\n")[0]
+        if first.startswith(_FROM_PYTHON):
+            settings["from_python"] = first.removeprefix(_FROM_PYTHON).split(", ")
         return settings
 
-    def write_config(self, settings: Mapping[str, Any]) -> None:
-        """Saves settings in a form that `--config` takes."""
+    def write_config(self, settings: Mapping[str, Any], from_python: Sequence[str] = ()) -> None:
+        """Saves settings in a form that `--config` takes, and notes which were Python objects and are left out."""
         self.path.mkdir(parents=True, exist_ok=True)
-        self.config.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
+        text = yaml.safe_dump(dict(settings), sort_keys=False)
+        note = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
+        self.config.write_text(note + text)
 
 
 def log_to(path: Path) -> tuple[logging.Logger, logging.Handler]:

@@ -1,0 +1,134 @@
+"""Layer-wise learning-rate decay: the deeper a parameter, the closer its rate to the full one.
+
+A parameter with exponent `e` learns at `rate · decay**e`. Exponents count groups of layers from the classifier, which
+has 0, down to the stem.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from sparkmim.models.classifier import ENCODER_PREFIX, PooledClassifier, head_of
+
+MOST_GROUPS = 12
+"""So many groups of layers below the classifier at most, for networks that the paper says nothing of: as many as it
+has for a ConvNeXt-S. With one group per block, the stem of a deep network would stand still."""
+
+_RESNET_GROUP = {(4, 6): (2, 3), (4, 23): (2, 3), (8, 36): (4, 4), (24, 36): (4, 4), (30, 48): (5, 6)}
+"""Blocks that make up a group in the second and third stage, by the blocks these have: the original's settings for
+ResNet-50, -101, -152, -200 and -269 (keyu-tian/SparK, `downstream_imagenet/models`)."""
+
+_CONVNEXT_GROUP = 3
+"""Blocks that make up a group in the third stage of a ConvNeXt, as in ConvNeXt's own fine-tuning (ibid.)."""
+
+
+def layer_decay_exponents(model: nn.Module) -> dict[str, int]:
+    """How many times a parameter's learning rate is decayed.
+
+    For ResNets and ConvNeXts these are the original release's groups: a stage is one group, but the third (of
+    ConvNeXts), or second and third (of ResNets), are cut into groups of a few blocks. For other networks, layers in
+    order of depth, as timm's `group_matcher` tells them or as the modules stand, are cut into even groups, at most 12.
+
+    Args:
+        model: a classifier; timm's, torchvision's, a `PooledClassifier`, or any other.
+
+    Returns:
+        Exponents by the name of each parameter: 0 for the classifier.
+    """
+    if isinstance(model, PooledClassifier):
+        inner = {ENCODER_PREFIX + name: exponent + 1 for name, exponent in _of_encoder(model).items()}
+        return {name: inner.get(name, 0) for name, _ in model.named_parameters()}
+    names = [name for name, _ in model.named_parameters()]
+    if re.match(r"resnet|ResNet", type(model).__name__) and hasattr(model, "layer4"):
+        return dict(zip(names, _resnet(model, names), strict=True))
+    if type(model).__name__ == "ConvNeXt" and hasattr(model, "stages"):
+        return dict(zip(names, _convnext(model, names), strict=True))
+    return _by_depth(model, names)
+
+
+def _resnet(model: Any, names: Sequence[str]) -> list[int]:
+    second, third = len(model.layer2), len(model.layer3)
+    # For others, two groups in each: half of the blocks, as in a ResNet-50.
+    in_second, in_third = _RESNET_GROUP.get((second, third), (-(-second // 2), -(-third // 2)))
+    in_second, in_third = max(1, in_second), max(1, in_third)
+    groups_second, groups_third = -(-second // in_second), -(-third // in_third)
+    last = 2 + groups_second + groups_third  # the group of layer4
+    head = set(head_of(model))
+
+    def group(name: str) -> int:
+        if match := re.match(r"layer(\d)\.(\d+)\.", name):
+            stage, block = int(match[1]), int(match[2])
+            return (1, 2 + block // in_second, 2 + groups_second + block // in_third, last)[stage - 1]
+        return last + 1 if name in head else 0
+
+    return [last + 1 - group(name) for name in names]
+
+
+def _convnext(model: Any, names: Sequence[str]) -> list[int]:
+    blocks = len(model.stages[2].blocks)
+    last = 12 if blocks > 9 else 6  # the group of the fourth stage
+
+    def group(name: str) -> int:
+        if name.startswith("stem."):
+            return 0
+        match = re.match(r"stages\.(\d)\.(?:blocks\.(\d+)|downsample)\.", name)
+        if match is None:
+            return last + 1  # head, and the norm before it
+        stage, block = int(match[1]), int(match[2] or 0)
+        return (1, 2, min(3 + block // _CONVNEXT_GROUP, last), last)[stage]
+
+    return [last + 1 - group(name) for name in names]
+
+
+def _by_depth(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """Even groups of the layers below the head."""
+    head = set(head_of(model))
+    below = [name for name in names if name not in head]
+    layers = _layers(model, below)
+    count = max(layers.values(), default=-1) + 1
+    groups = min(count, MOST_GROUPS)
+    exponents = {name: groups - layers[name] * groups // count for name in below}
+    return {name: exponents.get(name, 0) for name in names}
+
+
+def _layers(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+    """A number for each parameter that grows with depth, without gaps."""
+    matcher = getattr(model, "group_matcher", None)
+    if callable(matcher):
+        from timm.models import group_parameters
+
+        found = group_parameters(model, matcher(coarse=False), reverse=True)
+        numbers = {name: int(found[name]) for name in names}
+    else:
+        # Modules are made in the order in which they are used, as a rule; those with one parent are one block.
+        order: dict[str, int] = {}
+        numbers = {name: order.setdefault(_block_of(name), len(order)) for name in names}
+    used = sorted(set(numbers.values()))
+    return {name: used.index(number) for name, number in numbers.items()}
+
+
+def _block_of(name: str) -> str:
+    """The module that holds the layer of a parameter, or the layer itself, in a sequence of layers.
+
+    Example:
+        >>> _block_of("stage1.conv1.weight"), _block_of("features.3.weight")
+        ('stage1', 'features.3')
+    """
+    layer = name.rpartition(".")[0]
+    parent, _, last = layer.rpartition(".")
+    return layer if not parent or last.isdigit() else parent
+
+
+def _of_encoder(classifier: PooledClassifier) -> dict[str, int]:
+    """Exponents of a network without a classifier: those of its deepest layers are 0."""
+    encoder = classifier.encoder
+    names = [name for name, _ in encoder.named_parameters()]
+    unreached = set(classifier.hierarchy.unreached)
+    layers = _layers(encoder, [name for name in names if name not in unreached])
+    count = max(layers.values(), default=-1) + 1
+    groups = min(count, MOST_GROUPS)
+    return {name: groups - 1 - layers[name] * groups // count if name in layers else 0 for name in names}

@@ -1,0 +1,217 @@
+"""What the trainings share around their models: where they run, how long, the trainer, and resuming."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import warnings
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch.utils.data import Dataset
+
+from sparkmim.training.loader import StepBatchSampler, make_loader
+from sparkmim.training.module import ScheduledModule
+from sparkmim.training.run import RunFolder, log_to
+
+log = logging.getLogger("sparkmim")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is done, and by how many processes.
+
+    Attributes:
+        world_size: processes in all.
+        devices: per machine, for Lightning.
+        parts: batches that make up an optimiser step on each process.
+        batch_size: images per optimiser step, over all processes.
+        steps_per_epoch: optimiser steps.
+        steps: of the whole run.
+    """
+
+    world_size: int
+    devices: int | str
+    parts: int
+    batch_size: int
+    steps_per_epoch: int
+    steps: int
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all; known before any of them is started."""
+    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+
+
+def settle_machine(settings: dict[str, Any]) -> None:
+    """Fills what was left to the machine: `accelerator`, `precision`, `workers`."""
+    if settings["accelerator"] == "auto":
+        settings["accelerator"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if settings["precision"] == "auto":
+        settings["precision"] = "bf16-mixed" if has_bfloat16(settings["accelerator"]) else "32-true"
+    if settings["workers"] is None:
+        settings["workers"] = max(1, (os.cpu_count() or 2) - 1) if settings["accelerator"] == "cuda" else 2
+
+
+def has_bfloat16(accelerator: str) -> bool:
+    """Whether the hardware multiplies bfloat16 matrices itself."""
+    if accelerator == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return accelerator == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
+
+
+def plan_for(settings: dict[str, Any], batch_is_free: bool, images: int) -> Plan:
+    """Settles the batch size and counts steps.
+
+    Raises:
+        ValueError: if the batch size cannot be met.
+    """
+    world_size, devices = devices_for(settings)
+    parts = settings["accumulate"]
+    batch_size = batch_size_for(settings["batch_size"], batch_is_free, images, world_size, parts)
+    settings["batch_size"] = batch_size
+    steps_per_epoch = images // batch_size
+    steps = max(1, round(settings["epochs"] * steps_per_epoch))
+    return Plan(world_size, devices, parts, batch_size, steps_per_epoch, steps)
+
+
+def batch_size_for(size: int, free: bool, images: int, world_size: int, parts: int) -> int:
+    """Checks the images per step; a recipe's, free to change, shrinks to what there is."""
+    unit = parts * world_size
+    if free:
+        size = max(1, min(size, images) // unit) * unit
+    if size > images:
+        raise ValueError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
+    if size % unit:
+        raise ValueError(
+            f"batch_size {size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
+            f"use {max(1, size // unit) * unit}"
+        )
+    return size
+
+
+def devices_for(settings: dict[str, Any]) -> tuple[int, int | str]:
+    """Number of processes in all, and per node for Lightning."""
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
+        settings["num_nodes"] = int(os.environ["WORLD_SIZE"]) // int(os.environ["LOCAL_WORLD_SIZE"])
+        return int(os.environ["WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
+    devices = settings["devices"]
+    if devices == "auto":
+        devices = torch.cuda.device_count() if settings["accelerator"] == "cuda" else 1
+    return int(devices) * settings["num_nodes"], int(devices)
+
+
+def resumed(
+    settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str, Any], may_change: Set[str]
+) -> dict[str, Any]:
+    """The saved settings; what was given now must agree with them, or be free to change.
+
+    Raises:
+        ValueError: if it does neither.
+    """
+    objects = set(saved.get("from_python") or ())  # these are given again
+    free = may_change | objects
+    clash = [
+        name
+        for name in settings
+        if name not in free and settings[name] != defaults.get(name) and not _same(settings[name], saved.get(name))
+    ]
+    if clash:
+        shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
+        raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
+    given = {name: settings[name] for name in free if name in settings and settings[name] != defaults.get(name)}
+    for name in sorted(objects - given.keys()):
+        raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
+    saved = {name: value for name, value in saved.items() if name in settings}
+    return {**saved, **given, "out": settings["out"], "resume": True}
+
+
+def _same(given: Any, saved: Any) -> bool:
+    if isinstance(given, int) and isinstance(saved, list):
+        return saved == [given] * len(saved)
+    return bool(given == saved or (isinstance(given, tuple) and list(given) == saved) or str(given) == str(saved))
+
+
+def fit(
+    settings: dict[str, Any],
+    module: ScheduledModule,
+    dataset: Dataset[Any],
+    plan: Plan,
+    folder: RunFolder,
+    callbacks: Sequence[pl.Callback],
+    say: Callable[[], None],
+    repeats: int = 1,
+) -> pl.Trainer:
+    """Trains, from the start or from the last checkpoint, and leaves a run folder.
+
+    Args:
+        settings: in force; saved in the run folder.
+        module: what is trained.
+        dataset: indexed by `(epoch, index)`.
+        plan: how much.
+        folder: of the run.
+        callbacks: in the order in which they act.
+        say: prints the settings, when the trainer has been made.
+        repeats: times that each image stands in a row in the order of an epoch, with other augmentation each time.
+    """
+    with warnings.catch_warnings():
+        _silence_what_is_meant(warnings)
+        trainer = pl.Trainer(
+            accelerator=settings["accelerator"],
+            devices=plan.devices,
+            num_nodes=settings["num_nodes"],
+            strategy="ddp" if plan.world_size > 1 else "auto",
+            precision=settings["precision"],
+            max_steps=plan.steps,
+            max_epochs=-1,
+            accumulate_grad_batches=plan.parts,
+            gradient_clip_val=settings["clip_grad"],
+            use_distributed_sampler=False,
+            sync_batchnorm=plan.world_size > 1 and settings["accelerator"] == "cuda",
+            logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
+            callbacks=list(callbacks),
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        if trainer.is_global_zero:
+            # Python objects have no place in a file; resuming asks for them again.
+            objects = [name for name in ("model", "data", "val_data") if _is_object(settings.get(name))]
+            plain = {name: None if name in objects else value for name, value in settings.items()}
+            folder.write_config({**plain, "resume": False}, objects)
+            say()
+        _, handler = log_to(folder.path / "log.txt") if trainer.is_global_zero else (None, logging.NullHandler())
+        log.info("%s: %d steps in all", "resumed" if settings["resume"] else "started", plan.steps)
+        sampler = StepBatchSampler(
+            len(dataset), plan.batch_size, plan.parts, trainer.global_rank, trainer.world_size, settings["seed"],  # type: ignore[arg-type]
+            position=lambda: trainer.global_step, repeats=repeats,
+        )  # fmt: skip
+        loader = make_loader(dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda")
+        try:
+            checkpoint = folder.checkpoint if settings["resume"] else None
+            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+        finally:
+            gc.collect()  # lets go of the loader's iterator, and with it of the workers
+            log.removeHandler(handler)
+            handler.close()
+    return trainer
+
+
+def _is_object(value: Any) -> bool:
+    return value is not None and not isinstance(value, str)
+
+
+def _silence_what_is_meant(where: Any) -> None:
+    """Lightning's advice that does not apply: the stream of batches has no length by design."""
+    for message in (
+        r".*does not have many workers.*", r".*`max_epochs`.*", r".*Checkpoint directory.*exists and is not empty.*",
+        r".*GPU available but not used.*", r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
+    ):  # fmt: skip
+        where.filterwarnings("ignore", message=message)
