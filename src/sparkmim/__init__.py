@@ -9,9 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparkmim.commands import embed as embed
+    from sparkmim.commands import evaluate as evaluate
+    from sparkmim.commands import export as export
+    from sparkmim.commands import finetune as finetune
+    from sparkmim.commands import predict as predict
     from sparkmim.commands import pretrain as pretrain
     from sparkmim.commands import statistics as statistics
     from sparkmim.commands import verify as verify
+    from sparkmim.commands import weights as weights
     from sparkmim.models import SparK as SparK
     from sparkmim.training.weights import load as load
 
@@ -20,12 +26,31 @@ __version__ = "0.1.0"
 _HOME = {
     "SparK": "sparkmim.models",
     "verify": "sparkmim.commands",
+    "finetune": "sparkmim.commands",
     "pretrain": "sparkmim.commands",
+    "evaluate": "sparkmim.commands",
+    "predict": "sparkmim.commands",
+    "embed": "sparkmim.commands",
     "statistics": "sparkmim.commands",
+    "export": "sparkmim.commands",
+    "weights": "sparkmim.commands",
     "load": "sparkmim.training.weights",
 }
 
-__all__ = ["SparK", "__version__", "load", "pretrain", "statistics", "verify"]
+__all__ = [
+    "SparK",
+    "__version__",
+    "embed",
+    "evaluate",
+    "export",
+    "finetune",
+    "load",
+    "predict",
+    "pretrain",
+    "statistics",
+    "verify",
+    "weights",
+]
 
 
 def __getattr__(name: str) -> Any:

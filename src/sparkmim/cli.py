@@ -16,11 +16,20 @@ from sparkmim import __version__, commands
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
+    "finetune": commands.finetune,
+    "evaluate": commands.evaluate,
+    "predict": commands.predict,
+    "embed": commands.embed,
     "verify": commands.verify,
     "statistics": commands.statistics,
+    "export": commands.export,
+    "weights": commands.weights,
 }
 
 _PYTHON_ONLY: set[str | int] = {"callbacks"}
+
+_POSITIONAL = {"predict": "images", "embed": "images"}
+"""Arguments that may stand by themselves, without their flag."""
 
 
 class _Parser(ArgumentParser):
@@ -32,14 +41,14 @@ class _Parser(ArgumentParser):
 
 
 def _spelled_as_arguments(argv: list[str]) -> list[str]:
-    """`--image-size 64 --resume` to `--image_size 64 --resume=true`."""
+    """`--image-size 64 --resume` to `--image_size 64 --resume=true`; `embed photos/` to `embed --images=photos/`."""
     flags = {
         f"--{parameter.name}"
         for function in COMMANDS.values()
         for parameter in inspect.signature(function).parameters.values()
         if isinstance(parameter.default, bool)
     }
-    out = []
+    out: list[str] = []
     for position, word in enumerate(argv):
         if word.startswith("--"):
             name, equals, value = word.partition("=")
@@ -47,6 +56,9 @@ def _spelled_as_arguments(argv: list[str]) -> list[str]:
             following = argv[position + 1] if position + 1 < len(argv) else "--"
             if word in flags and following.lower() not in ("true", "false"):
                 word += "=true"
+        elif position and argv[0] in _POSITIONAL and not word.startswith("-"):
+            of_a_flag = out[-1].startswith("--") and "=" not in out[-1]
+            word = word if of_a_flag else f"--{_POSITIONAL[argv[0]]}={word}"
         out.append(word)
     return out
 
@@ -91,8 +103,38 @@ def main(argv: list[str] | None = None) -> None:
     if config.command == "statistics":
         _say_statistics(result)
         return
+    if config.command in ("evaluate", "predict", "embed"):
+        _say_evaluation(result)
+        return
+    if config.command == "export":
+        print(result.message)
+        return
+    if config.command == "weights":
+        from sparkmim.interop.published import print_published
+
+        print_published(result)
+        return
     if not result.finished:
         raise SystemExit(130)
+
+
+def _say_evaluation(result: Any) -> None:
+    """A table of accuracies, or a line on what was written, on stdout; what was left out, on stderr."""
+    if isinstance(result, commands.EvaluationResult):
+        from rich.console import Console
+
+        from sparkmim.evaluation.evaluate import table_of
+
+        Console().print(table_of(result))
+        if result.out is not None:
+            print(f"details in {result.out}", file=sys.stderr)
+    elif isinstance(result, commands.PredictResult):
+        print(f"{result.out}: {result.images:,} images classified")
+    else:
+        print(f"{result.out}: float32 {list(result.shape)}, stage {result.stage}")
+    if result.unreadable:
+        print(f"{len(result.unreadable):,} unreadable image(s) were left out:", *result.unreadable, sep="\n  ",
+              file=sys.stderr)  # fmt: skip
 
 
 def _say_statistics(found: Any) -> None:

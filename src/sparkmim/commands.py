@@ -6,7 +6,7 @@ Nothing heavy is imported before a function runs; `sparkmim --help` is built fro
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -35,6 +35,117 @@ class PretrainResult:
     def finished(self) -> bool:
         """False if the run was interrupted; `resume=True` continues it."""
         return self.step >= self.steps
+
+
+@dataclass
+class ExportResult:
+    """What an export wrote.
+
+    Attributes:
+        out: the file or folder.
+        format: of it.
+        network: its name.
+        tensors: how many it holds; None of a program.
+        difference: of a program, the largest to what PyTorch computes; None if it was not looked for.
+        address: of the repository that it was pushed to, if it was.
+    """
+
+    out: Path
+    format: str
+    network: str
+    tensors: int | None = None
+    difference: float | None = None
+    address: str | None = None
+
+    @property
+    def message(self) -> str:
+        """In a line."""
+        said = [f"{self.network} as {self.format}"]
+        if self.tensors is not None:
+            said.append(f"{self.tensors} tensors")
+        if self.difference is not None:
+            said.append(f"largest difference to PyTorch {self.difference:.1e}")
+        if self.address is not None:
+            said.append(f"pushed to {self.address}")
+        return f"{self.out}: {', '.join(said)}"
+
+
+@dataclass
+class Score:
+    """How well frozen features of one network, at one stage, tell classes apart.
+
+    Attributes:
+        network: `weights`, `random` or `compare`.
+        stage: of the feature map, counted from 1 at the shallowest.
+        stride: of that map.
+        accuracy: share of the test images classified rightly; of few-shot, the mean over the draws.
+        spread: standard deviation over the draws.
+        shots: images per class that were drawn.
+        details: what the protocol chose or saw on the way.
+    """
+
+    network: str
+    stage: int
+    stride: int
+    accuracy: float
+    spread: float | None = None
+    shots: int | None = None
+    details: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class EvaluationResult:
+    """What an evaluation came to.
+
+    Attributes:
+        protocol: knn, linear or fewshot.
+        rows: by network, stage, and number of shots.
+        classes: names.
+        unreadable: path and reason of each image that was left out.
+        out: the JSON file; None if there was no place for one.
+    """
+
+    protocol: str
+    rows: list[Score]
+    classes: list[str]
+    unreadable: list[str]
+    out: Path | None
+
+    def deepest(self, network: str = "weights") -> Score:
+        """A network's score at its deepest stage that was judged, with the most shots."""
+        return max((row for row in self.rows if row.network == network), key=lambda row: (row.stage, row.shots or 0))
+
+
+@dataclass
+class PredictResult:
+    """What was predicted.
+
+    Attributes:
+        out: the CSV file.
+        images: how many were classified.
+        unreadable: path and reason of each that could not be read.
+    """
+
+    out: Path
+    images: int
+    unreadable: list[str]
+
+
+@dataclass
+class EmbedResult:
+    """What was embedded.
+
+    Attributes:
+        out: the file of features.
+        shape: of the features, images first.
+        stage: of the feature map, counted from 1 at the shallowest.
+        unreadable: path and reason of each image that was left out.
+    """
+
+    out: Path
+    shape: tuple[int, ...]
+    stage: int
+    unreadable: list[str]
 
 
 def pretrain(
@@ -149,6 +260,322 @@ def pretrain(
     return run_pretraining(settings, pretrain.__kwdefaults__, callbacks)
 
 
+@dataclass
+class FinetuneResult:
+    """What a fine-tuning run came to.
+
+    Attributes:
+        out: the run folder.
+        step: optimiser steps done.
+        steps: optimiser steps that the run has.
+        top1: validation accuracy of the last weights, of the `model` and, with `ema`, of its average `ema`.
+        best_top1: of the best weights.
+        model: the trained classifier, in evaluation mode.
+    """
+
+    out: Path
+    step: int
+    steps: int
+    top1: dict[str, float]
+    best_top1: dict[str, float]
+    model: Any
+
+    @property
+    def finished(self) -> bool:
+        """False if the run was interrupted; `resume=True` continues it."""
+        return self.step >= self.steps
+
+
+def finetune(
+    *,
+    data: str | Any | None = None,
+    out: str | Path,
+    weights: str | Path = "none",
+    model: str | Any | None = None,
+    recipe: str = "default",
+    val_data: str | Any | None = None,
+    val_split: float | None = None,
+    freeze: bool = False,
+    image_size: int | list[int] | None = None,
+    channels: int | None = None,
+    feature_modules: list[str] | None = None,
+    drop_path: float | None = None,
+    epochs: float | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    optimizer: str | None = None,
+    learning_rate: float | None = None,
+    layer_decay: float | None = None,
+    warmup_epochs: float | None = None,
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    weight_decay: float | None = None,
+    clip_grad: float | None = None,
+    loss: Literal["bce", "ce"] | None = None,
+    mixup: float | None = None,
+    cutmix: float | None = None,
+    smoothing: float | None = None,
+    repeats: int | None = None,
+    augment: Literal["trivial", "auto", "none"] | None = None,
+    erase: float | None = None,
+    crop_scale: float | None = None,
+    flip: float = 0.5,
+    eval_crop: float | None = None,
+    ema: float | None = None,
+    eval_every: float = 1.0,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    max_unreadable: float = 0.1,
+    resume: bool = False,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: str | int = "auto",
+    num_nodes: int = 1,
+    precision: str = "auto",
+    channels_last: bool = True,
+    workers: int | None = None,
+    save_minutes: float = 10.0,
+    log_every: int = 10,
+    callbacks: Sequence[Any] = (),
+) -> FinetuneResult:
+    """Train a classifier from pretrained weights, or from scratch.
+
+    Arguments left at None are decided by the recipe, or by the weights.
+
+    Args:
+        data: folder with train/ and val/, each with a folder per class; or with a folder per class itself; a CSV file
+            of path and label (and split); or (from Python) any Dataset of (image, label)
+        out: run folder; must be new or empty unless resuming
+        weights: run folder or weight file to start from, ours or an original SparK file; none to train from scratch
+        model: network, as for pretrain; None for that of the weights
+        recipe: default (small data, one machine), or one of the paper's for ImageNet: convnext_small, convnext_base,
+            convnext_large, convnext_large_384, resnet50, resnet101, resnet152, resnet200
+        val_data: validation images that stand elsewhere, in any form that data takes
+        val_split: share of every class to set apart for validation, where there are no validation images
+        freeze: train the head alone, on fixed features
+        image_size: side in pixels, or one size per axis
+        channels: image channels
+        feature_modules: the network's modules whose outputs are its feature maps; None to find them
+        drop_path: stochastic depth rate, for networks that have one
+        epochs: passes over the data
+        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
+        accumulate: batches that make up one optimiser step, to save memory
+        optimizer: lamb or adamw
+        learning_rate: peak rate for 256 images per step; scales in proportion to batch_size
+        layer_decay: share of the rate that each group of layers keeps of the one above; 1 for none, as from scratch
+        warmup_epochs: epochs of linear warm-up
+        beta1: decay of the optimiser's first moment
+        beta2: decay of its second moment
+        weight_decay: constant, none on vectors
+        clip_grad: largest global gradient norm
+        loss: bce, a binary decision for each class, or ce
+        mixup: alpha of mixup; 0 for none
+        cutmix: alpha of CutMix; 0 for none
+        smoothing: of labels
+        repeats: times that an image is repeated with other augmentation within a step or two; 1 for none
+        augment: trivial (TrivialAugment), auto (AutoAugment) or none
+        erase: how often a part of an image is erased
+        crop_scale: smallest share of an image that a random crop covers
+        flip: how often an image is mirrored left to right
+        eval_crop: share of the shorter side that the centre crop of validation covers; 0 to resize the whole image
+        ema: decay of an average of the weights, validated and saved beside them; 0 for none
+        eval_every: epochs between validations
+        mean: of each channel; None for that of the weights
+        std: of each channel, as mean
+        max_unreadable: share of unreadable images above which the run fails
+        resume: go on with the run in out, exactly where its last checkpoint stands
+        seed: of everything random
+        accelerator: auto, cpu or cuda
+        devices: processes on this machine; auto for all GPUs, or one CPU process
+        num_nodes: machines
+        precision: auto, bf16-mixed or 32-true
+        channels_last: keep weights and maps in channels-last memory, which is faster
+        workers: loader processes
+        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
+        log_every: optimiser steps between scalars
+        callbacks: further Lightning callbacks (from Python)
+
+    Returns:
+        A `FinetuneResult`: accuracies, and the trained classifier.
+
+    Raises:
+        ValueError: if an argument cannot be met; says which and what would do. Nothing is written then.
+        NonFiniteLoss: if training diverges.
+    """
+    settings = dict(locals())
+    settings.pop("callbacks")
+    from sparkmim.training.finetune import run_finetuning
+
+    assert finetune.__kwdefaults__ is not None
+    return run_finetuning(settings, finetune.__kwdefaults__, callbacks)
+
+
+def evaluate(
+    *,
+    data: str | Any,
+    weights: str | Path,
+    protocol: Literal["knn", "linear", "fewshot"] = "knn",
+    model: str | Any | None = None,
+    compare: str | Path | None = None,
+    val_data: str | Any | None = None,
+    val_split: float | None = None,
+    stage: int | None = None,
+    image_size: int | list[int] | None = None,
+    crop: float | None = None,
+    k: int = 20,
+    temperature: float = 0.07,
+    epochs: int = 100,
+    shots: Sequence[int] = (1, 5, 10),
+    draws: int = 10,
+    batch_size: int = 64,
+    workers: int | None = None,
+    accelerator: str = "auto",
+    seed: int = 0,
+    out: str | Path | None = None,
+    overwrite: bool = False,
+) -> EvaluationResult:
+    """Measure how well frozen features tell classes apart.
+
+    Each feature map of the unmasked image is averaged over positions; a simple classifier of these is fitted to the
+    training images and asked about the others. The same network at random always stands beside it.
+
+    Args:
+        data: labelled images: a folder with train/ and val/ of class folders, a folder of class folders, a CSV file of
+            path and label, or (from Python) a Dataset
+        weights: run folder, weight file of ours, or original SparK file
+        protocol: knn (nearest neighbours), linear (a probe), or fewshot (a few images of each class)
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module, which as it is stands
+            for the random network; None for what the weights say
+        compare: further weights to set beside these
+        val_data: images to test on that stand elsewhere
+        val_split: share of every class to test on, where there are no images for that
+        stage: which feature map, 1 being the shallowest; None for all of them, or the deepest for fewshot
+        image_size: side in pixels, or one size per axis; None for that of training
+        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights'
+            own, or 0.875
+        k: of knn, neighbours that vote
+        temperature: of knn; smaller lets the nearest weigh more
+        epochs: of linear, passes over the features
+        shots: of fewshot, numbers of images of each class
+        draws: of fewshot, how often images are drawn
+        batch_size: images at a time
+        workers: loader processes
+        accelerator: auto, cpu or cuda
+        seed: of the random network, of val_split, and of what a protocol draws
+        out: JSON file; None for evaluation/PROTOCOL.json in the run folder, if weights names one, which holds the
+            latest
+        overwrite: replace out
+
+    Returns:
+        An `EvaluationResult`: accuracies by network, stage, and number of shots.
+
+    Raises:
+        ValueError: if an argument cannot be met; says which and what would do.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.evaluation.evaluate import run_evaluation
+
+    return run_evaluation(settings)
+
+
+def predict(
+    *,
+    images: str | Any,
+    weights: str | Path,
+    out: str | Path = "predictions.csv",
+    top: int | None = None,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    crop: float | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> PredictResult:
+    """Classify images with a fine-tuned network, into a CSV file.
+
+    A row per image, in order: path, class, its probability, and the error where an image could not be read; then the
+    probability of every class (columns p_NAME) or, with top, the classes that come next (class_2, probability_2, ...).
+
+    Args:
+        images: folder at any depth, an image, a text file of paths, or (from Python) any Dataset; in the shell, the
+            flag may be left out
+        weights: run folder or weight file of a classifier, as sparkmim finetune makes it
+        out: CSV file
+        top: how many of the likeliest classes to name; None for the probability of every class, up to 100 of them, or 5
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: side in pixels, or one size per axis; None for that of training
+        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights' own
+        batch_size: images at a time
+        workers: loader processes
+        accelerator: auto, cpu or cuda
+        overwrite: replace out
+
+    Returns:
+        A `PredictResult`: how many images were classified, and which could not be read.
+
+    Raises:
+        ValueError: if the weights hold no classifier, or an argument cannot be met.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.evaluation.predict import run_prediction
+
+    return run_prediction(settings)
+
+
+def embed(
+    *,
+    images: str | Any,
+    weights: str | Path,
+    out: str | Path = "features.npy",
+    stage: int | None = None,
+    pooled: bool = True,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    crop: float | None = None,
+    batch_size: int = 64,
+    workers: int | None = None,
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> EmbedResult:
+    """Write the features of images to a file.
+
+    A row per image that can be read, in order: of a .npy file, float32 [images, channels], with the paths line by line
+    in a .txt file of the same name; of a .parquet file, columns path and feature (pip install 'sparkmim[parquet]').
+
+    Args:
+        images: folder at any depth, an image, a text file of paths, or (from Python) any Dataset; in the shell, the
+            flag may be left out
+        weights: run folder, weight file of ours, or original SparK file
+        out: .npy or .parquet file
+        stage: which feature map, 1 being the shallowest; None for the deepest
+        pooled: average the map over positions; false keeps it whole, [images, channels, height, width], in .npy files
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: side in pixels, or one size per axis; None for that of training
+        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights'
+            own, or 0.875
+        batch_size: images at a time
+        workers: loader processes
+        accelerator: auto, cpu or cuda
+        overwrite: replace out
+
+    Returns:
+        An `EmbedResult`: the shape of the features, and which images could not be read.
+
+    Raises:
+        ValueError: if an argument cannot be met, or no image can be read; nothing is written then.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.evaluation.predict import run_embedding
+
+    return run_embedding(settings)
+
+
 def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
     """Measure the mean and standard deviation of every channel of your data.
 
@@ -201,3 +628,65 @@ def verify(
     from sparkmim.models.verify import verify_encoder
 
     return verify_encoder(model, image_size, patch_size, channels, stages, feature_modules)
+
+
+def export(
+    *,
+    weights: str | Path,
+    format: Literal[
+        "timm",
+        "torchvision",
+        "detectron2",
+        "mmdet",
+        "mmpretrain",
+        "huggingface",
+        "onnx",
+        "torch-export",
+        "spark",
+    ],
+    out: str | Path,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    overwrite: bool = False,
+    push: str | None = None,
+    private: bool = False,
+) -> ExportResult:
+    """Write weights for other software.
+
+    Of pretrained weights, the encoder; of a classifier, all of it where the format has a place for that. Programs
+    (onnx, torch-export) give a classifier's logits, or an encoder's feature maps. None of the other packages is
+    needed, but for onnx (pip install 'sparkmim[onnx]').
+
+    Args:
+        weights: run folder, weight file of ours, or original SparK file
+        format: timm, torchvision, detectron2 (ResNets), mmdet, mmpretrain (ResNets and ConvNeXts), huggingface (a
+            folder), onnx, torch-export, or spark (the original release's, with the decoder if there is one)
+        out: file to write, which ends in .safetensors or .pth, .pkl (detectron2), .onnx, or .pt2 (torch-export); or
+            folder (huggingface)
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: of a program, side in pixels, or one size per axis; None for that of training
+        overwrite: replace what is there
+        push: repository on the Hugging Face Hub, OWNER/NAME, to upload the folder to
+        private: make that repository private, if it is new
+
+    Returns:
+        An `ExportResult`: what was written, how many tensors, and how far a program is from PyTorch.
+
+    Raises:
+        ValueError: if the format cannot hold this network, or out is taken; says what would do.
+    """
+    from sparkmim.interop.export import export_weights
+
+    return export_weights(weights, format, out, model, image_size, overwrite, push, private)
+
+
+def weights() -> list[Any]:
+    """List the weights that the authors of SparK have published.
+
+    Returns:
+        A list of `sparkmim.interop.published.PublishedWeights`: network, size, accuracy, file and link of each.
+    """
+    from sparkmim.interop.published import PUBLISHED
+
+    return list(PUBLISHED)

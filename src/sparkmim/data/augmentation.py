@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
 
 import torch
+from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
@@ -49,6 +51,11 @@ def pretrain_transform(
     Raises:
         ValueError: if `crop_scale` or `flip` is out of range, or mean and std differ in length.
     """
+    transform: Transform = v2.Compose([*_crop_and_flip(image_size, crop_scale, flip), *_to_float(mean, std)])
+    return transform
+
+
+def _crop_and_flip(image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float) -> list[Transform]:
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise ValueError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
     if not 0 <= flip <= 1:
@@ -56,7 +63,53 @@ def pretrain_transform(
     crop = v2.RandomResizedCrop(
         image_size, scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
     )
-    transform: Transform = v2.Compose([crop, v2.RandomHorizontalFlip(flip), *_to_float(mean, std)])
+    return [crop, v2.RandomHorizontalFlip(flip)]
+
+
+Augment = Literal["trivial", "auto", "none"]
+
+
+def classify_transform(
+    image_size: tuple[int, int],
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    crop_scale: tuple[float, float] = (0.08, 1.0),
+    flip: float = 0.5,
+    augment: Augment = "trivial",
+    erase: float = 0.25,
+) -> Transform:
+    """The paper's augmentation for fine-tuning: that of timm's ImageNet recipes, with TrivialAugment.
+
+    A random crop, resized with bicubic filtering, a flip, TrivialAugment (Müller and Hutter, ICCV 2021, torchvision's)
+    or AutoAugment's policy for ImageNet, and random erasing with noise (timm's).
+
+    Args:
+        image_size: height and width of the result.
+        mean: per channel, of values in [0, 1].
+        std: per channel.
+        crop_scale: smallest and largest share of the image's area that a crop covers.
+        flip: how often images are mirrored.
+        augment: `trivial`, `auto`, or `none`.
+        erase: how often a part is erased.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    if augment not in get_args(Augment):
+        raise ValueError(f"there is no augmentation {augment!r}; choose trivial, auto or none")
+    if not 0 <= erase <= 1:
+        raise ValueError(f"erase is {erase}; it is a probability between 0 and 1")
+    bilinear = v2.InterpolationMode.BILINEAR  # the finest that torchvision warps tensors with
+    steps: list[Transform] = _crop_and_flip(image_size, crop_scale, flip)
+    if augment == "trivial":
+        steps.append(v2.TrivialAugmentWide(interpolation=bilinear))
+    elif augment == "auto":
+        steps.append(v2.AutoAugment(interpolation=bilinear))
+    steps += _to_float(mean, std)
+    if erase:
+        erasing: Any = RandomErasing  # untyped
+        steps.append(erasing(erase, mode="pixel", device="cpu"))
+    transform: Transform = v2.Compose(steps)
     return transform
 
 
@@ -64,7 +117,7 @@ def eval_transform(
     image_size: tuple[int, int],
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-    crop: float = 0.875,
+    crop: float | None = 0.875,
 ) -> Transform:
     """Nothing random: the shorter side is resized, and the centre cropped.
 
@@ -72,11 +125,16 @@ def eval_transform(
         image_size: height and width of the result.
         mean: per channel, of values in [0, 1].
         std: per channel.
-        crop: the longer side of the result, as a share of the resized shorter side: 224 of 256 by default.
+        crop: the longer side of the result, as a share of the resized shorter side: 224 of 256 by default; None to
+            resize the whole image to `image_size`, whatever its shape.
 
     Raises:
         ValueError: if `crop` is out of range, or mean and std differ in length.
     """
+    if crop is None:
+        whole = v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+        stretched: Transform = v2.Compose([whole, *_to_float(mean, std)])
+        return stretched
     if not 0 < crop <= 1:
         raise ValueError(f"crop is {crop}; it is a share, above 0 and at most 1")
     shorter = round(max(image_size) / crop)

@@ -145,16 +145,16 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
     train = next((folders[name] for name in TRAIN_NAMES if name in folders), None)
     val = next((folders[name] for name in VAL_NAMES if name in folders), None)
     if train is not None:
-        return _of_folder(train), None if val is None else _of_folder(val)
+        return _of_folder(train), None if val is None else _of_folder(val, fewest=1)
     return _of_folder(root), None
 
 
-def _of_folder(root: Path) -> Labelled:
+def _of_folder(root: Path, fewest: int = 2) -> Labelled:
     paths = find_images(root)
     names = [Path(os.path.relpath(path, root)).parts[0] for path in paths]
     loose = [name for path, name in zip(paths, names, strict=True) if Path(path).parent == root]
     classes = sorted(set(names) - set(loose))
-    if loose or len(classes) < 2:
+    if loose or len(classes) < fewest:
         found = f"{len(loose)} image(s) lie in no class folder" if loose else f"only one class folder, {classes[0]}"
         raise ValueError(f"{root} should hold a folder per class, but {found}; or give a CSV file of path and label")
     number = {name: place for place, name in enumerate(classes)}

@@ -1,6 +1,17 @@
 """How good frozen features are."""
 
-from sparkmim.evaluation.features import pooled_features
+from sparkmim.evaluation.features import pooled_features, stage_features
+from sparkmim.evaluation.fewshot import few_shot
 from sparkmim.evaluation.knn import knn_accuracy, knn_predict
+from sparkmim.evaluation.linear import Probe, fit_logistic, linear_probe
 
-__all__ = ["knn_accuracy", "knn_predict", "pooled_features"]
+__all__ = [
+    "Probe",
+    "few_shot",
+    "fit_logistic",
+    "knn_accuracy",
+    "knn_predict",
+    "linear_probe",
+    "pooled_features",
+    "stage_features",
+]

@@ -6,6 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+_SIMILARITIES = 2**26
+"""So many are held at a time, 256 MiB."""
+
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
     """Each query's class by a vote of its nearest neighbours, weighted by `exp(cosine / temperature)`.
@@ -21,10 +24,14 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temp
         Classes, long `[m]`.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
-    similarity, nearest = (queries @ bank.t()).topk(min(k, len(bank)), dim=1)  # [m, k]
-    votes = torch.zeros(len(queries), int(labels.max()) + 1)
-    votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
-    return votes.argmax(1)
+    classes = int(labels.max()) + 1
+    predicted = []
+    for part in torch.split(queries, max(1, _SIMILARITIES // len(bank))):
+        similarity, nearest = (part @ bank.t()).topk(min(k, len(bank)), dim=1)  # [m, k]
+        votes = torch.zeros(len(part), classes, device=part.device)
+        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        predicted.append(votes.argmax(1))
+    return torch.cat(predicted)
 
 
 def knn_accuracy(

@@ -124,11 +124,11 @@ def _block_of(name: str) -> str:
 
 
 def _of_encoder(classifier: PooledClassifier) -> dict[str, int]:
-    """Exponents of a network without a classifier: those of its deepest layers are 0."""
+    """Exponents of a network without a classifier: 0 for its deepest layers, -1 for what no feature map depends on."""
     encoder = classifier.encoder
     names = [name for name, _ in encoder.named_parameters()]
     unreached = set(classifier.hierarchy.unreached)
     layers = _layers(encoder, [name for name in names if name not in unreached])
     count = max(layers.values(), default=-1) + 1
     groups = min(count, MOST_GROUPS)
-    return {name: groups - 1 - layers[name] * groups // count if name in layers else 0 for name in names}
+    return {name: groups - 1 - layers[name] * groups // count if name in layers else -1 for name in names}

@@ -1,8 +1,9 @@
-"""Pretraining recipes by name: the settings that a recipe decides, and that any of them can be overridden."""
+"""Recipes by name: the settings that a recipe decides, each of which can be overridden."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from sparkmim.models.decoder import NormKind
 
@@ -89,3 +90,130 @@ def recipe_named(name: str) -> Recipe:
     if name not in RECIPES:
         raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
+
+
+@dataclass(frozen=True)
+class FinetuneRecipe:
+    """What a recipe decides; every field is an argument of `sparkmim.finetune` too.
+
+    Attributes:
+        epochs: passes over the data.
+        warmup_epochs: epochs of linear warm-up.
+        batch_size: images per optimiser step, over all processes.
+        optimizer: `lamb` (without bias correction, always adapting) or `adamw`.
+        learning_rate: peak rate for 256 images per step; scales in proportion to the batch size.
+        layer_decay: share of the rate that each group of layers keeps of the one above.
+        weight_decay: constant; none on vectors.
+        mixup: alpha.
+        cutmix: alpha; with mixup, one of both is chosen for each batch.
+        smoothing: of labels.
+        loss: `bce` or `ce`.
+        repeats: times that an image stands in a row in an epoch's order (repeated augmentation).
+        drop_path: stochastic depth rate; None for the network's own.
+        ema: decay of the average of the weights; 0 for none.
+        augment: `trivial`, `auto` or `none`.
+        erase: how often a part of an image is erased.
+        crop_scale: smallest share of the image's area that a random crop covers.
+        eval_crop: share of the shorter side that the centre crop covers in evaluation; 0 to resize the whole image.
+        image_size: of the images; None for that of the pretrained weights.
+        clip_grad: largest global gradient norm; None for any.
+    """
+
+    epochs: int
+    warmup_epochs: float
+    batch_size: int
+    optimizer: str
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    mixup: float
+    cutmix: float
+    smoothing: float
+    loss: Literal["bce", "ce"]
+    repeats: int
+    drop_path: float | None
+    ema: float
+    augment: Literal["trivial", "auto", "none"]
+    erase: float
+    crop_scale: float
+    eval_crop: float
+    image_size: int | None
+    clip_grad: float | None
+
+
+_CONVNEXT = FinetuneRecipe(
+    epochs=400,
+    warmup_epochs=20,
+    batch_size=4096,
+    optimizer="adamw",
+    learning_rate=2e-4,
+    layer_decay=0.7,
+    weight_decay=0.01,
+    mixup=0.8,
+    cutmix=1.0,
+    smoothing=0.1,
+    loss="ce",
+    repeats=3,
+    drop_path=0.3,
+    ema=0.9999,
+    augment="trivial",
+    erase=0.25,
+    crop_scale=0.08,
+    eval_crop=0.95,
+    image_size=224,
+    clip_grad=None,
+)
+_CONVNEXT_L = replace(_CONVNEXT, epochs=200, warmup_epochs=10, learning_rate=1e-4, weight_decay=0.02, drop_path=0.5)
+_RESNET = replace(
+    _CONVNEXT, epochs=300, warmup_epochs=5, batch_size=2048, optimizer="lamb", learning_rate=1e-3, layer_decay=0.8,
+    weight_decay=0.02, mixup=0.1, loss="bce", repeats=1, drop_path=0.2,
+)  # fmt: skip
+
+FINETUNE_DEFAULT = replace(
+    _CONVNEXT,
+    epochs=50,
+    warmup_epochs=5,
+    batch_size=64,
+    learning_rate=2e-3,
+    layer_decay=0.8,
+    weight_decay=0.05,
+    mixup=0.0,
+    cutmix=0.0,
+    repeats=1,
+    drop_path=None,
+    ema=0.0,
+    augment="none",
+    erase=0.0,
+    crop_scale=0.35,
+    image_size=None,
+    clip_grad=5.0,
+)
+"""For some ten to some thousand labelled images on one machine."""
+
+FINETUNE_RECIPES = {
+    "default": FINETUNE_DEFAULT,
+    "convnext_small": _CONVNEXT,
+    "convnext_base": replace(_CONVNEXT, learning_rate=1e-4, drop_path=0.4),
+    "convnext_large": _CONVNEXT_L,
+    "convnext_large_384": replace(
+        _CONVNEXT_L, batch_size=1024, warmup_epochs=20, learning_rate=6e-5, weight_decay=0.01, ema=0.99995,
+        augment="auto", eval_crop=0.0, image_size=384,
+    ),
+    "resnet50": replace(_RESNET, learning_rate=2e-3, layer_decay=0.7, drop_path=0.05),
+    "resnet101": _RESNET,
+    "resnet152": _RESNET,
+    "resnet200": _RESNET,
+}  # fmt: skip
+"""`default`, and the paper's for ImageNet, by network (table of the appendix; the original's
+`downstream_imagenet/arg.py` and `data.py` for what the table leaves open)."""
+
+
+def finetune_recipe_named(name: str) -> FinetuneRecipe:
+    """Looks a recipe up.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in FINETUNE_RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(FINETUNE_RECIPES)}")
+    return FINETUNE_RECIPES[name]

@@ -1,0 +1,49 @@
+"""Detectron2's names of ResNets, in the pickle of arrays that its checkpointer reads; Detectron2 is not needed."""
+
+from __future__ import annotations
+
+import pickle
+import re
+from collections.abc import Callable
+from typing import Any
+
+from sparkmim.interop.network import Network, without_head
+
+_RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
+    (r"^(conv1|bn1)\.", r"stem.\1."),
+    (r"^layer(\d)\.", lambda match: f"res{int(match[1]) + 1}."),
+    (r"\.bn(\d)\.", r".conv\1.norm."),
+    (r"\.downsample\.0\.", ".shortcut."),
+    (r"\.downsample\.1\.", ".shortcut.norm."),
+]  # fmt: skip
+
+
+def detectron2_name(name: str) -> str:
+    """Detectron2's name of a tensor of timm's ResNet.
+
+    >>> detectron2_name("bn1.weight"), detectron2_name("layer1.0.downsample.0.weight")
+    ('stem.conv1.norm.weight', 'res2.0.shortcut.weight')
+    """
+    for pattern, replacement in _RULES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def detectron2_file(network: Network) -> tuple[bytes, int]:
+    """The file's content, and how many arrays it holds.
+
+    Six entries per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm. So a
+    ResNet-50 of 53 convolutions has 318. The counter has a place in SyncBN; a frozen norm has none, and passes it over.
+
+    Raises:
+        ValueError: if it is no ordinary ResNet.
+    """
+    if network.family() != "resnet":
+        raise ValueError(
+            f"detectron2 takes ordinary ResNets, and {network.called()} is none; use mmdet for a ConvNeXt, or onnx for "
+            "any network"
+        )
+    _, tensors = network.in_timm()
+    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in without_head(tensors).items()}
+    content: dict[str, Any] = {"model": arrays, "__author__": "sparkmim", "matching_heuristics": True}
+    return pickle.dumps(content, protocol=4), len(arrays)

@@ -1,0 +1,110 @@
+"""Writing weights for other software. The public function is `sparkmim.export`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save as to_bytes
+from torch import Tensor, nn
+
+from sparkmim.commands import ExportResult
+from sparkmim.interop import programs
+from sparkmim.interop.detectron2 import detectron2_file
+from sparkmim.interop.hub import push_folder, write_folder
+from sparkmim.interop.network import Network, open_network
+from sparkmim.interop.openmmlab import openmmlab_checkpoint
+from sparkmim.interop.spark import original_file
+from sparkmim.interop.torchvision import torchvision_tensors
+from sparkmim.interop.writing import replacing
+
+SUFFIXES: dict[str, tuple[str, ...]] = {
+    "timm": (".safetensors", ".pth"),
+    "torchvision": (".safetensors", ".pth"),
+    "detectron2": (".pkl",),
+    "mmdet": (".pth",),
+    "mmpretrain": (".pth",),
+    "huggingface": (),  # a folder
+    "onnx": (".onnx",),
+    "torch-export": (".pt2",),
+    "spark": (".pth",),
+}
+"""How the files of each format end."""
+
+
+def export_weights(
+    weights: str | Path,
+    format: str,
+    out: str | Path,
+    model: str | nn.Module | None,
+    image_size: int | Sequence[int] | None,
+    overwrite: bool,
+    push: str | None,
+    private: bool,
+) -> ExportResult:
+    """Writes weights in a format; arguments, result and errors as of `sparkmim.export`."""
+    path = Path(out)
+    _check(format, path, image_size, overwrite, push)
+    network = open_network(weights, model)
+    result = ExportResult(path, format, network.called())
+    if format == "huggingface":
+        result.tensors = write_folder(network, path)
+        if push:
+            result.address = push_folder(path, push, private)
+        return result
+    with replacing(path) as partial:
+        if format == "onnx":
+            result.difference = programs.write_onnx(network, partial, image_size)
+        elif format == "torch-export":
+            result.difference = programs.write_torch_export(network, partial, image_size)
+        elif format == "detectron2":
+            content, result.tensors = detectron2_file(network)
+            partial.write_bytes(content)
+        else:
+            entries = _entries(network, format)
+            result.tensors = len(_innermost(entries))
+            if path.suffix == ".safetensors":
+                partial.write_bytes(to_bytes(entries, {"format": "pt"}))
+            else:
+                torch.save(entries, partial)
+    return result
+
+
+def _entries(network: Network, format: str) -> dict[str, Any]:
+    """What a PyTorch or safetensors file holds."""
+    if format == "timm":
+        return dict(network.in_timm()[1])
+    if format == "torchvision":
+        return dict(torchvision_tensors(network))
+    if format == "spark":
+        return original_file(network)
+    return openmmlab_checkpoint(network, detection=format == "mmdet")
+
+
+def _innermost(entries: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors among what a file holds."""
+    for key in ("module", "state_dict"):
+        entries = entries.get(key, entries)
+    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
+
+
+def _check(format: str, out: Path, image_size: int | Sequence[int] | None, overwrite: bool, push: str | None) -> None:
+    """Refuses arguments that do not go together, before anything is read or written."""
+    if format not in SUFFIXES:
+        raise ValueError(f"there is no format {format!r}; choose one of {', '.join(SUFFIXES)}")
+    if push and format != "huggingface":
+        raise ValueError(f"push uploads a folder of the format huggingface, not a {format} file; use that format")
+    if image_size is not None and format not in ("onnx", "torch-export"):
+        raise ValueError(f"image_size is for onnx and torch-export; a {format} file has none, so leave it out")
+    suffixes = SUFFIXES[format]
+    if suffixes and out.suffix not in suffixes:
+        raise ValueError(f"out is {out}, but a {format} file ends in {' or '.join(suffixes)}; name it so")
+    if not suffixes and out.is_file():
+        raise ValueError(f"{out} is a file, and {format} writes a folder; choose another out")
+    if suffixes and out.is_dir():
+        raise ValueError(f"{out} is a folder, and {format} writes a file; choose another out")
+    taken = out.exists() if suffixes else out.is_dir() and any(out.iterdir())
+    if taken and not overwrite:
+        raise ValueError(f"{out} already exists; give overwrite to replace it, or choose another out")

@@ -1,0 +1,208 @@
+"""A folder as the Hugging Face Hub has it for timm: `config.json`, `model.safetensors`, and a model card."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from safetensors.torch import save as to_bytes
+
+import sparkmim
+from sparkmim.interop.network import Network
+from sparkmim.interop.writing import replacing
+
+CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
+
+_NOT_SHOWN = {"data", "out", "resume", "weights", "init_weights", "workers", "devices", "num_nodes", "accelerator",
+              "val_data", "save_minutes", "log_every", "picture_every", "max_unreadable", "mean", "std",
+              "model"}  # fmt: skip
+"""Settings that say nothing of the weights, stand elsewhere in the card, or name places on somebody's disk."""
+
+_MOST_SCORES = 40
+
+
+def write_folder(network: Network, folder: Path) -> int:
+    """Writes the folder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+
+    Returns:
+        How many tensors there are.
+
+    Raises:
+        ValueError: if timm has no such network.
+    """
+    name, tensors = network.in_timm()
+    contents = {
+        WEIGHTS_FILE: to_bytes(tensors, {"format": "pt"}),
+        CONFIG_FILE: json.dumps(_config(network, name), indent=2).encode() + b"\n",
+        CARD_FILE: model_card(network, name).encode(),
+    }
+    for file, content in contents.items():
+        with replacing(folder / file) as partial:
+            partial.write_bytes(content)
+    return len(tensors)
+
+
+def push_folder(folder: Path, repository: str, private: bool) -> str:
+    """Uploads the folder's three files to the hub, into a repository that is made if there is none.
+
+    The address of the hub is that of the environment variable `HF_ENDPOINT`, if it is set; the token, as for all of
+    `huggingface_hub`, that of `hf auth login` or `HF_TOKEN`.
+
+    Returns:
+        The repository's address.
+
+    Raises:
+        ValueError: if the hub refuses or cannot be reached; the folder stays.
+    """
+    from huggingface_hub import HfApi
+
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="sparkmim", library_version=sparkmim.__version__)
+    try:
+        address = api.create_repo(repository, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
+            commit_message="Add a network pretrained with sparkmim",
+        )
+    except Exception as error:  # of the hub, its token, the name, or the connection; each has classes of its own
+        reason = " ".join(str(error.__cause__ or error).split())[:200]
+        raise ValueError(
+            f"{folder} is written, but could not be pushed to {repository} ({reason}); check that name and "
+            "`hf auth login`, and push again with overwrite"
+        ) from error
+    return str(address)
+
+
+def _config(network: Network, name: str) -> dict[str, Any]:
+    import timm
+
+    known = network.weights.metadata
+    size, channels = known.get("image_size", [224, 224]), network.weights.channels
+    source = timm.models.get_pretrained_cfg(name)
+    pretrained: dict[str, Any] = {
+        "tag": "sparkmim",
+        "custom_load": False,
+        "input_size": [channels, *size],
+        "fixed_input_size": False,
+        "interpolation": "bicubic",
+        "crop_pct": known.get("crop", 0.95) or 1.0,
+        "crop_mode": "center",
+        "num_classes": len(network.classes or ()),
+    }
+    for key in ("mean", "std"):
+        if known.get(key):
+            pretrained[key] = list(known[key])
+    for key in ("first_conv", "classifier"):
+        if (value := getattr(source, key, None)) is not None:
+            pretrained[key] = value
+    if channels != 3:
+        pretrained.pop("first_conv", None)  # timm would take the weights for those of three channels, and adapt them
+    config: dict[str, Any] = {
+        "architecture": name,
+        "num_classes": len(network.classes or ()),
+        "num_features": network.module.num_features if hasattr(network.module, "num_features") else None,
+        "pretrained_cfg": pretrained,
+    }
+    if network.classes:
+        config["label_names"] = network.classes
+    return {key: value for key, value in config.items() if value is not None}
+
+
+def model_card(network: Network, name: str) -> str:
+    """Markdown with the header that the hub reads: what it is, how to load it, settings and scores of the run."""
+    known, classes = network.weights.metadata, network.classes
+    task = "image-classification" if classes else "image-feature-extraction"
+    run = network.weights.path.parent.parent if network.weights.path.parent.name == "weights" else None
+    settings = _settings(run)
+    header = {"library_name": "timm", "pipeline_tag": task, "tags": ["timm", task, "sparkmim"]}
+    parameters = sum(parameter.numel() for parameter in network.module.parameters()) / 1e6
+    size = known.get("image_size", [224, 224])
+    what = f"a classifier of {len(classes)} classes" if classes else "an image encoder without a classifier"
+    facts = {
+        "network": f"{name}, {parameters:.1f} M parameters, {what}",
+        "images": f"{'×'.join(map(str, size))} pixels, {network.weights.channels} channels",
+        "mean": _shown(known.get("mean")),
+        "std": _shown(known.get("std")),
+        "training": _training(network, settings),
+        "classes": ", ".join(classes) if classes and len(classes) <= 20 else None,
+    }
+    call = "logits = model(images)" if classes else "features = model(images)  # [B, num_features]"
+    parts = [
+        f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n",
+        _table(("", ""), [(key, value) for key, value in facts.items() if value]),
+        "## Load it\n\n```python\nimport timm\n\n"
+        'model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"\n'
+        f"images = ...  # [B, {network.weights.channels}, {', '.join(map(str, size))}], normalised by mean and std\n"
+        f"{call}\n```\n",
+    ]
+    scores = list(_scores(known, run))
+    if scores:
+        parts.append(
+            "## Scores\n\n" + _table(("", ""), [(key, f"{value:.6g}") for key, value in scores[:_MOST_SCORES]])
+        )
+    shown = [(key, _shown(value)) for key, value in settings.items() if _may_be_shown(key, value)]
+    if shown:
+        parts.append("## Settings of the run\n\n" + _table(("setting", "value"), shown))
+    return "\n".join(parts)
+
+
+def _scores(known: dict[str, Any], run: Path | None) -> Iterator[tuple[str, float]]:
+    """Numbers by name: those in the weights' metadata, then those of the run folder's JSON files."""
+    for key in ("top1", "top5", "loss", "epoch", "step"):
+        if isinstance(value := known.get(key), int | float):
+            yield key, float(value)
+    for file in sorted(run.glob("*.json")) if run else []:
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError:
+            continue  # somebody else's
+        yield from _leaves(content, file.stem)
+
+
+def _leaves(content: Any, path: str) -> Iterator[tuple[str, float]]:
+    if isinstance(content, dict):
+        for key, value in content.items():
+            yield from _leaves(value, f"{path} / {key}")
+    elif isinstance(content, int | float) and not isinstance(content, bool):
+        yield path, float(content)
+
+
+def _training(network: Network, settings: dict[str, Any]) -> str:
+    """How the weights came about, as far as is known."""
+    version = network.weights.metadata.get("version")
+    pretraining, said = (
+        "masked image modelling, SparK (arXiv:2301.03580)",
+        f", with sparkmim {version}" if version else "",
+    )
+    if network.classes is None:
+        return pretraining + said
+    if settings.get("weights") == "none":
+        return "with labels alone" + said
+    return (f"{pretraining}, then fine-tuning" if settings.get("weights") else "fine-tuning") + said
+
+
+def _settings(run: Path | None) -> dict[str, Any]:
+    if run is None or not (run / "config.yaml").is_file():
+        return {}
+    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+    return settings if isinstance(settings, dict) else {}
+
+
+def _may_be_shown(key: str, value: Any) -> bool:
+    return key not in _NOT_SHOWN and value is not None and not (isinstance(value, str) and os.sep in value)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list | tuple):
+        return ", ".join(_shown(one) for one in value)
+    return "" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
+    lines = [f"| {key} | {value} |" for key, value in (header, ("---", "---"), *rows)]
+    return "\n".join(lines) + "\n"

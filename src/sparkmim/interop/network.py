@@ -1,0 +1,161 @@
+"""A network to export: its module with the weights in it, and its tensors under timm's names."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from sparkmim.training.weights import Weights, open_weights, tensors_of
+
+Family = Literal["resnet", "convnext"]
+
+IN_BOTH_LIBRARIES = frozenset({
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d",
+    "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", "convnext_tiny", "convnext_small", "convnext_base",
+    "convnext_large",
+})  # fmt: skip
+"""Networks that timm and torchvision have under one name, and compute alike."""
+
+_PLAIN_RESNETS = {name for name in IN_BOTH_LIBRARIES if not name.startswith("convnext")} | {"resnet200"}
+_PLAIN_CONVNEXT = re.compile(r"convnext(v2)?_(atto|femto|pico|nano|tiny|small|base|large|xlarge|huge)")
+_HEAD = re.compile(r"(fc|head\.fc)\.")
+_BEHIND_MAPS = re.compile(r"(fc|head)\.")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network with its weights.
+
+    Attributes:
+        weights: what was opened.
+        name: timm's name without a tag, `torchvision/NAME`, `file.py:factory`, or "" if it is not known.
+        module: in evaluation mode: a classifier if the weights are of one, an encoder otherwise.
+    """
+
+    weights: Weights
+    name: str
+    module: nn.Module
+
+    @property
+    def classes(self) -> list[str] | None:
+        """Names of the classes; None of an encoder."""
+        return self.weights.classes if self.weights.kind == "classifier" else None
+
+    def called(self) -> str:
+        """How messages call it."""
+        return self.name or type(self.module).__name__
+
+    def in_timm(self) -> tuple[str, dict[str, Tensor]]:
+        """timm's name of the network, and its tensors under timm's names, which load strictly there.
+
+        Of an encoder without a classifier: `timm.create_model(name, num_classes=0)`.
+
+        Raises:
+            ValueError: if timm has no such network.
+        """
+        import timm
+
+        base = self.name.removeprefix("torchvision/")
+        if base == self.name and (not base or not timm.is_model(base)):
+            raise ValueError(
+                f"{self.called()} is not known to be a network of timm; give its name there as model, or export it as "
+                "onnx or torch-export, which take any network"
+            )
+        if base != self.name and base not in IN_BOTH_LIBRARIES:
+            raise ValueError(
+                f"timm computes no network as {self.name} does; export it as torchvision, onnx or torch-export"
+            )
+        with torch.device("meta"):
+            target = timm.create_model(base, num_classes=len(self.classes or ()), in_chans=self.weights.channels)
+        tensors = tensors_of(self.module)
+        if base != self.name:
+            from sparkmim.interop.torchvision import torchvision_name
+
+            given = tensors
+            tensors = {
+                name: given[torchvision_name(name)].reshape(tensor.shape)
+                for name, tensor in target.state_dict().items()
+            }
+        check_fit(target, tensors, f"timm's {base}")
+        return base, tensors
+
+    def family(self) -> Family | None:
+        """Whether it is an ordinary ResNet (ResNeXt, wide ResNet) or ConvNeXt (V2); None for all else."""
+        name = self.name.removeprefix("torchvision/")
+        if name in _PLAIN_RESNETS:
+            return "resnet"
+        return "convnext" if _PLAIN_CONVNEXT.fullmatch(name) else None
+
+
+def open_network(path: str | Path, model: str | nn.Module | None = None) -> Network:
+    """Opens weights and builds their network.
+
+    Args:
+        path: run folder, one of our weight files, or an original SparK file.
+        model: the network's name, or a module to load into; None for what the file says.
+
+    Raises:
+        ValueError: if there are no weights, they do not fit, or no name is known.
+    """
+    weights = open_weights(path)
+    module = weights.classifier(model) if weights.kind == "classifier" else weights.encoder(model)
+    name = model if isinstance(model, str) else getattr(model, "default_cfg", {}).get("architecture")
+    name = str(name or weights.metadata.get("model") or "")
+    if ".py:" not in name:
+        name = name.partition(".")[0]  # resnet50.a1_in1k: the tag names weights
+    return Network(weights, name, module)
+
+
+def check_fit(target: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
+    """Raises a ValueError unless the tensors are, by name and shape, all that the target has."""
+    own = {name: tensor.shape for name, tensor in target.state_dict().items()}
+    given = {name: tensor.shape for name, tensor in tensors.items()}
+    different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
+    if different:
+        raise ValueError(
+            f"the weights do not fit {what}: {len(different)} names or shapes differ, the first is {different[0]}; "
+            "give the network's own name as model"
+        )
+
+
+def without_head(tensors: Mapping[str, Tensor], norm: bool = False) -> dict[str, Tensor]:
+    """Without the linear classifier of a plain ResNet or ConvNeXt; without all behind the last map unless `norm`."""
+    left_out = _HEAD if norm else _BEHIND_MAPS
+    return {name: tensor for name, tensor in tensors.items() if not left_out.match(name)}
+
+
+def convnext_name(name: str, parts: Mapping[str, str]) -> str:
+    """A ConvNeXt tensor's name where blocks are `stages.i.j` and stem and downsampling `downsample_layers.i`.
+
+    Args:
+        name: timm's.
+        parts: names of what is in a block, by timm's; others stay as they are.
+
+    >>> convnext_name("stages.2.blocks.4.mlp.fc1.weight", {"mlp.fc1": "pwconv1"})
+    'stages.2.4.pwconv1.weight'
+    >>> convnext_name("stem.0.bias", {}), convnext_name("stages.1.downsample.1.bias", {})
+    ('downsample_layers.0.0.bias', 'downsample_layers.1.1.bias')
+    """
+    if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
+        stage, block, rest = match.groups()
+        for timm_part, part in parts.items():
+            if rest == timm_part or rest.startswith(f"{timm_part}."):
+                rest = part + rest.removeprefix(timm_part)
+                break
+        return f"stages.{stage}.{block}.{rest}"
+    name = re.sub(r"^stem\.", "downsample_layers.0.", name)
+    return re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", name)
+
+
+def linear_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With weights `[out, in]` for pointwise layers that timm may build as 1×1 convolutions, `[out, in, 1, 1]`."""
+    return {
+        name: tensor.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", name) else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,53 @@
+"""OpenMMLab's names of ResNets and ConvNeXts, in a checkpoint of its libraries, which are not needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import sparkmim
+from sparkmim.interop.network import Network, convnext_name, linear_weights, without_head
+
+_CONVNEXT = {
+    "conv_dw": "depthwise_conv", "mlp.fc1": "pointwise_conv1", "mlp.fc2": "pointwise_conv2",
+    "mlp.grn.weight": "grn.gamma", "mlp.grn.bias": "grn.beta",
+}  # fmt: skip
+
+
+def openmmlab_name(name: str) -> str:
+    """MMPretrain's name of a tensor of timm's ResNet or ConvNeXt, in its classifier.
+
+    >>> openmmlab_name("layer1.0.bn1.weight"), openmmlab_name("fc.bias")
+    ('backbone.layer1.0.bn1.weight', 'head.fc.bias')
+    >>> openmmlab_name("stages.0.blocks.1.mlp.fc1.bias"), openmmlab_name("head.norm.bias")
+    ('backbone.stages.0.1.pointwise_conv1.bias', 'backbone.norm3.bias')
+    """
+    for head in ("fc.", "head.fc."):
+        if name.startswith(head):
+            return "head.fc." + name.removeprefix(head)
+    if name.startswith("head.norm."):
+        return "backbone.norm3." + name.removeprefix("head.norm.")
+    return "backbone." + convnext_name(name, _CONVNEXT)
+
+
+def openmmlab_checkpoint(network: Network, detection: bool) -> dict[str, Any]:
+    """The content of a `.pth` file: `state_dict` and `meta`.
+
+    Args:
+        network: what to export.
+        detection: leave out what stands behind the last map. Otherwise, of a classifier, all is there, and of a
+            ConvNeXt encoder the last norm, untrained.
+
+    Raises:
+        ValueError: if it is no ordinary ResNet or ConvNeXt.
+    """
+    if network.family() is None:
+        raise ValueError(
+            f"{'mmdet' if detection else 'mmpretrain'} takes ordinary ResNets and ConvNeXts, and {network.called()} is "
+            "neither; use onnx or torch-export, which take any network"
+        )
+    name, tensors = network.in_timm()
+    tensors = linear_weights(without_head(tensors) if detection else tensors)
+    meta: dict[str, Any] = {"sparkmim_version": sparkmim.__version__, "model": name}
+    if network.classes and not detection:
+        meta["dataset_meta"] = {"classes": network.classes}
+    return {"state_dict": {openmmlab_name(key): tensor for key, tensor in tensors.items()}, "meta": meta}

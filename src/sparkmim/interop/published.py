@@ -1,0 +1,90 @@
+"""The weights that the authors of SparK have published, pretrained on ImageNet-1K without labels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PublishedWeights:
+    """One published file.
+
+    Attributes:
+        model: timm's name of the network, which the file loads into.
+        image_size: side of the images in pretraining, in pixels.
+        top1: accuracy on ImageNet-1K in percent, after fine-tuning at this size.
+        parameters: of the network, in millions.
+        flops: of a forward pass, in billions.
+        file: its name.
+        link: where a browser downloads it.
+        decoder: whether it holds the decoder too, and so rebuilds images, or goes on pretraining, with all it learnt.
+    """
+
+    model: str
+    image_size: int
+    top1: float
+    parameters: float
+    flops: float
+    file: str
+    link: str
+    decoder: bool = False
+
+
+def _drive(identity: str) -> str:
+    return f"https://drive.google.com/file/d/{identity}/view?usp=share_link"
+
+
+PUBLISHED = [
+    PublishedWeights("resnet50", 224, 80.6, 26, 4.1, "resnet50_1kpretrained_timm_style.pth",
+                     _drive("1H8605HbxGvrsu4x4rIoNr-Wkd7JkxFPQ")),
+    PublishedWeights("resnet101", 224, 82.2, 45, 7.9, "resnet101_1kpretrained_timm_style.pth",
+                     _drive("1ZwTztjU-_rfvOVfLoce9SMw2Fx0DQfoO")),
+    PublishedWeights("resnet152", 224, 82.7, 60, 11.6, "resnet152_1kpretrained_timm_style.pth",
+                     _drive("1FOVuECnzQAI-OzE-hnrqW7tVpg8kTziM")),
+    PublishedWeights("resnet200", 224, 83.1, 65, 15.1, "resnet200_1kpretrained_timm_style.pth",
+                     _drive("1_Q4e30qqhjchrdyW3fT6P98Ga-WnQ57s")),
+    PublishedWeights("convnext_small", 224, 84.1, 50, 8.7, "convnextS_1kpretrained_official_style.pth",
+                     _drive("1Ah6lgDY5YDNXoXHQHklKKMbEd08RYivN")),
+    PublishedWeights("convnext_base", 224, 84.8, 89, 15.4, "convnextB_1kpretrained_official_style.pth",
+                     _drive("1ZjWbqI1qoBcqeQijI5xX9E-YNkxpJcYV")),
+    PublishedWeights("convnext_large", 224, 85.4, 198, 34.4, "convnextL_1kpretrained_official_style.pth",
+                     _drive("1qfYzGUpYBzuA88_kXkVl4KNUwfutMVfw")),
+    PublishedWeights("convnext_large", 384, 86.0, 198, 101.0, "convnextL_384_1kpretrained_official_style.pth",
+                     _drive("1YgWNXJjI89l35P4ksAmBNWZ2JZCpj9n4")),
+    PublishedWeights("convnext_large", 384, 86.0, 198, 101.0, "cnxL384_withdecoder_1kpretrained_spark_style.pth",
+                     _drive("1ZI9Jgtb3fKWE_vDFEly29w-1FWZSNwa0"), decoder=True),
+]  # fmt: skip
+"""All of them, in the order of the authors' list."""
+
+
+def print_published(published: list[PublishedWeights]) -> None:
+    """A table on the terminal, where each can be downloaded, and the commands that take the files."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("", justify="right")
+    table.add_column("network", no_wrap=True)
+    for heading in ("size", "top-1", "params", "flops"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("holds")
+    for number, one in enumerate(published, 1):
+        table.add_row(
+            str(number), one.model, str(one.image_size), f"{one.top1:.1f}", f"{one.parameters:.0f} M",
+            f"{one.flops:.1f} G", "encoder, decoder" if one.decoder else "encoder",
+        )  # fmt: skip
+    console.print(table)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)  # links stay whole
+
+    say("\ntop-1: ImageNet-1K, in percent, after fine-tuning. Download with a browser:")
+    for number, one in enumerate(published, 1):
+        say(f"{number:3}  {one.file}\n     {one.link}")
+    say(
+        "\nEvery command takes these files by path:\n"
+        "  sparkmim finetune --weights FILE --data labelled/ --out runs/finetuned\n"
+        "  sparkmim pretrain --init-weights FILE --model NETWORK --data photos/ --out runs/further\n"
+        "  sparkmim export --weights FILE --format timm --out backbone.safetensors"
+    )

@@ -1,0 +1,53 @@
+"""The confusion matrix of a classifier as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+_MOST_NUMBERS = 20
+"""With more classes than this, the cells are too small for numbers."""
+
+_MOST_NAMES = 60
+
+
+def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path, title: str = "") -> None:
+    """Draws and saves a confusion matrix, each row as shares of its true class.
+
+    Args:
+        confusion: counts `[classes][classes]`, true class by row.
+        classes: names.
+        path: of the PNG file.
+        title: above the matrix.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    counts = np.asarray(confusion, dtype=np.float64)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    n = len(classes)
+    side = min(14.0, 3.0 + 0.42 * n)
+    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    if n <= _MOST_NUMBERS:
+        for row in range(n):
+            for column in range(n):
+                if counts[row, column]:
+                    colour = "white" if shares[row, column] > 0.5 else "#333333"
+                    share = f"{100 * shares[row, column]:.0f}"
+                    axes.text(column, row, share, ha="center", va="center", color=colour, fontsize=8)
+    step = -(-n // _MOST_NAMES)
+    places = range(0, n, step)
+    axes.set_xticks(places, [classes[place] for place in places], rotation=90)
+    axes.set_yticks(places, [classes[place] for place in places])
+    axes.tick_params(length=0, labelsize=8)
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.spines[:].set_visible(False)
+    bar = figure.colorbar(image, ax=axes, fraction=0.04, label="share of the true class, %")
+    bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
+    bar.outline.set_visible(False)
+    figure.savefig(path, dpi=120, bbox_inches="tight")

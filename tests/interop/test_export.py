@@ -1,0 +1,600 @@
+"""Exports: each loads where it is meant to, or has the names and shapes that it must have there."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torchvision
+import yaml
+from hub_server import running_hub
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import sparkmim
+from processes import run
+from sparkmim.cli import main
+from sparkmim.interop import official
+from sparkmim.interop.export import SUFFIXES
+from sparkmim.models import SparK, create_classifier, create_encoder
+from sparkmim.training.weights import open_weights, save, write
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+PUBLISHED: dict[str, dict[str, Any]] = json.loads((GOLDEN / "official_checkpoint_keys.json").read_text())
+MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
+
+
+def shaken(module: nn.Module) -> nn.Module:
+    """With other values than those a new network has, running statistics and layer scale among them."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, tensor in module.state_dict().items():
+            if name.endswith("running_var"):
+                tensor.uniform_(0.5, 2, generator=generator)
+            elif name.endswith("num_batches_tracked"):
+                tensor.fill_(7)
+            elif tensor.ndim <= 1 or "layer_scale" in name:
+                tensor.add_(torch.empty_like(tensor).uniform_(-0.2, 0.2, generator=generator))
+    return module.eval()
+
+
+def encoder_file(folder: Path, model: str, **metadata: Any) -> Path:
+    """A weight file of an encoder, as pretraining writes it."""
+    torch.manual_seed(0)
+    path = folder / "encoder.safetensors"
+    known = {"model": model, "image_size": [64, 64], "channels": 3, "mean": MEAN, "std": STD, **metadata}
+    write(shaken(create_encoder(model, known["channels"])), path, known)
+    return path
+
+
+def classifier_file(folder: Path, model: str) -> Path:
+    """A weight file of a classifier of three classes, as fine-tuning writes it."""
+    torch.manual_seed(0)
+    path = folder / "classifier.safetensors"
+    known = {"model": model, "image_size": [64, 64], "channels": 3, "mean": MEAN, "std": STD, "top1": 87.5,
+             "classes": ["cat", "dog", "owl"], "pooled": ".py:" in model}  # fmt: skip
+    write(shaken(create_classifier(model, 3, image_size=[64, 64])), path, known)
+    return path
+
+
+def images(size: int = 64, channels: int = 3) -> Tensor:
+    return torch.randn(2, channels, size, size, generator=torch.Generator().manual_seed(2))
+
+
+def torchvision_encoder(name: str) -> nn.Module:
+    """torchvision's network without its linear layer."""
+    network = torchvision.models.get_model(name, weights=None)
+    if hasattr(network, "fc"):
+        network.fc = nn.Identity()
+    else:
+        network.classifier[2] = nn.Identity()
+    return network.eval()
+
+
+# timm and torchvision
+
+
+@pytest.mark.parametrize(
+    ("model", "ending"), [("resnet18", ".pth"), ("resnet50", ".safetensors"), ("convnext_tiny", ".safetensors")]
+)
+def test_identical_features(tmp_path: Path, model: str, ending: str) -> None:
+    """In timm and in torchvision, to the last bit."""
+    weights = encoder_file(tmp_path, model)
+    expected_maps = open_weights(weights).encoder().forward_intermediates(images(), intermediates_only=True)
+    expected = open_weights(weights).encoder()(images())
+    networks = {"timm": timm.create_model(model, num_classes=0).eval(), "torchvision": torchvision_encoder(model)}
+    for format, network in networks.items():
+        out = tmp_path / f"{format}{ending}"
+        result = sparkmim.export(weights=weights, format=format, out=out)
+        tensors = load_file(out) if ending == ".safetensors" else torch.load(out, weights_only=True)
+        network.load_state_dict(tensors)
+        assert result.tensors == len(tensors) == len(network.state_dict())
+        assert (network(images()).flatten(1) - expected).abs().max() == 0
+    for one, other in zip(
+        networks["timm"].forward_intermediates(images(), intermediates_only=True), expected_maps, strict=True
+    ):
+        assert torch.equal(one, other)
+    if model != "convnext_tiny":
+        return
+    with torch.no_grad():  # the last map, which lies before the last norm
+        assert (networks["torchvision"].features(images()) - expected_maps[-1]).abs().max() == 0
+
+
+@pytest.mark.parametrize("model", ["resnet18", "convnext_tiny"])
+def test_classifiers_keep_their_head(tmp_path: Path, model: str) -> None:
+    weights = classifier_file(tmp_path, model)
+    expected = open_weights(weights).classifier()(images())
+    for format, network in (
+        ("timm", timm.create_model(model, num_classes=3)),
+        ("torchvision", torchvision.models.get_model(model, weights=None, num_classes=3)),
+    ):
+        out = tmp_path / f"{format}.pth"
+        sparkmim.export(weights=weights, format=format, out=out)
+        network.load_state_dict(torch.load(out, weights_only=True))
+        assert (network.eval()(images()) - expected).abs().max() == 0
+
+
+@pytest.mark.parametrize("model", ["resnet18", "convnext_tiny"])
+def test_from_torchvision_to_timm(tmp_path: Path, model: str) -> None:
+    weights = encoder_file(tmp_path, f"torchvision/{model}")
+    sparkmim.export(weights=weights, format="timm", out=tmp_path / "timm.pth")
+    sparkmim.export(weights=weights, format="torchvision", out=tmp_path / "torchvision.pth")
+    here = timm.create_model(model, num_classes=0).eval()
+    here.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True))
+    there = torchvision.models.get_model(model, weights=None)
+    there.load_state_dict(torch.load(tmp_path / "torchvision.pth", weights_only=True))
+    expected = torchvision_encoder(model)
+    expected.load_state_dict({name: tensor for name, tensor in there.state_dict().items()
+                              if not name.startswith(("fc.", "classifier.2."))})  # fmt: skip
+    assert (here(images()) - expected(images()).flatten(1)).abs().max() == 0
+
+
+def test_a_module_from_python(tmp_path: Path) -> None:
+    """Weights of a run that was started with a module name no network; the module, or its name, is given again."""
+    weights = encoder_file(tmp_path, "resnet18")
+    tensors = load_file(weights)
+    write(open_weights(weights).encoder(), weights, {"model": None, "image_size": [64, 64], "channels": 3})
+    with pytest.raises(ValueError, match="does not name its network; give it as --model"):
+        sparkmim.export(weights=weights, format="timm", out=tmp_path / "none.pth")
+    for number, model in enumerate((timm.create_model("resnet18", num_classes=0), "resnet18", "resnet18.a1_in1k")):
+        out = tmp_path / f"{number}.pth"
+        sparkmim.export(weights=weights, format="detectron2", out=out.with_suffix(".pkl"), model=model)
+        sparkmim.export(weights=weights, format="timm", out=out, model=model)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in torch.load(out).items())
+
+
+# Detectron2 and OpenMMLab
+
+
+def resnet_listing(stem: str, stage: Any, shortcut: tuple[str, str], norm: Any) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of a ResNet-50, by rule: `stage(1)` names the first stage, `norm(conv)` a convolution's norm."""
+    convs: dict[str, tuple[int, ...]] = {stem: (64, 3, 7, 7)}
+    norms = {norm(stem): 64}
+    inside = 64
+    for number, (blocks, width) in enumerate(zip((3, 4, 6, 3), (64, 128, 256, 512), strict=True), 1):
+        for block in range(blocks):
+            prefix = f"{stage(number)}.{block}."
+            for conv, shape in (("conv1", (width, inside, 1, 1)), ("conv2", (width, width, 3, 3)),
+                                ("conv3", (4 * width, width, 1, 1))):  # fmt: skip
+                convs[prefix + conv] = shape
+                norms[norm(prefix + conv)] = shape[0]
+            if block == 0:
+                convs[prefix + shortcut[0]] = (4 * width, inside, 1, 1)
+                norms[prefix + shortcut[1]] = 4 * width
+            inside = 4 * width
+    listing: dict[str, tuple[int, ...]] = {f"{name}.weight": shape for name, shape in convs.items()}
+    for name, channels in norms.items():
+        for part in ("weight", "bias", "running_mean", "running_var"):
+            listing[f"{name}.{part}"] = (channels,)
+        listing[f"{name}.num_batches_tracked"] = ()
+    return listing
+
+
+def test_detectron2(tmp_path: Path) -> None:
+    weights = encoder_file(tmp_path, "resnet50")
+    result = sparkmim.export(weights=weights, format="detectron2", out=tmp_path / "r50.pkl")
+    content = pickle.loads((tmp_path / "r50.pkl").read_bytes())
+    assert content.keys() == {"model", "__author__", "matching_heuristics"}
+    assert content["matching_heuristics"] is True
+    arrays = content["model"]
+    assert all(type(array) is np.ndarray for array in arrays.values())
+    listing = resnet_listing(
+        "stem.conv1", lambda number: f"res{number + 1}", ("shortcut", "shortcut.norm"), lambda conv: f"{conv}.norm"
+    )
+    assert {name: array.shape for name, array in arrays.items()} == listing
+    assert len(arrays) == result.tensors == 318
+    tensors = load_file(weights)
+    for name, original in (("stem.conv1.norm.running_var", "bn1.running_var"),
+                           ("res4.5.conv3.norm.bias", "layer3.5.bn3.bias"),
+                           ("res5.0.shortcut.norm.running_mean", "layer4.0.downsample.1.running_mean")):  # fmt: skip
+        assert np.array_equal(arrays[name], tensors[original].numpy())
+
+
+@pytest.mark.parametrize("format", ["mmdet", "mmpretrain"])
+def test_openmmlab_resnet(tmp_path: Path, format: str) -> None:
+    weights = encoder_file(tmp_path, "resnet50")
+    sparkmim.export(weights=weights, format=format, out=tmp_path / "r50.pth")
+    content = torch.load(tmp_path / "r50.pth", weights_only=True)
+    listing = resnet_listing(
+        "conv1", lambda number: f"layer{number}", ("downsample.0", "downsample.1"),
+        lambda conv: conv.replace("conv", "bn"),
+    )  # fmt: skip
+    assert {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()} == {
+        f"backbone.{name}": shape for name, shape in listing.items()
+    }
+    assert content["meta"]["model"] == "resnet50"
+
+
+def convnext_listing(depths: tuple[int, ...], widths: tuple[int, ...], v2: bool) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of MMPretrain's ConvNeXt, but for its norms behind the stages."""
+    listing: dict[str, tuple[int, ...]] = {
+        "downsample_layers.0.0.weight": (widths[0], 3, 4, 4),
+        "downsample_layers.0.0.bias": (widths[0],),
+    }
+    for part in ("weight", "bias"):
+        listing[f"downsample_layers.0.1.{part}"] = (widths[0],)
+        for stage in range(1, 4):
+            listing[f"downsample_layers.{stage}.0.{part}"] = (widths[stage - 1],)
+    for stage, (depth, width) in enumerate(zip(depths, widths, strict=True)):
+        if stage:
+            listing[f"downsample_layers.{stage}.1.weight"] = (width, widths[stage - 1], 2, 2)
+            listing[f"downsample_layers.{stage}.1.bias"] = (width,)
+        for block in range(depth):
+            prefix = f"stages.{stage}.{block}."
+            listing |= {prefix + name: shape for name, shape in {
+                "depthwise_conv.weight": (width, 1, 7, 7), "depthwise_conv.bias": (width,),
+                "norm.weight": (width,), "norm.bias": (width,),
+                "pointwise_conv1.weight": (4 * width, width), "pointwise_conv1.bias": (4 * width,),
+                "pointwise_conv2.weight": (width, 4 * width), "pointwise_conv2.bias": (width,),
+                **({"grn.gamma": (4 * width,), "grn.beta": (4 * width,)} if v2 else {"gamma": (width,)}),
+            }.items()}  # fmt: skip
+    return listing
+
+
+@pytest.mark.parametrize(
+    ("model", "depths", "widths"),
+    [
+        ("convnext_tiny", (3, 3, 9, 3), (96, 192, 384, 768)),
+        ("convnextv2_atto", (2, 2, 6, 2), (40, 80, 160, 320)),  # timm builds its pointwise layers as 1×1 convolutions
+    ],
+)
+def test_openmmlab_convnext(tmp_path: Path, model: str, depths: tuple[int, ...], widths: tuple[int, ...]) -> None:
+    listing = {f"backbone.{name}": shape for name, shape in convnext_listing(depths, widths, "v2" in model).items()}
+    weights = classifier_file(tmp_path, model)
+    for format, head in (
+        ("mmdet", {}),
+        ("mmpretrain", {"backbone.norm3.weight": widths[-1:], "backbone.norm3.bias": widths[-1:],
+                        "head.fc.weight": (3, widths[-1]), "head.fc.bias": (3,)}),
+    ):  # fmt: skip
+        sparkmim.export(weights=weights, format=format, out=tmp_path / f"{format}.pth")
+        content = torch.load(tmp_path / f"{format}.pth", weights_only=True)
+        found = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
+        assert found == {**listing, **head}
+    assert content["meta"]["dataset_meta"] == {"classes": ["cat", "dog", "owl"]}
+    tensors = load_file(weights)
+    fc2 = content["state_dict"]["backbone.stages.2.1.pointwise_conv2.weight"]
+    assert torch.equal(fc2, tensors["stages.2.blocks.1.mlp.fc2.weight"].flatten(1))
+    assert torch.equal(content["state_dict"]["backbone.norm3.bias"], tensors["head.norm.bias"])
+
+
+# Hugging Face
+
+
+def test_hugging_face_folder(tmp_path: Path) -> None:
+    run_folder, out = tmp_path / "run", tmp_path / "hub"
+    weights = classifier_file(run_folder / "weights", "resnet18").rename(
+        run_folder / "weights" / "classifier_best.safetensors"
+    )
+    settings = {"data": "/home/somebody/photos", "model": "resnet18", "epochs": 300, "learning_rate": 2e-4,
+                "drop_path": None, "file": "/home/somebody/list.txt"}  # fmt: skip
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    (run_folder / "metrics.json").write_text(json.dumps({"best": {"top1": 87.5, "history": [1, 2]}}))
+    (run_folder / "other.json").write_text("no json")
+    result = sparkmim.export(weights=run_folder, format="huggingface", out=out)
+    assert sorted(file.name for file in out.iterdir()) == ["README.md", "config.json", "model.safetensors"]
+
+    network = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    assert result.tensors == len(network.state_dict())
+    assert torch.equal(network(images()), open_weights(weights).classifier()(images()))
+    config = timm.data.resolve_model_data_config(network)
+    assert (list(config["input_size"]), list(config["mean"]), list(config["std"])) == ([3, 64, 64], MEAN, STD)
+    assert list(network.pretrained_cfg["label_names"]) == ["cat", "dog", "owl"]
+
+    _, header, card = (out / "README.md").read_text().split("---\n", 2)
+    assert yaml.safe_load(header)["pipeline_tag"] == "image-classification"
+    assert yaml.safe_load(header)["library_name"] == "timm"
+    for row in ("| epochs | 300 |", "| learning_rate | 0.0002 |", "| top1 | 87.5 |", "| metrics / best / top1 | 87.5 |",
+                "| classes | cat, dog, owl |", "| training | fine-tuning, with sparkmim "):  # fmt: skip
+        assert row in card
+    for start, said in (("runs/r18", "then fine-tuning"), ("none", "with labels alone")):
+        (run_folder / "config.yaml").write_text(yaml.safe_dump({**settings, "weights": start}))
+        sparkmim.export(weights=run_folder, format="huggingface", out=tmp_path / start)
+        assert said in (tmp_path / start / "README.md").read_text()
+    assert "/home/" not in card  # whose disk it was is nobody's business
+    assert "drop_path" not in card
+
+    with pytest.raises(ValueError, match="already exists; give overwrite"):
+        sparkmim.export(weights=run_folder, format="huggingface", out=out)
+    sparkmim.export(weights=run_folder, format="huggingface", out=out, overwrite=True)
+
+
+@pytest.mark.parametrize(("model", "channels"), [("convnext_atto", 3), ("resnet18", 5)])
+def test_hugging_face_encoders(tmp_path: Path, model: str, channels: int) -> None:
+    mean = [0.5] * channels
+    weights = encoder_file(tmp_path, model, channels=channels, mean=mean, std=mean)
+    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
+    network = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert network.num_classes == 0
+    pixels = images(channels=channels)
+    assert torch.equal(network(pixels), open_weights(weights).encoder()(pixels))
+
+
+@pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")  # huggingface_hub of its HTTP client
+def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through `huggingface_hub`, to a hub that stands in for the real one."""
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)  # the stand-in knows plain LFS only
+    weights = encoder_file(tmp_path, "resnet18")
+    command = ["export", "--weights", str(weights), "--format", "huggingface", "--out", str(tmp_path / "hub"),
+               "--overwrite"]  # fmt: skip
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.address)
+        main([*command, "--push", "somebody/digits", "--private"])
+        assert f"pushed to {hub.address}/somebody/digits" in capsys.readouterr().out
+        (asked,) = hub.repositories
+        assert (asked["organization"], asked["name"]) == ("somebody", "digits")
+        assert asked.get("visibility") == "private" or asked.get("private") is True  # as older versions say it
+        assert hub.tokens == {"Bearer hf_secret"}
+        assert hub.files == {file.name: file.read_bytes() for file in (tmp_path / "hub").iterdir()}
+        with pytest.raises(SystemExit):
+            main([*command, "--push", "somebody/forbidden"])
+        said = capsys.readouterr().err
+        assert "is written, but could not be pushed to somebody/forbidden" in said
+        assert len(said.splitlines()) == 1
+        assert "hf_secret" not in said
+
+
+# Programs
+
+
+@pytest.mark.parametrize("model", ["resnet18", "torchvision/resnet18", "convnext_atto"])
+def test_onnx_encoder(tmp_path: Path, model: str) -> None:
+    """One output per feature map, for any batch."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    weights = encoder_file(tmp_path, model)
+    result = sparkmim.export(weights=weights, format="onnx", out=tmp_path / "encoder.onnx", image_size=[64, 96])
+    assert result.difference is not None
+    assert result.difference < 1e-4
+    assert [file.name for file in tmp_path.glob("*.onnx*")] == ["encoder.onnx"]
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    assert [output.name for output in session.get_outputs()] == ["stride4", "stride8", "stride16", "stride32"]
+    assert session.get_inputs()[0].name == "images"
+    assert session.get_inputs()[0].shape[1:] == [3, 64, 96]
+    said = session.get_modelmeta().custom_metadata_map
+    assert json.loads(said["sparkmim.mean"]) == MEAN
+    encoder = sparkmim.SparK(open_weights(weights).encoder(), image_size=[64, 96], decoder_width=32).hierarchy
+    for batch in (1, 5):
+        pixels = torch.randn(batch, 3, 64, 96)
+        with torch.no_grad():
+            expected = encoder.eval()(pixels)
+        for one, other in zip(session.run(None, {"images": pixels.numpy()}), expected, strict=True):
+            assert np.abs(one - other.numpy()).max() < 1e-4
+
+
+def test_onnx_classifier(tmp_path: Path, network: str, cli: Any) -> None:
+    """Of a network of the user's own, through the command line, which says how far it is from PyTorch."""
+    pytest.importorskip("onnxscript")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    weights = classifier_file(tmp_path, network)
+    done = cli("export", "--weights", weights, "--format", "onnx", "--out", "net.onnx")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("net.onnx: ")
+    assert "largest difference to PyTorch" in done.stdout
+    assert len(done.stdout.splitlines()) == 1
+    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    expected = open_weights(weights).classifier()(images()).detach()
+    (logits,) = session.run(["logits"], {"images": images().numpy()})
+    assert np.abs(logits - expected.numpy()).max() < 1e-4
+    assert json.loads(session.get_modelmeta().custom_metadata_map["sparkmim.classes"]) == ["cat", "dog", "owl"]
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxscript"])
+def test_onnx_is_optional(tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == missing else found(name))
+    with pytest.raises(ValueError, match=rf"onnx needs the package {missing}; .* pip install 'sparkmim\[onnx\]'"):
+        sparkmim.export(weights=encoder_file(tmp_path, "resnet18"), format="onnx", out=tmp_path / "net.onnx")
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_torch_export(tmp_path: Path) -> None:
+    """Loads in a process that knows nothing of this package or of timm."""
+    weights = encoder_file(tmp_path, "resnet18")
+    result = sparkmim.export(weights=weights, format="torch-export", out=tmp_path / "encoder.pt2")
+    assert result.difference is not None
+    assert result.difference < 1e-5
+    torch.save(images(), tmp_path / "images.pt")
+    script = (
+        "import sys, torch; program = torch.export.load('encoder.pt2').module(); "
+        "torch.save(list(program(torch.load('images.pt'))), 'maps.pt'); "
+        "assert not {'timm', 'sparkmim'} & sys.modules.keys()"
+    )
+    done = run([sys.executable, "-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr
+    with torch.no_grad():
+        expected = open_weights(weights).encoder().forward_intermediates(images(), intermediates_only=True)[-4:]
+    for one, other in zip(torch.load(tmp_path / "maps.pt"), expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_torch_export_of_an_own_network(tmp_path: Path, network: str) -> None:
+    weights = encoder_file(tmp_path, network)
+    sparkmim.export(weights=weights, format="torch-export", out=tmp_path / "net.pt2", image_size=32)
+    maps = torch.export.load(tmp_path / "net.pt2").module()(images(32))
+    assert [tuple(map_.shape) for map_ in maps] == [(2, 8, 16, 16), (2, 16, 8, 8)]
+
+
+# The original release
+
+
+def original_file(arch: str, folder: Path) -> Path:
+    """A file in exactly the released form, with values that differ and can be computed with."""
+    generator = torch.Generator().manual_seed(0)
+    module: dict[str, Any] = {}
+    for name, shape in PUBLISHED[arch]["module"].items():
+        if name.endswith("num_batches_tracked"):
+            module[name] = torch.tensor(7)
+        elif name in ("imn_m", "imn_s", "norm_black"):
+            module[name] = torch.zeros(shape)
+        elif len(shape) > 1:
+            module[name] = torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
+        else:
+            module[name] = 1 + 0.1 * torch.rand(shape, generator=generator)
+    module["config"] = PUBLISHED[arch]["config"]
+    content = dict.fromkeys(PUBLISHED[arch]["top_level_keys"])
+    content |= {"args": "{}", "input_size": 224, "arch": arch, "epoch": 1599, "module": module, "is_pretrain": True}
+    path = folder / f"{arch}{PUBLISHED[arch]['file_suffix']}"
+    torch.save(content, path)
+    return path
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "convnext_small"])
+def test_there_and_back(tmp_path: Path, arch: str) -> None:
+    """An original file rebuilds images, and exports to the same names, in the same order, and values."""
+    path = original_file(arch, tmp_path)
+    weights = open_weights(path)
+    assert (weights.kind, weights.model) == ("pretrained", arch)
+    with torch.no_grad():
+        out = weights.spark()(torch.randn(1, 3, 224, 224))
+    assert out.loss.isfinite()
+    assert out.reconstruction.isfinite().all()
+
+    sparkmim.export(weights=path, format="spark", out=tmp_path / "back.pth")
+    before, after = (torch.load(file, weights_only=True, mmap=True) for file in (path, tmp_path / "back.pth"))
+    assert list(after) == PUBLISHED[arch]["top_level_keys"]
+    assert (after["arch"], after["input_size"], after["is_pretrain"]) == (arch, 224, True)
+    assert after["module"].pop("config") == before["module"].pop("config") == PUBLISHED[arch]["config"]
+    assert after["module"].keys() == before["module"].keys()
+    for name, tensor in after["module"].items():
+        assert tensor.shape == before["module"][name].shape
+        assert tensor.dtype == before["module"][name].dtype
+        if name not in ("imn_m", "imn_s", "norm_black"):  # they mean nothing
+            assert torch.equal(tensor, before["module"][name]), name
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "convnext_small"])
+def test_encoder_alone_there_and_back(tmp_path: Path, arch: str) -> None:
+    """`*_timm_style.pth` and `*_official_style.pth`."""
+    prefix = "sparse_encoder.sp_cnn."
+    module = torch.load(original_file(arch, tmp_path), weights_only=True, mmap=True)["module"]
+    encoder = {name.removeprefix(prefix): value for name, value in module.items() if name.startswith(prefix)}
+    path = tmp_path / "style.pth"
+    torch.save(encoder, path)
+    assert open_weights(path).kind == "encoder"
+    sparkmim.export(weights=path, format="spark", out=tmp_path / "back.pth")
+    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    assert back.keys() == encoder.keys()
+    assert all(torch.equal(back[name], encoder[name]) for name in back)
+
+
+@pytest.mark.parametrize("model", ["resnet18", "torchvision/convnext_tiny"])
+def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
+    """What this package pretrained loads from such a file again, decoder and all."""
+    torch.manual_seed(0)
+    spark = SparK(model, image_size=64, decoder_width=32, mask_ratio=0.5)
+    known = {"model": model, "image_size": [64, 64], "patch_size": 32, "mask_ratio": 0.5, "decoder": "spark",
+             "decoder_width": 32, "stages": None, "feature_modules": None, "channels": 3}  # fmt: skip
+    save(spark, tmp_path / "run" / "weights", known)
+    sparkmim.export(weights=tmp_path / "run", format="spark", out=tmp_path / "spark.pth")
+    content = torch.load(tmp_path / "spark.pth", weights_only=True)
+    assert content["module"]["config"]["dense_decoder.width"] == 32
+    back = SparK(model.removeprefix("torchvision/"), image_size=64, decoder_width=32, mask_ratio=0.5).eval()
+    official.load_into(back, content)
+    visible = spark.draw_visible(2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = spark.eval()(images(), visible), back(images(), visible)
+    torch.testing.assert_close(one.loss, other.loss)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("model", "format", "message"),
+    [
+        ("convnext_atto", "detectron2", "detectron2 takes ordinary ResNets, and convnext_atto is none; use mmdet for"),
+        (
+            "mobilenetv3_small_050",
+            "torchvision",
+            "torchvision computes no network as timm's mobilenetv3_small_050 does",
+        ),
+        ("resnet18d", "torchvision", "torchvision computes no network as timm's resnet18d does"),
+        ("resnet18d", "detectron2", "detectron2 takes ordinary ResNets, and resnet18d is none"),
+        ("mobilenetv3_small_050", "mmdet", "mmdet takes ordinary ResNets and ConvNeXts, and mobilenetv3_small_050 is"),
+        ("mobilenetv3_small_050", "mmpretrain", "mmpretrain takes ordinary ResNets"),
+        ("convnextv2_atto", "spark", r"ResNets and ConvNeXts \(V1\), and convnextv2_atto is neither; use timm"),
+        ("torchvision/shufflenet_v2_x0_5", "timm", "timm computes no network as torchvision/shufflenet_v2_x0_5 does"),
+        (
+            "tiny",
+            "timm",
+            "tiny is not known to be a network of timm; give its name there as model, or export it as onnx",
+        ),
+        ("tiny", "huggingface", "is not known to be a network of timm"),
+    ],
+)
+def test_networks_without_a_place(tmp_path: Path, network: str, model: str, format: str, message: str) -> None:
+    weights = encoder_file(tmp_path, network if model == "tiny" else model)
+    out = tmp_path / f"out{(*SUFFIXES[format], '')[0]}"
+    with pytest.raises(ValueError, match=message) as refusal:
+        sparkmim.export(weights=weights, format=format, out=out)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"format": "tensorflow"}, "there is no format 'tensorflow'; choose one of timm, torchvision, detectron2"),
+        ({"out": "net.pkl"}, r"net\.pkl, but a timm file ends in \.safetensors or \.pth; name it so"),
+        ({"out": "taken.pth"}, r"taken\.pth already exists; give overwrite to replace it, or choose another out"),
+        ({"out": "folder.pth"}, "is a folder, and timm writes a file"),
+        ({"out": "taken.pth/new.pth"}, r"taken\.pth cannot be made a folder"),
+        ({"out": "taken.pth", "format": "huggingface"}, "is a file, and huggingface writes a folder"),
+        ({"push": "a/b"}, "push uploads a folder of the format huggingface, not a timm file; use that format"),
+        ({"image_size": 32}, "image_size is for onnx and torch-export; a timm file has none"),
+        ({"format": "torch-export", "out": "new.pt2", "image_size": 60}, "60×60 is not a multiple of .* stride, 32"),
+        ({"model": "resnet34"}, "do not fit this model"),
+    ],
+)
+def test_mistakes(tmp_path: Path, given: dict[str, Any], message: str) -> None:
+    """Are told in a sentence, and leave what is there as it was."""
+    weights = encoder_file(tmp_path, "resnet18")
+    (tmp_path / "taken.pth").write_text("taken")
+    (tmp_path / "folder.pth").mkdir()
+    before = sorted(tmp_path.iterdir())
+    settings = {"weights": weights, "format": "timm", "out": "new.pth", **given}
+    settings["out"] = tmp_path / settings["out"]
+    with pytest.raises(ValueError, match=message) as refusal:
+        sparkmim.export(**settings)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert sorted(tmp_path.iterdir()) == before
+    assert (tmp_path / "taken.pth").read_text() == "taken"
+
+
+def test_overwrite_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, out = encoder_file(tmp_path, "resnet18"), tmp_path / "out.pth"
+    out.write_text("old")
+    command = ["export", "--weights", str(weights), "--format", "timm", "--out", str(out)]
+    with pytest.raises(SystemExit):
+        main(command)
+    assert "already exists" in capsys.readouterr().err
+    main([*command, "--overwrite"])
+    assert capsys.readouterr().out == f"{out}: resnet18 as timm, 120 tensors\n"
+    assert len(torch.load(out, weights_only=True)) == 120
+
+
+def test_every_format_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through the command line, from the folder of a pretraining run; a line each, and nothing else is left there."""
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    known = {"model": "resnet18", "image_size": [64, 64], "patch_size": 32, "mask_ratio": 0.6, "decoder": "spark",
+             "decoder_width": 32, "channels": 3, "mean": MEAN, "std": STD}  # fmt: skip
+    save(SparK("resnet18", image_size=64, decoder_width=32), tmp_path / "run" / "weights", known)
+    for format, endings in SUFFIXES.items():
+        out = tmp_path / "out" / f"{format}{(*endings, '')[0]}"
+        main(["export", "--weights", str(tmp_path / "run"), "--format", format, "--out", str(out)])
+        said = capsys.readouterr().out
+        assert said.startswith(f"{out}: resnet18 as {format}, ")
+        assert len(said.splitlines()) == 1
+        assert out.exists()
+    assert len(list((tmp_path / "out").iterdir())) == len(SUFFIXES)
