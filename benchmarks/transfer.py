@@ -224,7 +224,8 @@ def main() -> None:
     if args.json:
         report = {
             "command": "python " + " ".join(sys.argv), "pretraining_epochs": args.epochs, "steps": STEPS,
-            "pretraining_seconds": pretraining, "seconds": pretraining + time.perf_counter() - begun, "torch": torch.__version__,
+            "pretraining_seconds": pretraining, "seconds": pretraining + time.perf_counter() - begun,
+            "torch": torch.__version__,
             "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,0 +1,133 @@
+"""From the demo's run folder to everything that its weights are good for, through the command line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+
+from processes import run
+from sparkmim.cli import main
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `make demo` leaves, after one epoch; and a table of labels, for which it has no use."""
+    folder = tmp_path_factory.mktemp("downstream")
+    done = run([sys.executable, ROOT / "examples" / "demo.py", "--out", folder / "demo", "--epochs", 1], folder)
+    assert done.returncode == 0, done.stderr
+    labels = load_digits().target
+    with (folder / "labels.csv").open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(["path", "label", "split"])
+        for index in (*range(200), *range(1300, 1400)):
+            part = "train" if index < 1300 else "val"
+            name = "test" if part == "val" else "train"
+            table.writerow([f"demo/digits/{name}/{index:04d}.png", labels[index], part])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def classifier(demo: Path) -> Path:
+    arguments = ["--data", "labels.csv", "--weights", "demo/run", "--out", "cls", "--epochs", 10, "--ema", 0.9,
+                 "--flip", 0, "--workers", 0]  # fmt: skip
+    done = run([sys.executable, "-m", "sparkmim", "finetune", *arguments], demo)
+    assert done.returncode == 0, done.stderr
+    assert "layer decay 0.8" in done.stderr
+    return demo / "cls"
+
+
+def test_finetune(classifier: Path) -> None:
+    metrics = json.loads((classifier / "metrics.json").read_text())
+    assert metrics["classes"] == [str(digit) for digit in range(10)]
+    assert metrics["best_model"]["top1"] > 0.5
+    assert {"best_ema", "last_ema", "last_model"} <= metrics.keys()
+    with Image.open(classifier / "confusion.png") as picture:
+        assert min(picture.size) > 300
+
+
+@pytest.mark.parametrize("protocol", ["knn", "linear", "fewshot"])
+def test_evaluate(
+    demo: Path, protocol: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(demo)
+    main(["evaluate", "--data", "labels.csv", "--weights", "demo/run", "--protocol", protocol, "--workers", "0"])
+    shown = capsys.readouterr()
+    assert "random" in shown.out + shown.err
+    assert (demo / "demo" / "run" / "evaluation" / f"{protocol}.json").is_file()
+
+
+def test_predict(demo: Path, classifier: Path) -> None:
+    done = run(
+        [sys.executable, "-m", "sparkmim", "predict", "--weights", classifier, "demo/digits/test", "--out", "p.csv"],
+        demo,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((demo / "p.csv").open()))
+    assert len(rows) == 497
+    labels = load_digits().target
+    right = sum(row["class"] == str(labels[int(Path(row["path"]).stem)]) for row in rows)
+    assert right > 0.5 * len(rows)
+
+
+def test_embed(demo: Path) -> None:
+    done = run(
+        [sys.executable, "-m", "sparkmim", "embed", "--weights", "demo/run", "demo/digits/test", "--out", "f.npy"], demo
+    )
+    assert done.returncode == 0, done.stderr
+    features = np.load(demo / "f.npy")
+    assert features.shape == (497, 256)
+    assert np.isfinite(features).all()
+
+
+@pytest.mark.parametrize(("name", "suffix"), [("onnx", ".onnx"), ("torch-export", ".pt2")])
+@pytest.mark.parametrize("source", ["demo/run", "cls"])
+def test_formats_for_any_network(
+    demo: Path, classifier: Path, source: str, name: str, suffix: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Encoder and classifier; their values are held against PyTorch's as they are written."""
+    if name == "onnx":
+        pytest.importorskip("onnxruntime")
+    monkeypatch.chdir(demo)
+    out = f"{source.replace('/', '_')}{suffix}"
+    main(["export", "--weights", source, "--format", name, "--out", out])
+    assert (demo / out).stat().st_size > 1e6
+
+
+@pytest.mark.parametrize(
+    ("name", "out"),
+    [("timm", "a.pth"), ("torchvision", "a.pth"), ("detectron2", "a.pkl"), ("mmdet", "a.pth"), ("mmpretrain", "a.pth"),
+     ("huggingface", "a"), ("spark", "a.pth")],
+)  # fmt: skip
+def test_formats_of_others_networks(
+    demo: Path, name: str, out: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They have no such network as the demo's: one sentence says so, and which formats would do."""
+    monkeypatch.chdir(demo)
+    with pytest.raises(SystemExit) as leaving:
+        main(["export", "--weights", "demo/run", "--format", name, "--out", out])
+    assert leaving.value.code == 2
+    message = capsys.readouterr().err
+    assert "onnx" in message
+    assert len(message.splitlines()) == 1
+    assert not (demo / out).exists()
+
+
+def test_weights_go_back_into_their_network(demo: Path) -> None:
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        from small_cnn import small_cnn
+    finally:
+        sys.path.pop(0)
+    small_cnn(in_chans=1).load_state_dict(load_file(demo / "demo" / "run" / "weights" / "encoder.safetensors"))
+    assert torch.get_num_threads() == 1
