@@ -73,7 +73,7 @@ def test_predict(demo: Path, classifier: Path) -> None:
         demo,
     )
     assert done.returncode == 0, done.stderr
-    rows = list(csv.DictReader((demo / "p.csv").open()))
+    rows = list(csv.DictReader((demo / "p.csv").read_text().splitlines()))
     assert len(rows) == 497
     labels = load_digits().target
     right = sum(row["class"] == str(labels[int(Path(row["path"]).stem)]) for row in rows)
