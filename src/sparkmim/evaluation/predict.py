@@ -6,7 +6,6 @@ import copy
 import csv
 import importlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ from sparkmim.evaluation.features import (
     stage_features,
     still_batches,
 )
+from sparkmim.files import new_file, replacing
 from sparkmim.training.source import Source, open_source
 from sparkmim.training.weights import open_weights
 
@@ -36,7 +36,7 @@ TOP = 5
 
 
 def images_source(images: Any, preparation: Preparation) -> Source:
-    """What `images` stands for: as for pretraining, or a single file.
+    """What `images` stands for: as for pretraining, a single file, or a list of these.
 
     Raises:
         ValueError: if there is nothing to read.
@@ -45,6 +45,11 @@ def images_source(images: Any, preparation: Preparation) -> Source:
     channels, rank = preparation.channels, len(preparation.image_size)
     if images is None:
         raise ValueError("no images given; --images names a folder, an image, or a text file of paths")
+    if isinstance(images, list) and images and all(isinstance(part, (str, Path)) for part in images):
+        parts = [images_source(part, preparation) for part in images]
+        if len({part.arrays for part in parts}) > 1:
+            raise ValueError("some of the images are image files and some are arrays; give one kind at a time")
+        return Source([item for part in parts for item in part.items], parts[0].arrays, channels, rank)
     if not isinstance(images, (str, Path)):
         return open_source(images, channels, rank)
     path = Path(images).expanduser().absolute()
@@ -69,7 +74,7 @@ def run_prediction(settings: Mapping[str, Any]) -> PredictResult:
     Args:
         settings: its arguments, as given.
     """
-    out = _new_file(settings["out"], settings["overwrite"])
+    out = new_file(settings["out"], settings["overwrite"])
     device = device_named(settings["accelerator"])
     weights = open_weights(settings["weights"])
     classes = weights.classes
@@ -80,7 +85,7 @@ def run_prediction(settings: Mapping[str, Any]) -> PredictResult:
         top = TOP
     preparation = Preparation.of(weights, settings["image_size"], settings["crop"])
     source = images_source(settings["images"], preparation)
-    classifier = weights.classifier(_own(settings["model"])).to(device)
+    classifier = weights.classifier(own_module(settings["model"])).to(device)
     batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "predicting")
 
     columns = ["path", "class", "probability", "error"]
@@ -89,7 +94,7 @@ def run_prediction(settings: Mapping[str, Any]) -> PredictResult:
     else:
         columns += [f"{what}_{place}" for place in range(2, top + 1) for what in ("class", "probability")]
     read, unreadable = 0, []
-    with _written_whole(out) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+    with replacing(out) as partial, partial.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(columns)
         for batch in batches:
@@ -128,19 +133,19 @@ def run_embedding(settings: Mapping[str, Any]) -> EmbedResult:
     Args:
         settings: its arguments, as given.
     """
-    out = _new_file(settings["out"], settings["overwrite"])
+    out = new_file(settings["out"], settings["overwrite"])
     if out.suffix not in (".npy", ".parquet"):
         raise ValueError(f"out is {out}; its name should end in .npy or .parquet")
     if out.suffix == ".parquet" and not settings["pooled"]:
         raise ValueError(f"{out} would hold a list per image, which whole maps are not; write them to a .npy file")
-    names_file = None if out.suffix == ".parquet" else _new_file(out.with_suffix(".txt"), settings["overwrite"])
+    names_file = None if out.suffix == ".parquet" else new_file(out.with_suffix(".txt"), settings["overwrite"])
     if names_file is None:
         _pyarrow()
     device = device_named(settings["accelerator"])
     weights = open_weights(settings["weights"])
     preparation = Preparation.of(weights, settings["image_size"], settings["crop"])
     source = images_source(settings["images"], preparation)
-    hierarchy = frozen_hierarchy(weights, weights.encoder(_own(settings["model"])), device)
+    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
     stage = check_stage(settings["stage"], hierarchy, str(weights.path))
     batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "embedding")
 
@@ -174,7 +179,7 @@ def _write_npy(out: Path, names_file: Path, parts: Iterator[tuple[list[str], Any
     """Writes batches as they come, so that memory holds one of them; returns the shape."""
     rows: Any = None
     count = 0
-    with _written_whole(out) as partial, _written_whole(names_file) as partial_names:
+    with replacing(out) as partial, replacing(names_file) as partial_names:
         with partial_names.open("w", encoding="utf-8") as lines:
             for names, features in parts:
                 if rows is None:
@@ -195,7 +200,7 @@ def _write_parquet(out: Path, parts: Iterator[tuple[list[str], Any]], arrow: Any
     """Columns `path` and `feature`, a row group per batch."""
     writer: Any = None
     count = width = 0
-    with _written_whole(out) as partial:
+    with replacing(out) as partial:
         for names, features in parts:
             width = features.shape[1]
             lists = arrow.FixedSizeListArray.from_arrays(arrow.array(features.reshape(-1)), width)
@@ -216,32 +221,8 @@ def _pyarrow() -> Any:
         raise ValueError("writing .parquet needs `pip install 'sparkmim[parquet]'`; or choose .npy") from error
 
 
-# Files
-
-
-def _own(model: Any) -> Any:
+def own_module(model: Any) -> Any:
     """A copy of a module of the user's, which is not changed."""
     if model is not None and not isinstance(model, (str, nn.Module)):
         raise ValueError(f"model is a {type(model).__name__}; pass a name or a torch.nn.Module")
     return copy.deepcopy(model) if isinstance(model, nn.Module) else model
-
-
-def _new_file(path: str | Path, overwrite: bool) -> Path:
-    path = Path(path)
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder; --out names a file")
-    if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another --out, or replace it with --overwrite")
-    return path
-
-
-@contextmanager
-def _written_whole(path: Path) -> Iterator[Path]:
-    """A file to write to, which takes its place when it is complete, and is gone if it never is."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

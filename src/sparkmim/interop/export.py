@@ -11,6 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sparkmim.commands import ExportResult
+from sparkmim.files import replacing
 from sparkmim.interop import programs
 from sparkmim.interop.detectron2 import detectron2_file
 from sparkmim.interop.hub import push_folder, write_folder
@@ -18,7 +19,6 @@ from sparkmim.interop.network import Network, open_network
 from sparkmim.interop.openmmlab import openmmlab_checkpoint
 from sparkmim.interop.spark import original_file
 from sparkmim.interop.torchvision import torchvision_tensors
-from sparkmim.interop.writing import replacing
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "timm": (".safetensors", ".pth"),

@@ -12,8 +12,8 @@ import yaml
 from safetensors.torch import save as to_bytes
 
 import sparkmim
+from sparkmim.files import replacing
 from sparkmim.interop.network import Network
-from sparkmim.interop.writing import replacing
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 

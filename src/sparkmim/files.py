@@ -24,3 +24,17 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def new_file(path: str | Path, overwrite: bool) -> Path:
+    """The path of a file that is going to be written; asked before any work is done for it.
+
+    Raises:
+        ValueError: if it is a folder, or taken.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; --out names a file")
+    if path.exists() and not overwrite:
+        raise ValueError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+    return path
