@@ -91,7 +91,7 @@ def tune_and_run(
             result = sparkmim.finetune(
                 data=subset, val_data=judged, out=f"{folder}/run", weights=start, model=MODEL, image_size=SIZE,
                 epochs=epochs, warmup_epochs=epochs / 10, eval_every=epochs, batch_size=batch, learning_rate=rate,
-                layer_decay=1.0, eval_crop=1.0, workers=1, seed=seed, **extra,
+                layer_decay=1.0, eval_crop=1.0, workers=0, seed=seed, **extra,
             )  # fmt: skip
         if not result.finished:
             raise SystemExit(130)
