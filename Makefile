@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: install demo test lint bench clean
+.PHONY: install demo test test-browser lint bench clean
 
 install: $(INSTALLED)
 
@@ -18,6 +18,14 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest -n 2
+
+# The playground and reports in a real browser: Playwright drives the system's Chromium.
+test-browser: install
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,browser]"
+	command -v chromium chromium-browser google-chrome > /dev/null || { \
+		SUDO=$$(test "$$(id -u)" = 0 || echo sudo); \
+		$$SUDO apt-get -qq update && $$SUDO apt-get -qq install -y --no-install-recommends chromium > /dev/null; }
+	$(BIN)/python -m pytest tests/browser
 
 lint: install
 	$(BIN)/ruff check .

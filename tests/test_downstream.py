@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,8 +15,11 @@ from PIL import Image
 from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 
+from originals import original_file
 from processes import run
 from sparkmim.cli import main
+from sparkmim.visualize.playground import Playground
+from sparkmim.visualize.reconstruction import Reconstructor
 
 ROOT = Path(__file__).parent.parent
 
@@ -121,6 +125,59 @@ def test_formats_of_others_networks(
     assert "onnx" in message
     assert len(message.splitlines()) == 1
     assert not (demo / out).exists()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A weight file as the authors released it."""
+    return original_file("resnet50", tmp_path_factory.mktemp("original"))
+
+
+PICTURES = {
+    "reconstruct": ["--images", "demo/digits/test/1300.png", "demo/digits/test/1301.png", "--errors", "--masks", 2],
+    "features": ["--images", "demo/digits/test", "--limit", 2],
+    "neighbors": ["--query", "demo/digits/test/1300.png", "--data", "near", "--workers", 0, "--k", 3],
+    "explain": ["vanishing", "--images", "demo/digits/test/1300.png"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("source", ["demo", "original"])
+@pytest.mark.parametrize("command", PICTURES)
+def test_pictures(
+    demo: Path, original: Path, command: str, source: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """Of the demo's run, and of a weight file in the original form."""
+    monkeypatch.chdir(demo)
+    if not Path("near").exists():
+        shutil.copytree("demo/digits/test", "near", ignore=lambda _, names: [name for name in names if name > "1310"])
+    weights = ["demo/run"] if source == "demo" else [original, "--image-size", 64]
+    out = f"{command}-{source}.png"
+    main([command, *map(str, PICTURES[command]), "--out", out, "--weights", *map(str, weights)])
+    with Image.open(out) as picture:
+        assert min(picture.size) > 200
+        assert picture.convert("L").entropy() > 1
+    assert out in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("source", ["demo", "original"])
+def test_playground(demo: Path, original: Path, source: str) -> None:
+    """What the page does; tests/browser has the page itself."""
+    reconstructor = Reconstructor(demo / "demo" / "run") if source == "demo" else Reconstructor(original, image_size=64)
+    playground = Playground([reconstructor])
+    view = playground.view(playground.open(demo / "demo" / "digits" / "test" / "1300.png", 0.5))
+    assert view.seen.shape == view.rebuilt[0].shape == (448, 448, 3)
+    assert np.isfinite(view.losses[0])
+
+
+def test_report(demo: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(demo)
+    assert Path("demo/run/report.html").is_file()  # each run ends with it
+    main(["report", "demo/run", "--out", "again.html"])
+    assert "again.html" in capsys.readouterr().out
+    text = Path("again.html").read_text()
+    assert "small_cnn" in text
+    assert "data:image" in text
 
 
 def test_weights_go_back_into_their_network(demo: Path) -> None:

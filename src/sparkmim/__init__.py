@@ -11,10 +11,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from sparkmim.commands import embed as embed
     from sparkmim.commands import evaluate as evaluate
+    from sparkmim.commands import explain as explain
     from sparkmim.commands import export as export
+    from sparkmim.commands import features as features
     from sparkmim.commands import finetune as finetune
+    from sparkmim.commands import neighbors as neighbors
+    from sparkmim.commands import playground as playground
     from sparkmim.commands import predict as predict
     from sparkmim.commands import pretrain as pretrain
+    from sparkmim.commands import reconstruct as reconstruct
+    from sparkmim.commands import report as report
     from sparkmim.commands import statistics as statistics
     from sparkmim.commands import verify as verify
     from sparkmim.commands import weights as weights
@@ -34,6 +40,12 @@ _HOME = {
     "statistics": "sparkmim.commands",
     "export": "sparkmim.commands",
     "weights": "sparkmim.commands",
+    "explain": "sparkmim.commands",
+    "features": "sparkmim.commands",
+    "neighbors": "sparkmim.commands",
+    "playground": "sparkmim.commands",
+    "reconstruct": "sparkmim.commands",
+    "report": "sparkmim.commands",
     "load": "sparkmim.training.weights",
 }
 
@@ -42,11 +54,17 @@ __all__ = [
     "__version__",
     "embed",
     "evaluate",
+    "explain",
     "export",
+    "features",
     "finetune",
     "load",
+    "neighbors",
+    "playground",
     "predict",
     "pretrain",
+    "reconstruct",
+    "report",
     "statistics",
     "verify",
     "weights",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import logging
 import re
 import sys
@@ -20,6 +21,12 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "evaluate": commands.evaluate,
     "predict": commands.predict,
     "embed": commands.embed,
+    "reconstruct": commands.reconstruct,
+    "explain": commands.explain,
+    "features": commands.features,
+    "neighbors": commands.neighbors,
+    "report": commands.report,
+    "playground": commands.playground,
     "verify": commands.verify,
     "statistics": commands.statistics,
     "export": commands.export,
@@ -28,8 +35,15 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 _PYTHON_ONLY: set[str | int] = {"callbacks"}
 
-_POSITIONAL = {"predict": "images", "embed": "images"}
+_POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "report": "run"}
 """Arguments that may stand by themselves, without their flag."""
+
+_SEVERAL = {"--images": {"reconstruct", "explain", "features", "playground"}, "--query": {"neighbors"},
+            "--data": {"neighbors"}, "--stages": {"features"}}  # fmt: skip
+"""Flags that several words may follow, by the commands in which they do."""
+
+_PICTURES = ("reconstruct", "explain", "features", "neighbors")
+"""Commands that draw a picture: in the shell they always write it."""
 
 
 class _Parser(ArgumentParser):
@@ -41,7 +55,11 @@ class _Parser(ArgumentParser):
 
 
 def _spelled_as_arguments(argv: list[str]) -> list[str]:
-    """`--image-size 64 --resume` to `--image_size 64 --resume=true`; `embed photos/` to `embed --images=photos/`."""
+    """Flags and words as jsonargparse wants them.
+
+    `--image-size 64 --resume` becomes `--image_size 64 --resume=true`; `embed photos/`, `embed --images=photos/`; and
+    `features --images a.jpg b/`, `features --images=["a.jpg", "b/"]`.
+    """
     flags = {
         f"--{parameter.name}"
         for function in COMMANDS.values()
@@ -49,7 +67,17 @@ def _spelled_as_arguments(argv: list[str]) -> list[str]:
         if isinstance(parameter.default, bool)
     }
     out: list[str] = []
+    several: list[str] | None = None
     for position, word in enumerate(argv):
+        if several is not None and not word.startswith("-"):
+            several.append(word)
+            out[-1] = f"{out[-1].partition('=')[0]}={json.dumps(several)}"
+            continue
+        several = None
+        if argv[0] in _SEVERAL.get(word, ()):
+            several = []
+            out.append(word)
+            continue
         if word.startswith("--"):
             name, equals, value = word.partition("=")
             word = name.replace("-", "_").replace("__", "--", 1) + equals + value
@@ -86,6 +114,8 @@ def main(argv: list[str] | None = None) -> None:
     config = parser.parse_args(_spelled_as_arguments(sys.argv[1:] if argv is None else argv))
     arguments = config[config.command]
     arguments.pop("config", None)
+    if config.command in _PICTURES and arguments.out is None:
+        arguments.out = f"{config.command}.png"
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
@@ -105,6 +135,14 @@ def main(argv: list[str] | None = None) -> None:
         return
     if config.command in ("evaluate", "predict", "embed"):
         _say_evaluation(result)
+        return
+    if config.command in _PICTURES:
+        _say_picture(result)
+        return
+    if config.command == "report":
+        print(result.out)
+        return
+    if config.command == "playground":
         return
     if config.command == "export":
         print(result.message)
@@ -135,6 +173,34 @@ def _say_evaluation(result: Any) -> None:
     if result.unreadable:
         print(f"{len(result.unreadable):,} unreadable image(s) were left out:", *result.unreadable, sep="\n  ",
               file=sys.stderr)  # fmt: skip
+
+
+def _say_picture(result: Any) -> None:
+    """Where the picture is, with the numbers that it shows, on stdout; what was left out, on stderr."""
+    if isinstance(result, commands.ReconstructResult):
+        losses = result.losses.reshape(len(result.names), -1).mean(1)
+        for name, loss in zip(result.names, losses, strict=True):
+            print(f"{name}: loss {loss:.4f}")
+    elif isinstance(result, commands.VanishingResult):
+        print(f"share of positions that are not zero after {', '.join(map(str, result.layers))} layers:")
+        for shape, shares in result.shares.items():
+            for kind, of_layers in shares.items():
+                print(f"  {shape}, {kind}: " + ", ".join(f"{share:.1%}" for share in of_layers))
+        print(f"distance to the whole image, of the image and each stage of {result.network}:")
+        for kind, distances in result.distances.items():
+            print(f"  {kind}: " + ", ".join(f"{distance:.3f}" for distance in distances))
+    elif isinstance(result, commands.NeighborsResult):
+        for query, found, cosines in zip(result.queries, result.neighbors, result.similarities, strict=True):
+            print(query)
+            for path, cosine in zip(found, cosines, strict=True):
+                print(f"  {cosine:.3f}  {path}")
+    elif isinstance(result, commands.FeaturesResult):
+        for stage, share in result.explained.items():
+            print(f"stage {stage}: three directions hold {share:.0%} of the variance")
+    print(f"picture: {result.out}")
+    unreadable = getattr(result, "unreadable", [])
+    if unreadable:
+        print(f"{len(unreadable):,} unreadable image(s) were left out:", *unreadable, sep="\n  ", file=sys.stderr)
 
 
 def _say_statistics(found: Any) -> None:

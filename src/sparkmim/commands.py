@@ -5,6 +5,7 @@ Nothing heavy is imported before a function runs; `sparkmim --help` is built fro
 
 from __future__ import annotations
 
+import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -574,6 +575,426 @@ def embed(
     from sparkmim.evaluation.predict import run_embedding
 
     return run_embedding(settings)
+
+
+@dataclass
+class ReconstructResult:
+    """Images, what a model saw of them, and what it rebuilt; shows itself in a notebook.
+
+    Arrays are float32 in 0…1 as they are shown, `[n, masks, H, W, 3]`, unless said otherwise; of volumes, the middle
+    slice along the first axis. Where the weights were trained on signals they are `[n, masks, length, C]`, in the
+    data's units.
+
+    Attributes:
+        names: of the n images.
+        inputs: `[n, H, W, 3]`.
+        masked: inputs with hidden patches in grey.
+        predicted: the decoder's output, visible patches too, although it was never trained on those.
+        pasted: predicted where hidden, the input where visible.
+        visible: bool `[n, masks, *grid]`.
+        errors: mean squared error of each patch, in units of its own variance, `[n, masks, *grid]`; the loss is its
+            mean over hidden patches.
+        unreadable: path and reason of each image that was left out.
+        out: the picture; None if none was written.
+    """
+
+    names: list[str]
+    inputs: Any
+    masked: Any
+    predicted: Any
+    pasted: Any
+    visible: Any
+    errors: Any
+    unreadable: list[str]
+    out: Path | None = None
+
+    @property
+    def losses(self) -> Any:
+        """Mean error over hidden patches, `[n, masks]`."""
+        hidden = ~self.visible
+        axes = tuple(range(2, hidden.ndim))
+        return (self.errors * hidden).sum(axes) / hidden.sum(axes)
+
+    def figure(self, errors: bool = False) -> Any:
+        """A matplotlib figure: a row per image and mask.
+
+        Args:
+            errors: adds a column with the error of each patch as a heat map.
+        """
+        from sparkmim.visualize.reconstruction import draw_reconstructions
+
+        return draw_reconstructions(self, errors)
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.figure())
+
+
+@dataclass
+class VanishingResult:
+    """What becomes of a mask, and of the values under it, under dense and sparse convolution; shows itself in a
+    notebook.
+
+    Attributes:
+        layers: numbers of convolutions that were looked at, from 0 on.
+        shapes: by name of the shape: bool `[H, W]`, where it is visible.
+        shares: by shape, then `dense` and `sparse`: share of positions that are not zero after that many layers.
+        values: pixel values `whole`, `visible` (what sparse convolution sees) and `zeroed` (what dense sees).
+        distances: how far the distribution of feature values is from that of the whole image, by stage, `sparse` and
+            `dense`: Kolmogorov–Smirnov distance, averaged over channels; stage 0 is the image itself.
+        network: whose features these are.
+        unreadable: path and reason of each image that was left out.
+        picture: the figure.
+        out: the picture file; None if none was written.
+    """
+
+    layers: list[int]
+    shapes: dict[str, Any]
+    shares: dict[str, dict[str, list[float]]]
+    values: dict[str, Any]
+    distances: dict[str, list[float]]
+    network: str
+    unreadable: list[str]
+    picture: Any
+    out: Path | None = None
+
+    def figure(self) -> Any:
+        """The matplotlib figure."""
+        return self.picture
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.figure())
+
+
+@dataclass
+class FeaturesResult:
+    """Feature maps as colours; shows itself in a notebook.
+
+    Attributes:
+        names: of the n images.
+        inputs: float32 in 0…1, `[n, H, W, 3]`.
+        maps: by stage: the three directions of most variance over all positions of all n images, as red, green and
+            blue in 0…1, `[n, H / s, W / s, 3]`.
+        explained: by stage: share of the variance that these three hold.
+        unreadable: path and reason of each image that was left out.
+        out: the picture; None if none was written.
+    """
+
+    names: list[str]
+    inputs: Any
+    maps: dict[int, Any]
+    explained: dict[int, float]
+    unreadable: list[str]
+    out: Path | None = None
+
+    def figure(self) -> Any:
+        """A matplotlib figure: a row per image, a column per stage."""
+        from sparkmim.visualize.features import draw_features
+
+        return draw_features(self)
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.figure())
+
+
+@dataclass
+class NeighborsResult:
+    """The images of a folder that are most like some others; shows itself in a notebook.
+
+    Attributes:
+        queries: their paths.
+        neighbors: of each query, the paths of its neighbours, the nearest first.
+        similarities: of these, cosines between -1 and 1.
+        pictures: by path, float32 in 0…1 `[H, W, 3]`, of all that is shown.
+        stage: of the feature map, counted from 1 at the shallowest.
+        unreadable: path and reason of each image that was left out.
+        out: the picture; None if none was written.
+    """
+
+    queries: list[str]
+    neighbors: list[list[str]]
+    similarities: list[list[float]]
+    pictures: dict[str, Any]
+    stage: int
+    unreadable: list[str]
+    out: Path | None = None
+
+    def figure(self) -> Any:
+        """A matplotlib figure: a row per query, its neighbours beside it."""
+        from sparkmim.visualize.neighbors import draw_neighbors
+
+        return draw_neighbors(self)
+
+    def _repr_png_(self) -> bytes:
+        return _png(self.figure())
+
+
+@dataclass
+class ReportResult:
+    """A run's report.
+
+    Attributes:
+        out: the HTML file.
+    """
+
+    out: Path
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    return buffer.getvalue()
+
+
+def reconstruct(
+    *,
+    weights: str | Path,
+    images: list[str] | Any,
+    out: str | Path | None = None,
+    mask_ratio: float | None = None,
+    masks: int = 1,
+    mask: str | Path | Any | None = None,
+    visible: str | Any | None = None,
+    errors: bool = False,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    limit: int = 8,
+    seed: int = 0,
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> ReconstructResult:
+    """Show what a pretrained model rebuilds of images whose patches are hidden.
+
+    Columns: the input, what the model sees of it, its reconstruction, and that with the visible pixels pasted in.
+    The model predicts patches normalised by their own mean and deviation; for a picture, those of the hidden patch
+    itself are put back, as in the paper.
+
+    Args:
+        weights: run folder of pretraining, weight file of ours with a decoder, or original SparK file with one
+        images: images or folders, one or several, or a text file of paths, or (from Python) any Dataset
+        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for reconstruct.png
+        mask_ratio: share of patches that is hidden; None for that of training
+        masks: how many random masks of each image to show
+        mask: the same mask for all images instead: a text file or text of a row per line with x for visible and . for
+            hidden patches, a picture that is bright where visible, or (from Python) a boolean array
+        visible: or the patches to show, as "row,col row,col ...", counted from 0 at the top left
+        errors: add the error of each patch as a heat map
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: side in pixels, or one size per axis; None for that of training
+        limit: how many images to show at most
+        seed: of the random masks
+        accelerator: auto, cpu or cuda
+        overwrite: replace out
+
+    Returns:
+        A `ReconstructResult`: arrays, the errors, and a figure.
+
+    Raises:
+        ValueError: if the weights have no decoder, no image can be read, or an argument cannot be met.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.visualize.reconstruction import run_reconstruction
+
+    return run_reconstruction(settings)
+
+
+def explain(
+    topic: Literal["vanishing"] = "vanishing",
+    *,
+    out: str | Path | None = None,
+    weights: str | Path | None = None,
+    model: str | Any | None = None,
+    images: list[str] | Any | None = None,
+    image_size: int | list[int] | None = None,
+    mask_ratio: float = 0.6,
+    seed: int = 0,
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> VanishingResult:
+    """Show why masks vanish under dense convolution, and stay under sparse convolution.
+
+    Measures it: the share of positions that are not zero after 0, 1, 2, 4, … convolutions of a masked shape; and how
+    far the values that a network computes of a masked image drift from those of the whole image.
+
+    Args:
+        topic: vanishing
+        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for explain.png
+        weights: run folder or weight file of the network whose values are looked at; None for one at random
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say, or resnet18
+        images: images or folders to look at; None for a photograph that comes with matplotlib
+        image_size: side in pixels, or one size per axis; None for that of the weights, or 224
+        mask_ratio: share of patches that is hidden
+        seed: of masks and random weights
+        accelerator: auto, cpu or cuda
+        overwrite: replace out
+
+    Returns:
+        A `VanishingResult`: the numbers, and the figure.
+
+    Raises:
+        ValueError: if an argument cannot be met.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.visualize.vanishing import run_explanation
+
+    return run_explanation(settings)
+
+
+def features(
+    *,
+    weights: str | Path,
+    images: list[str] | Any,
+    out: str | Path | None = None,
+    stages: list[int] | None = None,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    limit: int = 8,
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> FeaturesResult:
+    """Show the feature maps of images as colours, by stage.
+
+    The three directions of most variance over all positions of all images become red, green and blue: what has the
+    same colour is alike to the network.
+
+    Args:
+        weights: run folder, weight file of ours, or original SparK file
+        images: images or folders, one or several, or a text file of paths, or (from Python) any Dataset
+        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for features.png
+        stages: which feature maps, 1 being the shallowest; None for all
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: side in pixels, or one size per axis; None for that of training
+        limit: how many images to show at most
+        accelerator: auto, cpu or cuda
+        overwrite: replace out
+
+    Returns:
+        A `FeaturesResult`: arrays and a figure.
+
+    Raises:
+        ValueError: if no image can be read, or an argument cannot be met.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.visualize.features import run_features
+
+    return run_features(settings)
+
+
+def neighbors(
+    *,
+    weights: str | Path,
+    query: list[str] | Any,
+    data: list[str] | Any,
+    out: str | Path | None = None,
+    k: int = 8,
+    stage: int | None = None,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    crop: float | None = None,
+    limit: int = 8,
+    batch_size: int = 64,
+    workers: int | None = None,
+    accelerator: str = "auto",
+    overwrite: bool = False,
+) -> NeighborsResult:
+    """Show the images of a folder that a network finds most like yours.
+
+    Features are averaged over positions and compared by their cosine.
+
+    Args:
+        weights: run folder, weight file of ours, or original SparK file
+        query: images or folders to find the like of, one or several
+        data: images or folders to search
+        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for neighbors.png
+        k: how many neighbours of each query; a query is not its own neighbour
+        stage: which feature map, 1 being the shallowest; None for the deepest
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: side in pixels, or one size per axis; None for that of training
+        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights'
+            own, or 0.875
+        limit: how many queries to show at most
+        batch_size: images at a time
+        workers: loader processes
+        accelerator: auto, cpu or cuda
+        overwrite: replace out
+
+    Returns:
+        A `NeighborsResult`: paths, similarities and a figure.
+
+    Raises:
+        ValueError: if no image can be read, or an argument cannot be met.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.visualize.neighbors import run_neighbors
+
+    return run_neighbors(settings)
+
+
+def report(run: str | Path, *, out: str | Path | None = None) -> ReportResult:
+    """Write the report of a run: one HTML file that needs nothing beside it.
+
+    Settings, environment, curves, speed, reconstructions over time, evaluations, and skipped images. Every run writes
+    it when it ends; this writes it anew, with what was evaluated since.
+
+    Args:
+        run: run folder of pretrain or finetune
+        out: HTML file; None for report.html in the run folder
+
+    Returns:
+        A `ReportResult`: where it is.
+
+    Raises:
+        ValueError: if that is no run folder, or out is no HTML file.
+    """
+    from sparkmim.visualize.report import write_report
+
+    return ReportResult(write_report(run, out))
+
+
+def playground(
+    *,
+    weights: str | Path,
+    compare: str | Path | None = None,
+    images: list[str] | Any | None = None,
+    model: str | Any | None = None,
+    image_size: int | list[int] | None = None,
+    host: str = "127.0.0.1",
+    port: int | None = None,
+    max_megapixels: float = 50.0,
+    accelerator: str = "auto",
+) -> None:
+    """Open a page in the browser to hide patches of images, and see them rebuilt.
+
+    Needs `pip install 'sparkmim[playground]'`. Nothing leaves the machine, and only this machine can open the page,
+    unless host says otherwise. Ctrl-C ends it.
+
+    Args:
+        weights: run folder of pretraining, weight file of ours with a decoder, or original SparK file with one
+        compare: further such weights, shown beside them
+        images: images or folders to pick from; None for a photograph that comes with matplotlib
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
+            weights say
+        image_size: side in pixels, or one size per axis; None for that of training
+        host: address to listen at; 0.0.0.0 lets other machines in
+        port: to listen at; None for the first that is free from 7860 on
+        max_megapixels: of an upload; larger ones are refused before they are decoded
+        accelerator: auto, cpu or cuda
+
+    Raises:
+        ValueError: if the weights have no decoder, or an argument cannot be met.
+        FileNotFoundError: if a path does not exist.
+    """
+    settings = dict(locals())
+    from sparkmim.visualize.playground import run_playground
+
+    run_playground(settings)
 
 
 def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:

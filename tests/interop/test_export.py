@@ -17,8 +17,10 @@ import yaml
 from hub_server import running_hub
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 import sparkmim
+from originals import PUBLISHED, original_file
 from processes import run
 from sparkmim.cli import main
 from sparkmim.interop import official
@@ -26,8 +28,6 @@ from sparkmim.interop.export import SUFFIXES
 from sparkmim.models import SparK, create_classifier, create_encoder
 from sparkmim.training.weights import open_weights, save, write
 
-GOLDEN = Path(__file__).parents[1] / "golden"
-PUBLISHED: dict[str, dict[str, Any]] = json.loads((GOLDEN / "official_checkpoint_keys.json").read_text())
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
 
@@ -76,6 +76,20 @@ def torchvision_encoder(name: str) -> nn.Module:
     else:
         network.classifier[2] = nn.Identity()
     return network.eval()
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """Images with labels."""
+
+    def __init__(self, items: list[tuple[Tensor, int]], classes: list[str]) -> None:
+        self.items, self.classes = items, classes
+        self.targets = [label for _, label in items]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, place: int) -> tuple[Tensor, int]:
+        return self.items[place]
 
 
 # timm and torchvision
@@ -427,27 +441,6 @@ def test_torch_export_of_an_own_network(tmp_path: Path, network: str) -> None:
 # The original release
 
 
-def original_file(arch: str, folder: Path) -> Path:
-    """A file in exactly the released form, with values that differ and can be computed with."""
-    generator = torch.Generator().manual_seed(0)
-    module: dict[str, Any] = {}
-    for name, shape in PUBLISHED[arch]["module"].items():
-        if name.endswith("num_batches_tracked"):
-            module[name] = torch.tensor(7)
-        elif name in ("imn_m", "imn_s", "norm_black"):
-            module[name] = torch.zeros(shape)
-        elif len(shape) > 1:
-            module[name] = torch.randn(shape, generator=generator) / max(1, np.prod(shape[1:])) ** 0.5
-        else:
-            module[name] = 1 + 0.1 * torch.rand(shape, generator=generator)
-    module["config"] = PUBLISHED[arch]["config"]
-    content = dict.fromkeys(PUBLISHED[arch]["top_level_keys"])
-    content |= {"args": "{}", "input_size": 224, "arch": arch, "epoch": 1599, "module": module, "is_pretrain": True}
-    path = folder / f"{arch}{PUBLISHED[arch]['file_suffix']}"
-    torch.save(content, path)
-    return path
-
-
 @pytest.mark.parametrize("arch", ["resnet50", "convnext_small"])
 def test_there_and_back(tmp_path: Path, arch: str) -> None:
     """An original file rebuilds images, and exports to the same names, in the same order, and values."""
@@ -470,6 +463,26 @@ def test_there_and_back(tmp_path: Path, arch: str) -> None:
         assert tensor.dtype == before["module"][name].dtype
         if name not in ("imn_m", "imn_s", "norm_black"):  # they mean nothing
             assert torch.equal(tensor, before["module"][name]), name
+
+
+@pytest.mark.parametrize("arch", ["resnet50", "convnext_small"])
+def test_original_files_are_fine_tuned(tmp_path: Path, arch: str) -> None:
+    """The encoder starts as the file has it: one small step is not far from there."""
+    path = original_file(arch, tmp_path)
+    images = [(torch.randint(0, 256, (3, 64, 64), dtype=torch.uint8), index % 2) for index in range(4)]
+    data = Images(images, ["cat", "dog"])
+    result = sparkmim.finetune(
+        data=data, val_data=data, weights=path, out=tmp_path / "run", image_size=64, epochs=1, warmup_epochs=0,
+        batch_size=4, learning_rate=1e-4, workers=0, precision="32-true",
+    )  # fmt: skip
+    assert result.finished
+    before, after = open_weights(path).encoder_tensors, result.model.state_dict()
+    weights = [name for name, tensor in before.items() if tensor.ndim > 1]
+    assert len(weights) > 50
+    moved = [(after[name] - before[name]).abs().max().item() for name in weights]
+    assert max(moved) < 1e-4
+    assert min(moved) > 0
+    assert open_weights(tmp_path / "run").metadata["mean"] == MEAN
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "convnext_small"])

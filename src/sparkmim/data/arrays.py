@@ -182,6 +182,29 @@ def array_transform(
     return transform
 
 
+class WholeArray:
+    """Nothing random: resizes all of an array `[C, *S]` linearly, and normalises it.
+
+    The counterpart of `eval_transform`; a class, so that loader processes can be sent it.
+
+    Args:
+        image_size: of the result, per axis.
+        mean: per channel, in the data's units.
+        std: as mean.
+    """
+
+    def __init__(self, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
+        shape = (-1, *(1,) * len(image_size))
+        self.size = tuple(image_size)
+        self.mean, self.std = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
+
+    def __call__(self, array: Array) -> Tensor:
+        x = resized(torch.from_numpy(np.array(array, dtype=np.float32)), self.size)
+        if not bool(torch.isfinite(x).all()):
+            raise UnreadableImage("", "holds values that are not finite")
+        return (x - self.mean) / self.std
+
+
 def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:
     """Resizes `[C, *S]` to `[C, *size]` linearly, averaging where that makes it smaller."""
     if tuple(x.shape[1:]) == size:

@@ -83,6 +83,20 @@ def decode(path: str | Path, channels: int = 3) -> Tensor:
             raise UnreadableImage(path, _reason(error)) from error
 
 
+def pixels_of(path: str | Path) -> int:
+    """How many pixels an image has by its header; none of them is decoded.
+
+    Raises:
+        UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
+    """
+    with _strict_pillow():
+        try:
+            with Image.open(path) as image:
+                return image.width * image.height
+        except Exception as error:
+            raise UnreadableImage(path, _reason(error)) from error
+
+
 def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tensor:
     """The same for an image that Pillow holds already, loaded or not: uint8 `[channels, H, W]`.
 

@@ -30,8 +30,10 @@ from sparkmim.evaluation.fewshot import few_shot
 from sparkmim.evaluation.knn import knn_accuracy
 from sparkmim.evaluation.linear import HELD_OUT, linear_probe
 from sparkmim.models import Hierarchy, create_encoder
+from sparkmim.training.run import RunFolder
 from sparkmim.training.source import Source
 from sparkmim.training.weights import Weights, open_weights
+from sparkmim.visualize.report import renew_report
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 
@@ -84,6 +86,8 @@ def run_evaluation(settings: Mapping[str, Any]) -> EvaluationResult:
     result = EvaluationResult(settings["protocol"], rows, train.classes, list(unreadable), out)
     if out is not None:
         _write(out, result, settings, networks, device, len(train), len(test))
+        if settings["out"] is None and RunFolder(settings["weights"]).config.is_file():
+            renew_report(settings["weights"])
     return result
 
 

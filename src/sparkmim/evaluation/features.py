@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import track
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparkmim.data import eval_transform, normalisation
-from sparkmim.data.arrays import MissingPackage, resized
+from sparkmim.data.arrays import MissingPackage, WholeArray
 from sparkmim.data.decoding import UnreadableImage
 from sparkmim.models import Hierarchy
 
@@ -116,23 +115,9 @@ class Preparation:
             else:
                 mean, std = normalisation(self.channels)
         if source.arrays:
-            return _WholeArray(self.image_size, mean, std)
+            return WholeArray(self.image_size, mean, std)
         height, width = self.image_size
         return eval_transform((height, width), mean, std, self.crop)
-
-
-class _WholeArray:
-    """Resizes an array `[C, *S]` and normalises it; a class, so that loader processes can be sent it."""
-
-    def __init__(self, size: tuple[int, ...], mean: Sequence[float], std: Sequence[float]) -> None:
-        shape = (-1, *(1,) * len(size))
-        self.size, self.mean, self.std = size, torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
-
-    def __call__(self, array: Any) -> Tensor:
-        x = resized(torch.from_numpy(np.array(array, dtype=np.float32)), self.size)
-        if not bool(torch.isfinite(x).all()):
-            raise UnreadableImage("", "holds values that are not finite")
-        return (x - self.mean) / self.std
 
 
 # Reading, in order, without what is unreadable

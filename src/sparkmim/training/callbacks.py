@@ -21,7 +21,7 @@ from torch import Tensor
 
 from sparkmim.data import SkipLog
 from sparkmim.training.module import NonFiniteLoss, PretrainModule, ScheduledModule
-from sparkmim.training.run import RunFolder
+from sparkmim.training.run import PICTURES, RunFolder
 from sparkmim.visualize import reconstruction_grid
 
 log = logging.getLogger("sparkmim")
@@ -237,7 +237,7 @@ class Pictures(StepCallback):
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 picture = reconstruction_grid(output, self.mean, self.std)
-                logger.experiment.add_image("input, masked, reconstruction", picture, step)
+                logger.experiment.add_image(PICTURES, picture, step)
 
 
 class Keeper(StepCallback):

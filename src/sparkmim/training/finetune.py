@@ -24,13 +24,13 @@ from sparkmim.data import (
     eval_transform,
     open_labelled,
 )
-from sparkmim.data.arrays import array_transform, to_array
+from sparkmim.data.arrays import WholeArray, array_transform, to_array
 from sparkmim.data.labelled import Labelled, few_of
 from sparkmim.models import PooledClassifier, create_classifier
 from sparkmim.models.classifier import encoder_of
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor
-from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, settle_machine
+from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, say_report, settle_machine
 from sparkmim.training.module import ClassifyModule, OptimizerSettings
 from sparkmim.training.recipes import FinetuneRecipe, finetune_recipe_named
 from sparkmim.training.run import RunFolder
@@ -170,7 +170,8 @@ def _finish(
     else:
         console.print(f"stopped at step {result.step} of {result.steps}; continue with --out {folder.path} --resume")
     if skipped.count:
-        console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.path}/log.txt")
+        console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.log}")
+    say_report(console, folder)
     return result
 
 
@@ -260,7 +261,7 @@ def build_datasets(settings: dict[str, Any], train: Labelled, val: Labelled) -> 
         LabelledDataset(
             train, array_transform(size, mean, std, (settings["crop_scale"], 1.0), flip), seed, channels, read
         ),
-        LabelledDataset(val, array_transform(size, mean, std, (1.0, 1.0), 0.0), seed, channels, read),
+        LabelledDataset(val, WholeArray(size, mean, std), seed, channels, read),
     )
 
 

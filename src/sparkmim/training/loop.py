@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
+import sys
 import warnings
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -13,11 +15,13 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
 from torch.utils.data import Dataset
 
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import ScheduledModule
-from sparkmim.training.run import RunFolder, log_to
+from sparkmim.training.run import RunFolder, environment, log_to
+from sparkmim.visualize.report import renew_report
 
 log = logging.getLogger("sparkmim")
 
@@ -56,6 +60,21 @@ def settle_machine(settings: dict[str, Any]) -> None:
         settings["precision"] = "bf16-mixed" if has_bfloat16(settings["accelerator"]) else "32-true"
     if settings["workers"] is None:
         settings["workers"] = max(1, (os.cpu_count() or 2) - 1) if settings["accelerator"] == "cuda" else 2
+    if settings["accelerator"] == "cpu":
+        keep_freed_memory()
+
+
+def keep_freed_memory() -> None:
+    """Has glibc's allocator keep what is freed for the next step, instead of giving it back to the system.
+
+    A training step frees and asks for the same hundreds of megabytes again; each time, the kernel has to clear them
+    page by page. Does nothing where the C library is another, or its allocator was replaced.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        arenas, mapped, trim, pad = -8, -4, -1, -2  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        for option, value in ((arenas, 1), (mapped, 0), (trim, 2**31 - 1), (pad, 64 * 2**20)):
+            mallopt(option, value)
 
 
 def has_bfloat16(accelerator: str) -> bool:
@@ -186,8 +205,9 @@ def fit(
             objects = [name for name in ("model", "data", "val_data") if _is_object(settings.get(name))]
             plain = {name: None if name in objects else value for name, value in settings.items()}
             folder.write_config({**plain, "resume": False}, objects)
+            folder.write_environment(environment(settings["accelerator"], plan.world_size), settings["resume"])
             say()
-        _, handler = log_to(folder.path / "log.txt") if trainer.is_global_zero else (None, logging.NullHandler())
+        _, handler = log_to(folder.log) if trainer.is_global_zero else (None, logging.NullHandler())
         log.info("%s: %d steps in all", "resumed" if settings["resume"] else "started", plan.steps)
         sampler = StepBatchSampler(
             len(dataset), plan.batch_size, plan.parts, trainer.global_rank, trainer.world_size, settings["seed"],  # type: ignore[arg-type]
@@ -202,6 +222,12 @@ def fit(
             log.removeHandler(handler)
             handler.close()
     return trainer
+
+
+def say_report(console: Console, folder: RunFolder) -> None:
+    """Writes the report of a run that is over, and says where it is."""
+    if path := renew_report(folder.path):
+        console.print(f"report: {path}", soft_wrap=True, markup=False)
 
 
 def _is_object(value: Any) -> bool:

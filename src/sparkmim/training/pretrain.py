@@ -19,7 +19,7 @@ from sparkmim.models import SparK, create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
-from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, settle_machine
+from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, say_report, settle_machine
 from sparkmim.training.module import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
 from sparkmim.training.run import RunFolder
@@ -122,7 +122,8 @@ def run_pretraining(
         else:
             console.print(f"stopped at step {result.step} of {plan.steps}; continue with --out {folder.path} --resume")
         if skipped.count:
-            console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.path}/log.txt")
+            console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.log}")
+        say_report(console, folder)
     return result
 
 

@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import platform
 from collections.abc import Mapping, Sequence
+from datetime import datetime
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+import sparkmim
+from sparkmim.files import replacing
+
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+PICTURES = "input, masked, reconstruction"
+"""The tag of reconstructions in TensorBoard."""
+
 _FROM_PYTHON = "# Python objects, to be given again: "
 
 
@@ -17,7 +29,8 @@ class RunFolder:
     """A folder that holds one run.
 
     `config.yaml` the settings in force; `checkpoints/last.ckpt` all that resuming needs; `weights/` the
-    results; `tensorboard/` curves and pictures; `log.txt` what was said.
+    results; `tensorboard/` curves and pictures; `log.txt` what was said; `environment.json` the machine and the
+    versions, at the start and at each resumption; `report.html` all of this to look at.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,6 +47,18 @@ class RunFolder:
     @property
     def weights(self) -> Path:
         return self.path / "weights"
+
+    @property
+    def log(self) -> Path:
+        return self.path / "log.txt"
+
+    @property
+    def environment(self) -> Path:
+        return self.path / "environment.json"
+
+    @property
+    def report(self) -> Path:
+        return self.path / "report.html"
 
     def check_new(self) -> None:
         """Refuses a folder that something stands in.
@@ -69,6 +94,55 @@ class RunFolder:
         text = yaml.safe_dump(dict(settings), sort_keys=False)
         note = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
         self.config.write_text(note + text)
+
+    def write_environment(self, found: Mapping[str, Any], resumed: bool) -> None:
+        """Notes what a run starts in; after what it started in before, if it is resumed."""
+        before = json.loads(self.environment.read_text()) if resumed and self.environment.is_file() else []
+        with replacing(self.environment) as partial:
+            partial.write_text(json.dumps([*before, dict(found)], indent=1) + "\n")
+
+
+def environment(accelerator: str, processes: int) -> dict[str, Any]:
+    """The machine, the versions of what matters, and the time.
+
+    Args:
+        accelerator: cpu or cuda.
+        processes: in all; each uses as many threads as are named.
+
+    Returns:
+        what JSON takes; None for what cannot be found out.
+    """
+    cuda = accelerator == "cuda"
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "sparkmim": sparkmim.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: import_module(name).__version__ for name in ("torchvision", "timm", "lightning")},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+        "processes": processes,
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, which Linux tells in a file only."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> float | None:
+    """In GiB; None where the system has no such call, as Windows."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None
 
 
 def log_to(path: Path) -> tuple[logging.Logger, logging.Handler]:

@@ -136,16 +136,20 @@ class Weights:
         _load(classifier, self.tensors, self.path)
         return classifier.eval()
 
-    def spark(self) -> SparK:
+    def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
         """The whole model, in evaluation mode; as new where the file holds an encoder alone.
 
+        Args:
+            model: the encoder's name, or a module; None for the name in the file.
+            image_size: other than that of training.
+
         Raises:
-            ValueError: if the file does not say how to build it.
+            ValueError: if the file does not say how to build it, or the size does not do.
         """
         known = self.metadata
-        model = SparK(
-            self.model,
-            image_size=known["image_size"],
+        whole = SparK(
+            model or self.model,
+            image_size=image_size or known["image_size"],
             mask_ratio=known.get("mask_ratio", 0.6),
             patch_size=known.get("patch_size"),
             decoder_width=known.get("decoder_width"),
@@ -154,8 +158,8 @@ class Weights:
             stages=known.get("stages"),
             feature_modules=known.get("feature_modules"),
         )
-        self.load_into(model)
-        return model.eval()
+        self.load_into(whole)
+        return whole.eval()
 
     @property
     def channels(self) -> int:

@@ -28,7 +28,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     counts = np.asarray(confusion, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     n = len(classes)
-    side = min(14.0, 3.0 + 0.42 * n)
+    side = min(14.0, 2.2 + 0.34 * n)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

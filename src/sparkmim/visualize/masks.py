@@ -1,0 +1,150 @@
+"""Masks as people write them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from sparkmim.data.sources import SUFFIXES
+
+_VISIBLE, _HIDDEN = "xX1#", ".0-_"
+
+
+def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
+    """A mask of patches from a file, a text, or an array.
+
+    Args:
+        mask: path of a picture, bright where visible; path of a text file, or the text itself: a row per line, or
+            rows parted by `/`, with `x`, `X`, `1` or `#` for visible patches and `.`, `0`, `-` or `_` for hidden
+            ones; of volumes, the rows of all slices in order. Or a boolean array of the grid's shape.
+        grid: patches per axis.
+
+    Returns:
+        bool `[*grid]`, true where visible.
+
+    Raises:
+        ValueError: if it is none of these, has another shape, or hides all or nothing.
+
+    Example:
+        >>> mask_given("x. / .x", (2, 2))
+        tensor([[ True, False],
+                [False,  True]])
+    """
+    if isinstance(mask, (str, Path)):
+        path = Path(mask)
+        if path.suffix.lower() in SUFFIXES:
+            return _checked(_of_picture(path, grid))
+        if path.suffix.lower() == ".txt":
+            return mask_of_text(_read(path), grid, str(path))
+        return mask_of_text(str(mask), grid)
+    found = torch.as_tensor(mask).bool().cpu()
+    if list(found.shape) != list(grid):
+        raise ValueError(f"the mask is of shape {list(found.shape)}, but there are {_times(grid)} patches")
+    return _checked(found)
+
+
+def patches_given(visible: Any, grid: Sequence[int]) -> Tensor:
+    """A mask that shows the patches named, and hides all others.
+
+    Args:
+        visible: text `"row,col row,col ..."`, or pairs of numbers, counted from 0 at the top left; one number per axis
+            of the grid.
+        grid: patches per axis.
+
+    Returns:
+        bool `[*grid]`, true where visible.
+
+    Raises:
+        ValueError: if a patch does not exist, or all or none are named.
+
+    Example:
+        >>> patches_given("0,0 1,1", (2, 2))
+        tensor([[ True, False],
+                [False,  True]])
+    """
+    places: Iterable[Sequence[int]]
+    if isinstance(visible, str):
+        words = visible.replace(";", " ").split()
+        if not all(re.fullmatch(r"\d+(,\d+)*", word) for word in words):
+            raise ValueError(f"visible is {visible!r}; write the patches to show by row and column, such as '0,0 2,1'")
+        places = [[int(number) for number in word.split(",")] for word in words]
+    else:
+        places = visible
+    found = torch.zeros(tuple(grid), dtype=torch.bool)
+    for place in places:
+        if len(place) != len(grid) or any(not 0 <= at < cells for at, cells in zip(place, grid, strict=True)):
+            last = ",".join(str(cells - 1) for cells in grid)
+            raise ValueError(
+                f"there is no patch {','.join(map(str, place))}; they run from {','.join('0' * len(grid))} to {last}"
+            )
+        found[tuple(place)] = True
+    return _checked(found)
+
+
+def mask_text(visible: Tensor) -> str:
+    """A mask `[*grid]` as text: a row per line, `x` where visible and `.` where hidden."""
+    rows = visible.flatten(0, -2) if visible.ndim > 1 else visible[None]
+    return "\n".join("".join("x" if cell else "." for cell in row) for row in rows.tolist())
+
+
+def mask_of_text(text: str, grid: Sequence[int], name: str = "the mask") -> Tensor:
+    """A mask `[*grid]` from text, as `mask_given` takes it; never looks for a file of that name.
+
+    Raises:
+        ValueError: if it holds other signs, has another shape, or hides all or nothing; `name` stands for it.
+    """
+    rows = [row for row in re.split(r"[\n/]", text.replace(" ", "").replace("\r", "")) if row]
+    wanted = int(torch.Size(grid[:-1]).numel())
+    strange = sorted(set("".join(rows)) - set(_VISIBLE + _HIDDEN))
+    if strange or not rows:
+        raise ValueError(
+            f"{name} holds {strange[0]!r}; write x for visible patches and . for hidden ones, a row per line"
+            if strange
+            else f"{name} is empty; write x for visible patches and . for hidden ones, a row per line"
+        )
+    if len(rows) != wanted or any(len(row) != grid[-1] for row in rows):
+        widths = sorted({len(row) for row in rows})
+        raise ValueError(
+            f"{name} has {len(rows)} row(s) of {' or '.join(map(str, widths))} patch(es), but there are "
+            f"{_times(grid)} patches"
+        )
+    return _checked(torch.tensor([[sign in _VISIBLE for sign in row] for row in rows]).view(tuple(grid)))
+
+
+def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
+    """Bright where visible: each patch by the average of its part of the picture."""
+    if len(grid) != 2:
+        raise ValueError(f"{path} is a picture, but there are {_times(grid)} patches; write the mask as text")
+    try:
+        with Image.open(path) as picture:
+            grey = picture.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
+    except FileNotFoundError as error:
+        raise ValueError(f"there is no mask {path}") from error
+    except (UnidentifiedImageError, OSError) as error:
+        raise ValueError(f"the mask {path} cannot be read as a picture: {error}") from error
+    return torch.tensor(list(grey.tobytes())).view(tuple(grid)) > 127
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"the mask {path} cannot be read: {error}") from error
+
+
+def _checked(visible: Tensor) -> Tensor:
+    count, patches = int(visible.sum()), visible.numel()
+    if count in (0, patches):
+        what = "hides every patch" if count == 0 else "hides nothing"
+        raise ValueError(f"the mask {what}; show between 1 and {patches - 1} of the {patches} patches")
+    return visible
+
+
+def _times(grid: Sequence[int]) -> str:
+    return "×".join(map(str, grid))

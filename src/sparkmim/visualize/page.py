@@ -1,0 +1,203 @@
+"""The playground's page, of Gradio's components. Importing this needs `pip install 'sparkmim[playground]'`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from PIL import Image
+
+from sparkmim.visualize.masks import mask_text
+from sparkmim.visualize.playground import Playground, Refused, Session, View, strip, to_bytes
+
+UPLOAD = "64mb"
+"""Largest file that a visitor can send."""
+
+WAITING = 32
+"""Requests that wait at once; more are turned away. One is computed at a time."""
+
+FORGET = 3600
+"""Seconds after which a visitor who does nothing is forgotten, and files are deleted."""
+
+_CSS = """
+.gradio-container { max-width: 1180px !important; }
+#seen img { cursor: pointer; }
+#status { min-height: 3.2em; }
+"""
+
+
+def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> Any:
+    """The page.
+
+    Args:
+        playground: what it does.
+        samples: paths of images to pick from; the first is shown at the start.
+        folder: where pictures to download are kept, one for each visitor.
+    """
+    names = _labels([model.path for model in playground.models])
+
+    def refused(error: Refused) -> Any:
+        gr.Warning(str(error), duration=8, title="Not possible")
+        return (gr.skip(),) * len(shown)
+
+    def render(session: Session, request: gr.Request) -> Any:
+        view = playground.view(session)
+        file = folder / f"{request.session_hash}.png"
+        strip(view).save(file)
+        return (
+            session,
+            to_bytes(view.seen),
+            *map(to_bytes, view.rebuilt),
+            _status(session, view, names),
+            mask_text(session.visible),
+            str(file),
+        )
+
+    def start(ratio: float, request: gr.Request) -> Any:
+        return render(playground.open(samples[0], ratio), request)
+
+    def pick(session: Session, ratio: float, chosen: gr.SelectData, request: gr.Request) -> Any:
+        return open_file(samples[chosen.index], session, ratio, request)
+
+    def upload(path: str | None, session: Session, ratio: float, request: gr.Request) -> Any:
+        return (gr.skip(),) * len(shown) if path is None else open_file(path, session, ratio, request)
+
+    def open_file(path: str, session: Session | None, ratio: float, request: gr.Request) -> Any:
+        try:
+            return render(playground.open(path, ratio, session.seed if session else 0), request)
+        except Refused as error:
+            return refused(error)
+
+    def slide(session: Session, ratio: float, request: gr.Request) -> Any:
+        return render(replace(session, visible=playground.draw(ratio, session.seed)), request)
+
+    def draw(session: Session, ratio: float, request: gr.Request) -> Any:
+        seed = session.seed + 1
+        return render(replace(session, visible=playground.draw(ratio, seed), seed=seed), request)
+
+    def click(session: Session, where: gr.SelectData, request: gr.Request) -> Any:
+        try:
+            return render(playground.toggle(session, *where.index), request)
+        except Refused as error:
+            return refused(error)
+
+    def write(session: Session, text: str, request: gr.Request) -> Any:
+        try:
+            return render(playground.written(session, text), request)
+        except Refused as error:
+            return refused(error)
+
+    def leave(request: gr.Request) -> None:
+        (folder / f"{request.session_hash}.png").unlink(missing_ok=True)
+
+    with gr.Blocks(title="sparkmim playground", analytics_enabled=False, delete_cache=(FORGET, FORGET)) as app:
+        gr.Markdown(
+            "# sparkmim playground\n"
+            f"{'Two models rebuild' if len(names) > 1 else 'A model rebuilds'} the patches that you hide. Click a "
+            "patch of the first picture to hide or show it."
+        )
+        state = gr.State(None, time_to_live=FORGET)
+        look: dict[str, Any] = {"format": "png", "interactive": False, "buttons": ["fullscreen"], "show_label": False}
+        with gr.Row():
+            with gr.Column(min_width=280):
+                gr.Markdown("**What the model sees**")  # above the picture: a label would lie on its first patches
+                seen = gr.Image(elem_id="seen", alt_text="The image, its hidden patches in grey", **look)
+            rebuilt = []
+            for place, name in enumerate(names):
+                with gr.Column(min_width=280):
+                    gr.Markdown(f"**Rebuilt by {name}**" if len(names) > 1 else "**Rebuilt**")
+                    rebuilt.append(
+                        gr.Image(elem_id=f"rebuilt-{place}", alt_text="The image with hidden patches rebuilt", **look)
+                    )
+        status = gr.Markdown(elem_id="status")
+        with gr.Row():
+            with gr.Column(min_width=280):
+                ratio = gr.Slider(
+                    0.05, 0.95, playground.mask_ratio, step=0.05, label="Share of patches that is hidden",
+                    elem_id="ratio", buttons=[],
+                )  # fmt: skip
+                with gr.Row():
+                    again = gr.Button("New mask", elem_id="again", variant="primary", min_width=120)
+                    download = gr.DownloadButton("Download", elem_id="download", min_width=120)
+                with gr.Accordion("The mask as text", open=False):
+                    text = gr.Textbox(
+                        label="x shows a patch, . hides it; a row per line", lines=min(8, playground.grid[0]),
+                        max_lines=16, max_length=20_000, elem_id="mask",
+                    )  # fmt: skip
+                    take = gr.Button("Take this mask", elem_id="take")
+            with gr.Column(min_width=280):
+                file = gr.File(
+                    label=f"Your image, up to {playground.max_pixels / 1e6:.0f} megapixels", file_types=["image"],
+                    height=130, elem_id="upload",
+                )  # fmt: skip
+                gr.Markdown("Or pick one:", visible=len(samples) > 1)
+                gallery = gr.Gallery(
+                    [_thumbnail(path) for path in samples], columns=4, object_fit="cover", height="auto",
+                    allow_preview=False, interactive=False, buttons=[], show_label=False, elem_id="samples",
+                    visible=len(samples) > 1,
+                )  # fmt: skip
+        shown = [state, seen, *rebuilt, status, text, download]
+        quiet: dict[str, Any] = {"outputs": shown, "api_visibility": "private", "concurrency_id": "model",
+                                 "concurrency_limit": 1, "show_progress": "hidden"}  # fmt: skip
+        app.load(start, [ratio], **quiet)
+        gallery.select(pick, [state, ratio], trigger_mode="always_last", **quiet)
+        file.upload(upload, [file, state, ratio], **quiet)
+        ratio.input(slide, [state, ratio], trigger_mode="always_last", **quiet)
+        again.click(draw, [state, ratio], trigger_mode="multiple", **quiet)
+        seen.select(click, [state], trigger_mode="multiple", **quiet)
+        take.click(write, [state, text], **quiet)
+        app.unload(leave)
+    app.queue(max_size=WAITING)
+    return app
+
+
+def _status(session: Session, view: View, names: Sequence[str]) -> str:
+    hidden = int((~session.visible).sum())
+    losses = ", ".join(
+        f"{name} **{loss:.3f}**" if len(names) > 1 else f"**{loss:.3f}**"
+        for name, loss in zip(names, view.losses, strict=True)
+    )
+    name = session.name.replace("`", "'")
+    hides = f"`{name}`: **{hidden} of {session.visible.numel()}** patches are hidden"
+    return f"{hides}; error over these: {losses} (1 is a flat guess)."
+
+
+def _labels(paths: Sequence[Path]) -> list[str]:
+    """Short names of weight files: of the run folder, or of the file."""
+    names = [path.parent.parent.name if path.parent.name == "weights" else path.stem for path in paths]
+    return names if len(set(names)) == len(names) else [f"{name} ({place})" for place, name in enumerate(names, 1)]
+
+
+def _thumbnail(path: str) -> Image.Image:
+    with Image.open(path) as image:
+        image.draft("RGB", (320, 320))
+        small = image.convert("RGB")
+    small.thumbnail((240, 240))
+    return small
+
+
+def serve(app: Any, host: str, port: int | None) -> None:
+    """Serves the page until Ctrl-C.
+
+    Raises:
+        ValueError: if the port is taken.
+    """
+    fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
+    theme = gr.themes.Default(primary_hue="cyan", neutral_hue="slate", font=fonts)
+    try:
+        _, address, _ = app.launch(
+            server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, footer_links=[],
+            run_history=False, ssr_mode=False, max_file_size=UPLOAD, enable_monitoring=False, theme=theme, css=_CSS,
+        )  # fmt: skip
+    except OSError as error:
+        if port is None:
+            raise
+        raise ValueError(f"port {port} of {host} cannot be listened at; choose another --port") from error
+    print(f"the playground is open at {address} ; Ctrl-C ends it", flush=True)
+    try:
+        app.block_thread()
+    finally:
+        app.close(verbose=False)

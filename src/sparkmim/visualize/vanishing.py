@@ -1,0 +1,429 @@
+"""Why masks vanish under dense convolution, and stay under sparse convolution. The public function is
+`sparkmim.explain`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
+
+from sparkmim.commands import VanishingResult
+from sparkmim.evaluation.features import CROP, Preparation, device_named, frozen_hierarchy
+from sparkmim.evaluation.predict import own_module
+from sparkmim.models import Hierarchy, create_encoder, random_visible
+from sparkmim.models.hierarchy import rank_of
+from sparkmim.models.masking import patch_grid
+from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
+from sparkmim.training.weights import open_weights
+from sparkmim.visualize.pictures import (
+    ACCENT,
+    CONTRAST,
+    Tones,
+    at_pixels,
+    check_picture,
+    new_figure,
+    sample_photograph,
+    show_picture,
+    to_array,
+    write_picture,
+)
+from sparkmim.visualize.shown import read_shown
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure, SubFigure
+
+LAYERS = (0, 1, 2, 4, 8, 16)
+"""After how many convolutions the shapes are looked at. A ResNet-50 has 16 of 3×3."""
+
+SIDE = 64
+"""Pixels along each side of a shape."""
+
+PATCH = 8
+"""Side of a patch of the random mask among the shapes."""
+
+MASKS = 8
+"""Random masks of each image, over which features are measured."""
+
+MOST_IMAGES = 8
+
+ZERO = "#ebebeb"
+"""Colour of hidden positions that are zero."""
+
+
+@torch.no_grad()
+def run_explanation(settings: Mapping[str, Any]) -> VanishingResult:
+    """Runs `sparkmim.explain`.
+
+    Args:
+        settings: its arguments, as given.
+    """
+    if settings["topic"] != "vanishing":
+        raise ValueError(f"topic is {settings['topic']!r}; the one there is, is vanishing")
+    out = check_picture(settings["out"], settings["overwrite"])
+    device = device_named(settings["accelerator"])
+    seed, ratio = settings["seed"], settings["mask_ratio"]
+    generator = torch.Generator().manual_seed(seed)
+    shapes = masked_shapes(ratio, generator)
+    network, hierarchy, preparation = _network(settings, device)
+    grid = patch_grid(preparation.image_size, hierarchy.patch_unit, hierarchy.patch_unit)
+    images = settings["images"]
+    if images is None:
+        if preparation.channels not in (1, 3):
+            raise ValueError(f"{network} takes {preparation.channels} channels; name arrays of so many as --images")
+        images = sample_photograph()
+    shown = read_shown(images, preparation, MOST_IMAGES, device)
+
+    maps = {name: through_layers(visible, SIDE, seed) for name, visible in shapes.items()}
+    if settings["weights"] is None and not isinstance(settings["model"], nn.Module):
+        calibrate(hierarchy, shown.images)
+    masks = [random_visible(MASKS, grid, ratio, generator).to(device) for _ in shown.names]
+    drifts = [drift(hierarchy, image, visible) for image, visible in zip(shown.images, masks, strict=True)]
+    first = at_pixels(torch.stack([visible[0] for visible in masks]), preparation.image_size)  # [n, 1, H, W]
+    values = {
+        "whole": _flat(shown.images),
+        "visible": _flat(shown.images.movedim(1, -1)[first[:, 0]]),
+        "zeroed": _flat(shown.images * first),
+    }
+    result = VanishingResult(
+        layers=list(LAYERS),
+        shapes={name: kinds["dense"][0] for name, kinds in maps.items()},
+        shares={
+            name: {kind: [float(map_.mean()) for map_ in of_layers] for kind, of_layers in kinds.items()}
+            for name, kinds in maps.items()
+        },
+        values=values,
+        distances={
+            kind: torch.stack([of_image[kind] for of_image in drifts]).mean(0).tolist() for kind in ("sparse", "dense")
+        },
+        network=network,
+        unreadable=shown.unreadable,
+        picture=None,
+        out=out,
+    )
+    result.picture = _draw(result, maps, shown.images[:1], first[:1], shown.tones, hierarchy.strides)
+    write_picture(result.picture, out)
+    return result
+
+
+def _flat(x: Tensor) -> Any:
+    return x.flatten().cpu().numpy()
+
+
+def _network(settings: Mapping[str, Any], device: torch.device) -> tuple[str, Hierarchy, Preparation]:
+    """What the network is called, its feature maps, and the images that it takes."""
+    model, size = own_module(settings["model"]), settings["image_size"]
+    if settings["weights"] is not None:
+        weights = open_weights(settings["weights"])
+        preparation = Preparation.of(weights, size, None)
+        _check_axes(len(preparation.image_size), str(weights.path))
+        name = model or weights.metadata.get("model") or "a network"
+        of = f" with the weights of {Path(settings['weights']).resolve().name}"
+        return _short(name) + of, frozen_hierarchy(weights, weights.encoder(model), device), preparation
+    of = ""
+    encoder = "resnet18" if model is None else model
+    name = _short(encoder)
+    if isinstance(encoder, str):
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(settings["seed"])
+            encoder = create_encoder(encoder)
+        of = " with random weights"
+    _check_axes(rank_of(encoder), name)
+    axes = (224, 224) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    _check_axes(len(axes), f"image_size {list(axes)}")
+    channels = next((module.in_channels for module in encoder.modules() if isinstance(module, _ConvNd)), 3)
+    hierarchy = Hierarchy(encoder, channels, 2, axes).to(device).eval().requires_grad_(False)
+    return name + of, hierarchy, Preparation(axes, channels, None, None, CROP)
+
+
+def _short(model: str | nn.Module) -> str:
+    return model.rpartition("/")[2] if isinstance(model, str) else type(model).__name__
+
+
+def _check_axes(axes: int, name: str) -> None:
+    if axes != 2:
+        raise ValueError(f"{name} is for {axes} spatial axes, but the vanishing mask is shown on images of two")
+
+
+# A mask under convolutions
+
+
+def masked_shapes(mask_ratio: float, generator: torch.Generator) -> dict[str, Tensor]:
+    """Shapes whose every pixel is a patch, and a random mask of larger patches.
+
+    Returns:
+        By name, bool `[*grid]`, true where visible.
+
+    Raises:
+        ValueError: if the ratio is not between 0 and 1.
+    """
+    from matplotlib.path import Path as Outline
+
+    axis = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
+    points = torch.cartesian_prod(axis, axis).flip(1)  # x to the right and y down, in -1…1
+    star = Outline.unit_regular_star(5, innerCircle=0.42).contains_points(points.numpy() * [1, -1] / 0.8)
+    radius = points.norm(dim=1)
+    return {
+        "star": torch.from_numpy(star).view(SIDE, SIDE),
+        "ring": ((radius > 0.48) & (radius < 0.68)).view(SIDE, SIDE),
+        "patches": random_visible(1, (SIDE // PATCH, SIDE // PATCH), mask_ratio, generator)[0],
+    }
+
+
+def through_layers(visible: Tensor, side: int, seed: int = 0) -> dict[str, Any]:
+    """Where a masked map is not zero after each number of `LAYERS`: the same 3×3 convolutions, dense and sparse.
+
+    Args:
+        visible: bool `[*grid]`, the mask.
+        side: pixels along each axis of the map.
+        seed: of the weights.
+
+    Returns:
+        `dense` and `sparse`: bool `[len(LAYERS), side, side]`.
+    """
+    layout = PatchLayout(visible[None])
+    dense = at_pixels(visible[None], (side, side)).double()  # [1, 1, side, side]
+    sparse: Tensor = pack(dense, layout)
+    found: dict[str, list[Tensor]] = {"dense": [dense], "sparse": [unpack(pack(dense, layout))]}
+    for depth, convolution in enumerate(_convolutions(max(LAYERS), seed), start=1):
+        dense, sparse = convolution(dense), convolution(sparse)
+        if depth in LAYERS:
+            assert isinstance(sparse, PackedTensor)
+            found["dense"].append(dense)
+            found["sparse"].append(unpack(sparse))
+    return {kind: (torch.cat(of_layers)[:, 0] != 0).numpy() for kind, of_layers in found.items()}
+
+
+def _convolutions(count: int, seed: int) -> list[nn.Conv2d]:
+    """3×3, weights around 1/9, all positive, no bias: nothing cancels, so that zero means untouched.
+
+    In float64, whose kernels multiply and add and do no more: those that transform tiles leave round-off beside them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = []
+    for _ in range(count):
+        layer = nn.Conv2d(1, 1, 3, padding=1, bias=False, device="meta", dtype=torch.float64).to_empty(device="cpu")
+        nn.init.uniform_(layer.weight, 0.5 / 9, 1.5 / 9, generator)
+        layers.append(layer)
+    return layers
+
+
+# Values that a network computes
+
+
+def calibrate(hierarchy: Hierarchy, images: Tensor) -> None:
+    """Makes these images' statistics the running statistics of every BatchNorm, as if it were trained on them.
+
+    Args:
+        hierarchy: of the encoder, in evaluation mode, in which it is left.
+        images: normalised, `[B, C, H, W]`.
+    """
+    norms = [norm for norm in hierarchy.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the average over the calls, of which there is one
+        norm.train()
+    hierarchy(images)
+    for norm in norms:
+        norm.eval()
+
+
+def drift(hierarchy: Hierarchy, image: Tensor, visible: Tensor) -> dict[str, Tensor]:
+    """How far the values that a network computes of a masked image are from those of the whole image.
+
+    Compared are distributions over positions, of each channel: of the visible patches alone under sparse convolution,
+    at visible positions; and of the image with zeros in hidden patches under dense convolution, at all positions, as
+    a dense network cannot tell them apart. Positions of all masks count together.
+
+    Args:
+        hierarchy: of the encoder, in evaluation mode.
+        image: normalised, `[C, H, W]`.
+        visible: bool `[masks, *grid]`.
+
+    Returns:
+        `sparse` and `dense`: Kolmogorov–Smirnov distance to the whole image, averaged over channels,
+        `[1 + stages]`: of the image itself, then of each feature map.
+    """
+    images = image.expand(len(visible), -1, -1, -1)
+    inputs = {
+        "sparse": pack(images, PatchLayout(visible)),
+        "dense": images * at_pixels(visible, image.shape[1:]),
+    }
+    whole = [image[None], *hierarchy(image[None])]
+    distances = {}
+    for kind, x in inputs.items():
+        with naming_modules(hierarchy.encoder):
+            maps = [x, *hierarchy(x)]
+        distances[kind] = torch.stack([_distance(map_, of_whole) for map_, of_whole in zip(maps, whole, strict=True)])
+    return distances
+
+
+def _distance(map_: Tensor, whole: Tensor) -> Tensor:
+    """Mean over channels of the distance between two maps' values.
+
+    These are rounded to a ten-thousandth of the channel's largest, or round-off would part values that are the same.
+    """
+    values, of_whole = _by_channel(map_), _by_channel(whole)
+    step = 1e-4 * of_whole.abs().amax(1, keepdim=True).clamp_min(1e-6)  # [C, 1]
+    return kolmogorov_smirnov((values / step).round(), (of_whole / step).round()).mean()
+
+
+def _by_channel(map_: Tensor) -> Tensor:
+    """All values `[C, positions]` of a map `[B, C, H, W]`; of a packed one, those at visible positions."""
+    values = map_.values if isinstance(map_, PackedTensor) else map_
+    return values.transpose(0, 1).flatten(1)
+
+
+def kolmogorov_smirnov(first: Tensor, second: Tensor) -> Tensor:
+    """The largest distance between the distribution functions of two samples, in 0…1.
+
+    Args:
+        first: `[C, m]`.
+        second: `[C, n]`.
+
+    Returns:
+        `[C]`.
+
+    Example:
+        >>> kolmogorov_smirnov(torch.tensor([[0.0, 1, 2, 3]]), torch.tensor([[0.0, 1]]))
+        tensor([0.5000])
+    """
+    first, second = (sample.contiguous().sort(-1).values for sample in (first, second))
+    steps = torch.cat([first, second], -1)  # [C, m + n], where one of the functions rises
+    below = [torch.searchsorted(sample, steps, right=True) / sample.shape[-1] for sample in (first, second)]
+    return (below[0] - below[1]).abs().amax(-1)
+
+
+# The figure
+
+
+def _draw(
+    result: VanishingResult,
+    maps: Mapping[str, Mapping[str, Any]],
+    image: Tensor,
+    visible: Tensor,
+    tones: Tones,
+    strides: Sequence[int],
+) -> Figure:
+    """Draws the shapes under convolutions; below, pixel values under a mask, and how far features drift.
+
+    Args:
+        result: the numbers.
+        maps: by shape, then `dense` and `sparse`: bool `[layers, H, W]`, where not zero.
+        image: an example, `[1, C, H, W]`.
+        visible: its mask, bool `[1, 1, H, W]`.
+        tones: that undo the normalisation.
+        strides: of the stages.
+    """
+    figure = new_figure(10, 11, layout="constrained")
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.9, 1])
+    above, below = parts
+    _draw_shapes(above, result, maps)
+    left, right = below.subfigures(1, 2, width_ratios=[1.75, 1], wspace=0.03)
+    _draw_values(left, result.values, image, visible, tones)
+    _draw_drift(right, result, strides)
+    return figure
+
+
+def _title(part: SubFigure, text: str) -> None:
+    part.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
+
+
+def _plain(axes: Any) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.tick_params(labelsize=8)
+
+
+def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Mapping[str, Any]]) -> None:
+    """Two rows per shape, with a column per number of layers and a curve of the shares."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.patches import Patch
+
+    _title(part, "A mask under 3×3 convolutions: share of positions that are not zero")
+    colours = np.array([to_rgb(colour) for colour in (ZERO, CONTRAST, ACCENT)])
+    columns = len(result.layers)
+    cells = part.add_gridspec(2 * len(maps), columns + 1, width_ratios=[1] * columns + [2.4])
+    for place, (name, shares) in enumerate(result.shares.items()):
+        for row, kind in enumerate(("dense", "sparse"), start=2 * place):
+            for column, (layers, share) in enumerate(zip(result.layers, shares[kind], strict=True)):
+                axes = part.add_subplot(cells[row, column])
+                filled = maps[name][kind][column]
+                title = ("masked" if layers == 0 else f"{layers} layer{'s' * (layers > 1)}") if row == 0 else ""
+                show_picture(axes, colours[filled * (1 + result.shapes[name])], title)
+                axes.set_xlabel(f"{share:.1%}", fontsize=8, labelpad=2)
+                if column == 0:
+                    axes.set_ylabel(f"{name}\n{kind}", fontsize=9)
+        axes = part.add_subplot(cells[2 * place : 2 * place + 2, -1])
+        _plain(axes)
+        for kind, colour in (("dense", CONTRAST), ("sparse", ACCENT)):
+            axes.plot(result.layers, [100 * share for share in shares[kind]], "o-", color=colour, label=kind, ms=4)
+        axes.set_ylim(0, 105)
+        axes.set_xticks(result.layers)
+        axes.set_ylabel("not zero, %", fontsize=8)
+        if place == 0:
+            axes.legend(frameon=False, fontsize=8, loc="center right")
+        if place == len(maps) - 1:
+            axes.set_xlabel("layers", fontsize=8)
+    meaning = {ACCENT: "visible", CONTRAST: "hidden, but not zero any more", ZERO: "hidden and zero"}
+    part.legend(
+        handles=[Patch(color=colour, label=label) for colour, label in meaning.items()],
+        loc="outside lower left", ncols=3, frameon=False, fontsize=9,
+    )  # fmt: skip
+
+
+def _draw_values(
+    part: SubFigure, values: Mapping[str, Any], image: Tensor, visible: Tensor, tones: Tones
+) -> None:  # fmt: skip
+    """An example whole, as sparse and as dense convolution see it, each above the histogram of its values."""
+    _title(part, "What a network is given")
+    whole = to_array(tones(image))[0]
+    seen = visible[0, 0].cpu().numpy()[..., None]
+    columns = {
+        "whole": ("whole image", whole, "#777777"),
+        "visible": ("sparse convolution:\nvisible patches alone", np.where(seen, whole, 1.0), ACCENT),
+        "zeroed": ("dense convolution:\nhidden patches set to zero", to_array(tones(image * visible))[0], CONTRAST),
+    }
+    low, high = np.quantile(values["whole"], [0.001, 0.999])
+    bins = np.linspace(min(low, -0.1), max(high, 0.1), 49)
+    shares = {
+        name: 100 * np.histogram(np.clip(of_name, bins[0], bins[-1]), bins)[0] / of_name.size
+        for name, of_name in values.items()
+    }
+    top = 1.3 * max(shares["whole"].max(), shares["visible"].max())
+    pictures, histograms = part.subplots(2, 3, height_ratios=[1.25, 1])
+    for above, below, (name, (title, pixels, colour)) in zip(pictures, histograms, columns.items(), strict=True):
+        show_picture(above, pixels, title)
+        _plain(below)
+        below.stairs(shares[name], bins, fill=True, color=colour)
+        if name != "whole":
+            below.stairs(shares["whole"], bins, color="#444444", lw=0.8, label="whole image")
+        below.set_ylim(0, top)
+        below.set_xlabel("pixel value, normalised", fontsize=8)
+        if name == "whole":
+            below.set_ylabel("share, %", fontsize=8)
+        if name == "visible":
+            below.legend(frameon=False, fontsize=8)
+        if shares[name].max() > top:
+            at = bins[shares[name].argmax()]
+            text = f" {shares[name].max():.0f}%\n in one bin"
+            below.text(at + (bins[2] - bins[0]), top, text, fontsize=8, color=colour, va="top")
+
+
+def _draw_drift(part: SubFigure, result: VanishingResult, strides: Sequence[int]) -> None:
+    """Distances by stage."""
+    _title(part, "How far features drift")
+    axes = part.subplots()
+    _plain(axes)
+    labels = {"dense": "dense, hidden set to zero", "sparse": "sparse, visible alone"}
+    for kind, colour in (("dense", CONTRAST), ("sparse", ACCENT)):
+        axes.plot(result.distances[kind], "o-", color=colour, label=labels[kind], ms=4)
+    axes.set_xticks(range(1 + len(strides)), ["image", *(f"stride {stride}" for stride in strides)])
+    axes.set_ylim(0, None)
+    axes.set_ylabel("KS distance to the whole image", fontsize=8)
+    axes.set_xlabel(result.network.replace(" with ", "\nwith "), fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))

@@ -1,0 +1,167 @@
+"""What the playground does, without a browser; tests/browser has the page."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sparkmim
+from processes import run
+from sparkmim.cli import main
+from sparkmim.training import weights
+from sparkmim.visualize.masks import mask_text
+from sparkmim.visualize.playground import Playground, Refused, sample_images, strip
+from sparkmim.visualize.reconstruction import Reconstructor
+
+
+def run_of(folder: Path, network: str, seed: int = 0, patch: int = 8) -> Path:
+    torch.manual_seed(seed)
+    model = sparkmim.SparK(network, image_size=[32, 48], patch_size=patch, decoder_width=16)
+    known = {"model": network, "image_size": [32, 48], "patch_size": patch, "decoder_width": 16, "channels": 3,
+             "mean": [0.5] * 3, "std": [0.2] * 3}  # fmt: skip
+    weights.save(model, folder / "weights", known)
+    return folder
+
+
+@pytest.fixture
+def playground(tmp_path: Path, network: str) -> Playground:
+    return Playground([Reconstructor(run_of(tmp_path / name, network, seed)) for seed, name in enumerate("ab")])
+
+
+@pytest.fixture
+def photo(photos: Path) -> Path:
+    return next(iter(sorted(photos.rglob("*.jpg"))))
+
+
+def test_a_view(playground: Playground, photo: Path) -> None:
+    session = playground.open(photo, 0.5, seed=1)
+    view = playground.view(session)
+    scale = playground.scale
+    assert scale == 14
+    assert view.seen.shape == view.rebuilt[0].shape == view.rebuilt[1].shape == (32 * scale, 48 * scale, 3)
+    assert session.visible.sum() == 12
+    by_command = sparkmim.reconstruct(
+        weights=playground.models[0].path, images=str(photo), mask=session.visible.numpy()
+    )
+    assert view.losses[0] == pytest.approx(by_command.losses[0, 0], rel=1e-6)
+    np.testing.assert_allclose(view.rebuilt[0][::scale, ::scale], by_command.pasted[0, 0], atol=1e-6)
+    assert view.losses[0] != view.losses[1]
+    middle = slice(4 * scale, None, 8 * scale)  # the middles of the patches
+    grey = (view.seen[middle, middle] == 0.5).all(-1)
+    assert np.array_equal(grey, ~session.visible.numpy())
+    assert strip(view).size == (3 * 48 * scale + 16, 32 * scale)
+
+
+def test_clicks(playground: Playground, photo: Path) -> None:
+    session = playground.open(photo, 0.5)
+    side = 8 * playground.scale
+    places = [(0, 0, 0, 0), (6 * side - 1, 4 * side - 1, 3, 5), (2 * side, side - 1, 0, 2), (9e9, 9e9, 3, 5)]
+    for x, y, row, column in places:
+        clicked = playground.toggle(session, x, y)
+        changed = (clicked.visible != session.visible).nonzero().tolist()
+        assert changed == [[row, column]]
+
+
+def test_something_must_be_seen_and_something_hidden(playground: Playground, photo: Path) -> None:
+    session = playground.open(photo, 0.5)
+    one = playground.written(session, "x" + "." * 5 + "/......" * 3)
+    with pytest.raises(Refused, match="the last visible patch"):
+        playground.toggle(one, 0, 0)
+    rest = playground.written(session, "." + "x" * 5 + "/xxxxxx" * 3)
+    with pytest.raises(Refused, match="the last hidden patch"):
+        playground.toggle(rest, 0, 0)
+    with pytest.raises(Refused, match="hides every patch"):
+        playground.written(session, "......\n" * 4)
+
+
+def test_sliding_hides_more_of_the_same(playground: Playground) -> None:
+    before = playground.draw(0.1, seed=3)
+    for ratio in (0.3, 0.5, 0.9):
+        after = playground.draw(ratio, seed=3)
+        assert not (after & ~before).any()
+        before = after
+    assert not torch.equal(playground.draw(0.5, 3), playground.draw(0.5, 4))
+
+
+def test_text_is_no_path(playground: Playground, photo: Path, tmp_path: Path) -> None:
+    """A visitor's text never opens a file."""
+    session = playground.open(photo, 0.5)
+    (tmp_path / "mask.txt").write_text(mask_text(session.visible))
+    with pytest.raises(Refused, match="write x for visible patches"):
+        playground.written(session, str(tmp_path / "mask.txt"))
+
+
+def test_bad_uploads(playground: Playground, tmp_path: Path) -> None:
+    (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff no more")
+    Image.new("L", (10_000, 10_000)).save(tmp_path / "large.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "large.png").read_bytes()[:5000])
+    with pytest.raises(Refused, match=r"broken\.jpg cannot be read as an image"):
+        playground.open(tmp_path / "broken.jpg", 0.5)
+    with pytest.raises(Refused, match=r"large\.png is larger than 50 megapixels"):
+        playground.open(tmp_path / "large.png", 0.5)
+    with pytest.raises(Refused, match=r"cut\.png"):
+        playground.open(tmp_path / "cut.png", 0.5)
+
+
+def test_a_session_is_small(playground: Playground, tmp_path: Path) -> None:
+    Image.effect_noise((4000, 3000), 60).save(tmp_path / "photo.jpg")
+    session = playground.open(tmp_path / "photo.jpg", 0.5)
+    assert session.image.numel() < 250_000
+    assert playground.view(session).seen.shape == (448, 672, 3)
+
+
+def test_models_must_fit(tmp_path: Path, network: str) -> None:
+    first, second = run_of(tmp_path / "a", network), run_of(tmp_path / "b", network, patch=16)
+    with pytest.raises(ValueError, match=r"has 2×3 patches on 32×48 pixels, but .* 4×6 on 32×48"):
+        Playground([Reconstructor(first), Reconstructor(second)])
+
+
+def test_samples(playground: Playground, photos: Path) -> None:
+    (photos / "part0" / "00.png").write_bytes(b"broken")
+    assert len(sample_images([str(photos)], playground)) == 11  # of twelve that were tried
+    assert Path(sample_images(None, playground)[0]).is_file()
+    with pytest.raises(ValueError, match="none of the images can be read"):
+        sample_images([str(photos / "part0" / "00.png")], playground)
+
+
+def test_the_page_is_built(tmp_path: Path, network: str, photo: Path) -> None:
+    """In a process of its own, as Gradio leaves event loops open. No event can be called but by the page."""
+    pytest.importorskip("gradio")
+    script = f"""
+from pathlib import Path
+from sparkmim.visualize.page import build_app
+from sparkmim.visualize.playground import Playground
+from sparkmim.visualize.reconstruction import Reconstructor
+app = build_app(Playground([Reconstructor({str(run_of(tmp_path / "a", network))!r})]), [{str(photo)!r}], Path())
+events = app.config["dependencies"]
+assert len(events) >= 7
+assert all(event["api_visibility"] == "private" for event in events if event["outputs"])
+assert not app.analytics_enabled
+"""
+    done = run([sys.executable, "-c", script], tmp_path)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--weights", "nowhere"], "nowhere does not exist"),
+        (["--weights", "a", "--images", "nowhere"], "there is no folder, image or text file"),
+        (["--weights", "a", "--max-megapixels", "0"], "max_megapixels is 0"),
+        (["--weights", "a/weights/encoder.safetensors"], "no decoder"),
+    ],
+)
+def test_mistakes(
+    tmp_path: Path, network: str, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: object
+) -> None:
+    pytest.importorskip("gradio")
+    run_of(tmp_path / "a", network)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["playground", *flags])
+    assert message in capsys.readouterr().err  # type: ignore[attr-defined]
