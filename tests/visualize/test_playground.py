@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -147,12 +152,37 @@ assert not app.analytics_enabled
     assert done.returncode == 0, done.stderr
 
 
+def test_the_space_serves_the_page(tmp_path: Path, network: str) -> None:
+    """examples/space/app.py as a Space runs it; a port that is taken is said in a sentence."""
+    pytest.importorskip("gradio")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    settings = {"WEIGHTS": str(run_of(tmp_path / "a", network)), "GRADIO_SERVER_NAME": "127.0.0.1",
+                "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    app = Path(__file__).parents[2] / "examples" / "space" / "app.py"
+    with subprocess.Popen(
+        [sys.executable, app], stdout=subprocess.PIPE, text=True, env=os.environ | settings
+    ) as server:
+        assert server.stdout is not None
+        assert "is open at" in server.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+            assert b"sparkmim playground" in page.read()
+        command = [sys.executable, "-m", "sparkmim", "playground", "--weights", settings["WEIGHTS"], "--port", port]
+        second = run(command, tmp_path)
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+    assert second.returncode == 2
+    assert f"port {port} of 127.0.0.1 cannot be listened at; choose another --port" in second.stderr
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--weights", "nowhere"], "nowhere does not exist"),
         (["--weights", "a", "--images", "nowhere"], "there is no folder, image or text file"),
         (["--weights", "a", "--max-megapixels", "0"], "max_megapixels is 0"),
+        (["--weights", "a", "--port", "99999"], "port is 99999; ports run from 1 to 65535"),
         (["--weights", "a/weights/encoder.safetensors"], "no decoder"),
     ],
 )

@@ -19,6 +19,9 @@ UPLOAD = "64mb"
 WAITING = 32
 """Requests that wait at once; more are turned away. One is computed at a time."""
 
+VISITORS = 200
+"""Visitors that are remembered at once; the one who came first is forgotten for the next."""
+
 FORGET = 3600
 """Seconds after which a visitor who does nothing is forgotten, and files are deleted."""
 
@@ -191,6 +194,7 @@ def serve(app: Any, host: str, port: int | None) -> None:
         _, address, _ = app.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, footer_links=[],
             run_history=False, ssr_mode=False, max_file_size=UPLOAD, enable_monitoring=False, theme=theme, css=_CSS,
+            state_session_capacity=VISITORS,
         )  # fmt: skip
     except OSError as error:
         if port is None:

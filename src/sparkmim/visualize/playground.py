@@ -254,6 +254,8 @@ def run_playground(settings: Mapping[str, Any]) -> None:
         raise ValueError("the playground needs Gradio: `pip install 'sparkmim[playground]'`")
     if settings["max_megapixels"] <= 0:
         raise ValueError(f"max_megapixels is {settings['max_megapixels']}; it must be above 0")
+    if settings["port"] is not None and not 0 < settings["port"] < 2**16:
+        raise ValueError(f"port is {settings['port']}; ports run from 1 to 65535")
     files = [settings[name] for name in ("weights", "compare") if settings[name] is not None]
     models = [Reconstructor(file, settings["model"], settings["image_size"], settings["accelerator"]) for file in files]
     playground = Playground(models, round(1e6 * settings["max_megapixels"]))
