@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from sparkmim.commands import detect as detect
     from sparkmim.commands import embed as embed
     from sparkmim.commands import evaluate as evaluate
     from sparkmim.commands import explain as explain
@@ -34,6 +35,7 @@ _HOME = {
     "verify": "sparkmim.commands",
     "finetune": "sparkmim.commands",
     "pretrain": "sparkmim.commands",
+    "detect": "sparkmim.commands",
     "evaluate": "sparkmim.commands",
     "predict": "sparkmim.commands",
     "embed": "sparkmim.commands",
@@ -52,6 +54,7 @@ _HOME = {
 __all__ = [
     "SparK",
     "__version__",
+    "detect",
     "embed",
     "evaluate",
     "explain",

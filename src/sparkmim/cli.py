@@ -18,6 +18,7 @@ from sparkmim import __version__, commands
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
     "finetune": commands.finetune,
+    "detect": commands.detect,
     "evaluate": commands.evaluate,
     "predict": commands.predict,
     "embed": commands.embed,
@@ -39,7 +40,7 @@ _POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "repo
 """Arguments that may stand by themselves, without their flag."""
 
 _SEVERAL = {"--images": {"reconstruct", "explain", "features", "playground"}, "--query": {"neighbors"},
-            "--data": {"neighbors"}, "--stages": {"features"}}  # fmt: skip
+            "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect"}}  # fmt: skip
 """Flags that several words may follow, by the commands in which they do."""
 
 _PICTURES = ("reconstruct", "explain", "features", "neighbors")

@@ -411,6 +411,154 @@ def finetune(
     return run_finetuning(settings, finetune.__kwdefaults__, callbacks)
 
 
+@dataclass
+class DetectResult:
+    """What training, evaluating or using a detector came to.
+
+    Attributes:
+        out: the run folder, or the folder of predictions.
+        step: optimiser steps done.
+        steps: optimiser steps that the run has.
+        figures: COCO's, of the last scoring: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …; empty where nothing was scored.
+        model: the detector, in evaluation mode.
+    """
+
+    out: Path
+    step: int
+    steps: int
+    figures: dict[str, float]
+    model: Any
+
+    @property
+    def finished(self) -> bool:
+        """False if the run was interrupted; `resume=True` continues it."""
+        return self.step >= self.steps
+
+
+def detect(
+    *,
+    data: str | Path | None = None,
+    out: str | Path,
+    weights: str | Path = "none",
+    model: str | Any | None = None,
+    recipe: str = "default",
+    annotations: str | Path | None = None,
+    images: str | Path | None = None,
+    val_annotations: str | Path | None = None,
+    val_images: str | Path | None = None,
+    eval_only: bool = False,
+    predict: list[str] | Any | None = None,
+    masks: bool | None = None,
+    feature_modules: list[str] | None = None,
+    drop_path: float | None = None,
+    epochs: float | None = None,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    learning_rate: float | None = None,
+    layer_decay: float | None = None,
+    weight_decay: float | None = None,
+    warmup_iterations: int | None = None,
+    warmup_start: float | None = None,
+    drops: list[float] | None = None,
+    drop_factor: float | None = None,
+    clip_grad: float | None = None,
+    short_sides: list[int] | None = None,
+    long_side: int | None = None,
+    eval_short_side: int | None = None,
+    crop: Literal["none", "detr"] | None = None,
+    flip: float = 0.5,
+    box_head: Literal["4conv1fc", "2fc"] | None = None,
+    norm: Literal["batch", "none"] | None = None,
+    ema: float = 0.0,
+    eval_every: float = 1.0,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    max_unreadable: float = 0.1,
+    resume: bool = False,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: str | int = "auto",
+    num_nodes: int = 1,
+    precision: str = "auto",
+    workers: int | None = None,
+    save_minutes: float = 10.0,
+    log_every: int = 10,
+    callbacks: Sequence[Any] = (),
+) -> DetectResult:
+    """Train a detector, with instance masks where there are some, from pretrained weights or from scratch.
+
+    Faster or Mask R-CNN with a feature pyramid, torchvision's, on any encoder. The data are checked first, all at once.
+    Arguments left at None are decided by the recipe, or by the weights.
+
+    Args:
+        data: folder in COCO's form, with annotations/instances_train2017.json and train2017/, and the same for val; or
+            train/_annotations.coco.json and so on
+        out: run folder; must be new or empty unless resuming
+        weights: run folder or weight file to start from, ours or an original SparK file; none to train from scratch;
+            with eval_only or predict, that of a detector
+        model: encoder, as for pretrain; None for that of the weights
+        recipe: default (small data, one GPU), or the paper's for COCO: resnet50_1x, convnext_base_3x
+        annotations: JSON file of the images to train on, if not that in data
+        images: folder that its file names are relative to
+        val_annotations: JSON file of the images to validate on, if not that in data
+        val_images: folder that its file names are relative to
+        eval_only: score the detector in weights, and train nothing
+        predict: images or folders to detect objects on, instead of training; drawn and listed in out
+        masks: whether to segment what is found; None for whether the annotations have masks
+        feature_modules: the network's modules whose outputs are its feature maps; None to find them
+        drop_path: stochastic depth rate, for networks that have one
+        epochs: passes over the data
+        iterations: optimiser steps, instead of epochs
+        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
+        accumulate: batches that make up one optimiser step, to save memory
+        learning_rate: peak rate of AdamW for 16 images per step; scales in proportion to batch_size
+        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above; 1 for none
+        weight_decay: constant, none on vectors
+        warmup_iterations: optimiser steps of linear warm-up
+        warmup_start: rate at the first step, as a share of the peak
+        drops: when the rate is multiplied by drop_factor, as shares of the run
+        drop_factor: see there
+        clip_grad: largest global gradient norm
+        short_sides: lengths in pixels of the shorter side in training, one drawn for each image
+        long_side: of the longer side at most; the shorter one gives way
+        eval_short_side: length of the shorter side in evaluation
+        crop: detr cuts a random part out of every other image first
+        flip: how often an image is mirrored left to right
+        box_head: four convolutions and a linear layer, or two linear layers
+        norm: in the pyramid and between the convolutions of the heads; batch is synchronised over GPUs
+        ema: decay of an average of the weights, which is scored and saved beside them; 0 for none
+        eval_every: epochs between scorings
+        mean: of each channel; None for that of the weights
+        std: of each channel, as mean
+        max_unreadable: share of unreadable images above which the run fails
+        resume: go on with the run in out, exactly where its last checkpoint stands
+        seed: of everything random
+        accelerator: auto, cpu or cuda
+        devices: processes on this machine; auto for all GPUs, or one CPU process
+        num_nodes: machines
+        precision: auto, bf16-mixed (of encoder and pyramid; boxes are computed in float32) or 32-true
+        workers: loader processes
+        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
+        log_every: optimiser steps between scalars
+        callbacks: further Lightning callbacks (from Python)
+
+    Returns:
+        A `DetectResult`: COCO's figures, and the trained detector.
+
+    Raises:
+        ValueError: if an argument cannot be met, or the data are broken; says all of it. Nothing is written then.
+        FileNotFoundError: if a path does not exist.
+        NonFiniteLoss: if training diverges.
+    """
+    settings = dict(locals())
+    settings.pop("callbacks")
+    from sparkmim.training.detect import run_detection
+
+    assert detect.__kwdefaults__ is not None
+    return run_detection(settings, detect.__kwdefaults__, callbacks)
+
+
 def evaluate(
     *,
     data: str | Any,

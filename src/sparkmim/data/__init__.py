@@ -10,6 +10,16 @@ from sparkmim.data.augmentation import (
     normalisation,
     pretrain_transform,
 )
+from sparkmim.data.coco import (
+    CocoFiles,
+    CocoImages,
+    DetectionDataset,
+    check_coco,
+    check_same_categories,
+    collate_detection,
+    find_coco,
+    open_coco,
+)
 from sparkmim.data.dataset import (
     AugmentedDataset,
     EpochBatchSampler,
@@ -21,6 +31,7 @@ from sparkmim.data.dataset import (
     to_image,
 )
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil
+from sparkmim.data.detection import detection_resize, detection_transform
 from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.data.sources import find_images
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
@@ -31,6 +42,9 @@ __all__ = [
     "IMAGENET_STD",
     "AugmentedDataset",
     "ChannelStatistics",
+    "CocoFiles",
+    "CocoImages",
+    "DetectionDataset",
     "EpochBatchSampler",
     "Labelled",
     "LabelledDataset",
@@ -40,14 +54,21 @@ __all__ = [
     "UnreadableImage",
     "array_transform",
     "channel_statistics",
+    "check_coco",
+    "check_same_categories",
     "classify_transform",
     "collate",
+    "collate_detection",
     "counted_seed",
     "decode",
+    "detection_resize",
+    "detection_transform",
     "eval_transform",
+    "find_coco",
     "find_images",
     "from_pil",
     "normalisation",
+    "open_coco",
     "open_labelled",
     "pretrain_transform",
     "read_array",

@@ -40,7 +40,7 @@ class UnreadableImage(Exception):
         return f"{self.path}: {self.reason}"
 
 
-def decode(path: str | Path, channels: int = 3) -> Tensor:
+def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     """Reads an image as uint8 `[channels, H, W]`, upright by its EXIF orientation.
 
     The content tells the format, not the name. What is not 8-bit RGB or grey becomes so:
@@ -57,6 +57,7 @@ def decode(path: str | Path, channels: int = 3) -> Tensor:
     Args:
         path: the file.
         channels: 3 for RGB, 1 for grey.
+        upright: turned by its EXIF orientation; else as it is stored.
 
     Raises:
         ValueError: if `channels` is neither 1 nor 3.
@@ -75,10 +76,10 @@ def decode(path: str | Path, channels: int = 3) -> Tensor:
             with Image.open(io.BytesIO(encoded)) as image:  # reads the header only
                 if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
                     with suppress(RuntimeError):  # Pillow may know better, and has the clearer errors
-                        return _decode_jpeg(encoded, channels)
+                        return _decode_jpeg(encoded, channels, upright)
                 if channels == 1:
                     image.draft("L", image.size)  # grey is stored in a colour JPEG: torchvision takes it from there too
-                return _to_tensor(image, channels)
+                return _to_tensor(image, channels, upright)
         except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
             raise UnreadableImage(path, _reason(error)) from error
 
@@ -123,17 +124,17 @@ def check_channels(channels: int) -> None:
         raise ValueError(f"channels is {channels}; image files are read with 3 (RGB) or 1 (grey)")
 
 
-def _decode_jpeg(encoded: bytes, channels: int) -> Tensor:
+def _decode_jpeg(encoded: bytes, channels: int, upright: bool) -> Tensor:
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
     # torch wants a writable buffer
     buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
-    decoded: Tensor = decode_jpeg(buffer, mode=mode, apply_exif_orientation=True)
+    decoded: Tensor = decode_jpeg(buffer, mode=mode, apply_exif_orientation=upright)
     return decoded
 
 
-def _to_tensor(image: Image.Image, channels: int) -> Tensor:
+def _to_tensor(image: Image.Image, channels: int, upright: bool = True) -> Tensor:
     image.load()
-    image = _to_8_bit(_upright(image), image.format)
+    image = _to_8_bit(_upright(image) if upright else image, image.format)
     if image.mode in ("RGBA", "RGBa", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)

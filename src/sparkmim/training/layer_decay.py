@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from sparkmim.models.classifier import ENCODER_PREFIX, PooledClassifier, head_of
+from sparkmim.models.pyramid import PyramidBackbone
 
 MOST_GROUPS = 12
 """So many groups of layers below the classifier at most, for networks that the paper says nothing of: as many as it
@@ -40,14 +41,47 @@ def layer_decay_exponents(model: nn.Module) -> dict[str, int]:
         Exponents by the name of each parameter: 0 for the classifier.
     """
     if isinstance(model, PooledClassifier):
-        inner = {ENCODER_PREFIX + name: exponent + 1 for name, exponent in _of_encoder(model).items()}
-        return {name: inner.get(name, 0) for name, _ in model.named_parameters()}
+        inner = _of_encoder(model.encoder, model.hierarchy.unreached)
+        exponents = {ENCODER_PREFIX + name: exponent for name, exponent in inner.items()}
+        return {name: exponents.get(name, 0) for name, _ in model.named_parameters()}
+    return _of_paper(model) or _by_depth(model)
+
+
+def detector_layer_decay_exponents(model: nn.Module) -> dict[str, int]:
+    """How many times a parameter's learning rate is decayed in detection and segmentation.
+
+    The encoder's layers have the exponents that they have below a classifier; what is new, and what no feature map
+    depends on, learns at the full rate. For ConvNeXts these are the groups of the paper's detection (ConvNeXt's
+    `object_detection/mmcv_custom/layer_decay_optimizer_constructor.py` with `num_layers` 12). For the ResNet-50 the
+    original's detection (`downstream_d2/lr_decay.py`) differs from its classification in one thing: the second stage
+    is one group, so that this stage's first half and all before it is decayed once less.
+
+    Args:
+        model: a detector or segmenter; its `backbone` is a `PyramidBackbone`.
+
+    Returns:
+        Exponents by the name of each parameter.
+
+    Raises:
+        ValueError: if the model has no such backbone.
+    """
+    backbone = getattr(model, "backbone", None)
+    if not isinstance(backbone, PyramidBackbone):
+        raise ValueError(f"{type(model).__name__} has no PyramidBackbone; build it with create_detector")
+    unreached = set(backbone.hierarchy.unreached)
+    inner = _of_paper(backbone.encoder) or _of_encoder(backbone.encoder, backbone.hierarchy.unreached)
+    exponents = {f"backbone.encoder.{name}": exponent for name, exponent in inner.items() if name not in unreached}
+    return {name: exponents.get(name, 0) for name, _ in model.named_parameters()}
+
+
+def _of_paper(model: nn.Module) -> dict[str, int] | None:
+    """The groups of the original release, for networks that it has some for."""
     names = [name for name, _ in model.named_parameters()]
     if re.match(r"resnet|ResNet", type(model).__name__) and hasattr(model, "layer4"):
         return dict(zip(names, _resnet(model, names), strict=True))
     if type(model).__name__ == "ConvNeXt" and hasattr(model, "stages"):
         return dict(zip(names, _convnext(model, names), strict=True))
-    return _by_depth(model, names)
+    return None
 
 
 def _resnet(model: Any, names: Sequence[str]) -> list[int]:
@@ -84,8 +118,9 @@ def _convnext(model: Any, names: Sequence[str]) -> list[int]:
     return [last + 1 - group(name) for name in names]
 
 
-def _by_depth(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
+def _by_depth(model: nn.Module) -> dict[str, int]:
     """Even groups of the layers below the head."""
+    names = [name for name, _ in model.named_parameters()]
     head = set(head_of(model))
     below = [name for name in names if name not in head]
     layers = _layers(model, below)
@@ -123,12 +158,10 @@ def _block_of(name: str) -> str:
     return layer if not parent or last.isdigit() else parent
 
 
-def _of_encoder(classifier: PooledClassifier) -> dict[str, int]:
-    """Exponents of a network without a classifier: 0 for its deepest layers, -1 for what no feature map depends on."""
-    encoder = classifier.encoder
+def _of_encoder(encoder: nn.Module, unreached: Sequence[str]) -> dict[str, int]:
+    """Exponents of a network without a classifier: 1 for its deepest layers, 0 for what no feature map depends on."""
     names = [name for name, _ in encoder.named_parameters()]
-    unreached = set(classifier.hierarchy.unreached)
-    layers = _layers(encoder, [name for name in names if name not in unreached])
+    layers = _layers(encoder, [name for name in names if name not in set(unreached)])
     count = max(layers.values(), default=-1) + 1
     groups = min(count, MOST_GROUPS)
-    return {name: groups - 1 - layers[name] * groups // count if name in layers else -1 for name in names}
+    return {name: groups - layers[name] * groups // count if name in layers else 0 for name in names}

@@ -71,13 +71,19 @@ def leave_signals_to_the_parent(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
 
 
-def make_loader(dataset: Dataset[Any], sampler: StepBatchSampler, workers: int, pin_memory: bool) -> DataLoader[Any]:
+def make_loader(
+    dataset: Dataset[Any],
+    sampler: StepBatchSampler,
+    workers: int,
+    pin_memory: bool,
+    collate_fn: Callable[[Any], dict[str, Any]] = collate,
+) -> DataLoader[Any]:
     """A loader over the endless stream."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,
         num_workers=workers,
-        collate_fn=collate,
+        collate_fn=collate_fn,
         worker_init_fn=leave_signals_to_the_parent,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,

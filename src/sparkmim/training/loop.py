@@ -18,6 +18,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from torch.utils.data import Dataset
 
+from sparkmim.data import collate
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import ScheduledModule
 from sparkmim.training.run import RunFolder, environment, log_to
@@ -166,6 +167,8 @@ def fit(
     callbacks: Sequence[pl.Callback],
     say: Callable[[], None],
     repeats: int = 1,
+    collate_fn: Callable[[Any], dict[str, Any]] = collate,
+    precision: str | None = None,
 ) -> pl.Trainer:
     """Trains, from the start or from the last checkpoint, and leaves a run folder.
 
@@ -178,6 +181,8 @@ def fit(
         callbacks: in the order in which they act.
         say: prints the settings, when the trainer has been made.
         repeats: times that each image stands in a row in the order of an epoch, with other augmentation each time.
+        collate_fn: makes a batch of samples.
+        precision: of everything; None for that of the settings.
     """
     with warnings.catch_warnings():
         _silence_what_is_meant(warnings)
@@ -186,7 +191,7 @@ def fit(
             devices=plan.devices,
             num_nodes=settings["num_nodes"],
             strategy="ddp" if plan.world_size > 1 else "auto",
-            precision=settings["precision"],
+            precision=precision or settings["precision"],  # type: ignore[arg-type]
             max_steps=plan.steps,
             max_epochs=-1,
             accumulate_grad_batches=plan.parts,
@@ -213,7 +218,9 @@ def fit(
             len(dataset), plan.batch_size, plan.parts, trainer.global_rank, trainer.world_size, settings["seed"],  # type: ignore[arg-type]
             position=lambda: trainer.global_step, repeats=repeats,
         )  # fmt: skip
-        loader = make_loader(dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda")
+        loader = make_loader(
+            dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda", collate_fn=collate_fn
+        )
         try:
             checkpoint = folder.checkpoint if settings["resume"] else None
             trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ from sparkmim.data import counted_seed
 from sparkmim.models import SparK
 from sparkmim.models.classifier import head_of
 from sparkmim.training import schedules
-from sparkmim.training.layer_decay import layer_decay_exponents
+from sparkmim.training.layer_decay import detector_layer_decay_exponents, layer_decay_exponents
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,10 @@ class ScheduledModule(pl.LightningModule):
         # Clipping is done in one place, below, for every optimiser.
         return Lamb(groups, lr=settings.peak, betas=settings.betas, max_grad_norm=None, **self.lamb_settings())
 
+    def rate_at(self, step: int) -> float:
+        """The learning rate of a step: linear warm-up, then a cosine."""
+        return schedules.learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.peak)
+
     def lamb_settings(self) -> dict[str, Any]:
         """Further arguments of timm's `Lamb`."""
         return {}
@@ -104,7 +109,7 @@ class ScheduledModule(pl.LightningModule):
         step, settings = self.global_step, self.settings
         # What the network draws in a step depends on (seed, step, rank) alone.
         torch.manual_seed(counted_seed(self.seed, batch_idx, self.global_rank, "network"))
-        self.rate = schedules.learning_rate(step, settings.steps, settings.warmup, settings.peak)
+        self.rate = self.rate_at(step)
         self.decay = schedules.weight_decay(step, settings.steps, settings.weight_decay, settings.weight_decay_end)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
@@ -120,6 +125,18 @@ class ScheduledModule(pl.LightningModule):
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         limit = self.settings.clip_grad
         self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit)
+
+
+def decayed_groups(model: nn.Module, exponents: Mapping[str, int], layer_decay: float) -> list[dict[str, Any]]:
+    """One group per exponent of layer decay, with and without weight decay (none on vectors), of what is trained."""
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        key = exponents[name], parameter.ndim > 1 and not name.endswith((".bias", ".gamma"))
+        group = groups.setdefault(key, {"params": [], "weight_decay": float(key[1]), "scale": layer_decay ** key[0]})
+        group["params"].append(parameter)
+    return list(groups.values())
 
 
 class PretrainModule(ScheduledModule):
@@ -186,18 +203,7 @@ class ClassifyModule(ScheduledModule):
         return {name for name, _ in self.model.named_parameters() if name not in head} if self.freeze_encoder else set()
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """One group per exponent of layer decay, with and without weight decay (none on vectors)."""
-        exponents = layer_decay_exponents(self.model)
-        groups: dict[tuple[int, bool], dict[str, Any]] = {}
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            key = exponents[name], parameter.ndim > 1 and not name.endswith((".bias", ".gamma"))
-            group = groups.setdefault(
-                key, {"params": [], "weight_decay": float(key[1]), "scale": self.layer_decay ** key[0]}
-            )
-            group["params"].append(parameter)
-        return list(groups.values())
+        return decayed_groups(self.model, layer_decay_exponents(self.model), self.layer_decay)
 
     def lamb_settings(self) -> dict[str, Any]:
         # The paper's fine-tuning: no bias correction, and adapting where weights do not decay as well.
@@ -218,5 +224,48 @@ class ClassifyModule(ScheduledModule):
             targets = torch.full((len(labels), self.classes), off, device=labels.device)  # [B, classes]
             targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
         loss: Tensor = self.criterion(self.model(images), targets)
+        self.step_losses.append(loss.detach())
+        return loss
+
+
+class DetectModule(ScheduledModule):
+    """Trains a detector of `create_detector` on batches of images and targets.
+
+    Args:
+        model: takes lists of images `[C, H, W]` and of targets; gives a dictionary of losses.
+        settings: of the optimiser.
+        seed: of what the network draws.
+        layer_decay: share of the learning rate that each group of the encoder's layers keeps of the one above.
+        warmup_start: rate at the first step, as a share of the peak.
+        drops: when the rate is multiplied by `drop_factor`, as shares of the run.
+        drop_factor: see there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        seed: int,
+        layer_decay: float,
+        warmup_start: float,
+        drops: Sequence[float],
+        drop_factor: float,
+    ) -> None:
+        super().__init__(model, settings, seed)
+        self.layer_decay = layer_decay
+        self.warmup_start, self.drops, self.drop_factor = warmup_start, drops, drop_factor
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decayed_groups(self.model, detector_layer_decay_exponents(self.model), self.layer_decay)
+
+    def rate_at(self, step: int) -> float:
+        settings = self.settings
+        return schedules.stepped_learning_rate(
+            step, settings.steps, settings.warmup, settings.peak, self.warmup_start, self.drops, self.drop_factor
+        )
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        losses: dict[str, Tensor] = self.model(batch["image"], batch["target"])
+        loss = torch.stack(list(losses.values())).sum()
         self.step_losses.append(loss.detach())
         return loss

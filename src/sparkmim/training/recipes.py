@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
+from sparkmim.data.detection import Crop
 from sparkmim.models.decoder import NormKind
+from sparkmim.models.detector import BoxHead
+from sparkmim.models.pyramid import PyramidNorm
 
 
 @dataclass(frozen=True)
@@ -222,3 +225,128 @@ def finetune_recipe_named(name: str) -> FinetuneRecipe:
     if name not in FINETUNE_RECIPES:
         raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(FINETUNE_RECIPES)}")
     return FINETUNE_RECIPES[name]
+
+
+@dataclass(frozen=True)
+class DetectRecipe:
+    """What a recipe decides; every field is an argument of `sparkmim.detect` too. The optimiser is AdamW.
+
+    Attributes:
+        epochs: passes over the data; None where `iterations` are given instead.
+        iterations: optimiser steps of the run; None where `epochs` are given instead.
+        batch_size: images per optimiser step, over all processes.
+        learning_rate: peak rate for 16 images per step; scales in proportion to the batch size.
+        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above.
+        weight_decay: constant; none on vectors.
+        warmup_iterations: optimiser steps of linear warm-up.
+        warmup_start: rate at the first step, as a share of the peak.
+        drops: when the rate is multiplied by `drop_factor`, as shares of the run.
+        drop_factor: see there.
+        drop_path: stochastic depth rate; None for the network's own.
+        short_sides: lengths of the shorter side in training, one drawn for each image.
+        long_side: of the longer side at most; the shorter one gives way.
+        eval_short_side: length of the shorter side in evaluation.
+        crop: `detr` cuts a random part out of every other image first (see `detection_transform`); or `none`.
+        box_head: four convolutions and a linear layer, or two linear layers.
+        norm: in the pyramid and between the convolutions of the heads.
+        clip_grad: largest global gradient norm; None for any.
+    """
+
+    epochs: float | None
+    iterations: int | None
+    batch_size: int
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    warmup_iterations: int
+    warmup_start: float
+    drops: tuple[float, ...]
+    drop_factor: float
+    drop_path: float | None
+    short_sides: tuple[int, ...]
+    long_side: int
+    eval_short_side: int
+    crop: Crop
+    box_head: BoxHead
+    norm: PyramidNorm
+    clip_grad: float | None
+
+
+_RESNET50_1X = DetectRecipe(
+    epochs=None,
+    iterations=90_000,
+    batch_size=16,
+    learning_rate=2.5e-4,
+    layer_decay=0.6,
+    weight_decay=1e-4,
+    warmup_iterations=1000,
+    warmup_start=0.01,
+    drops=(60 / 90, 80 / 90),
+    drop_factor=0.25,
+    drop_path=None,
+    short_sides=tuple(range(480, 897, 32)),
+    long_side=1333,
+    eval_short_side=800,
+    crop="none",
+    box_head="4conv1fc",
+    norm="batch",
+    clip_grad=None,
+)
+"""`downstream_d2/configs/coco_R_50_FPN_CONV_1x_moco_adam.yaml` of the original; the rest is Detectron2's default."""
+
+_CONVNEXT_BASE_3X = replace(
+    _RESNET50_1X,
+    epochs=36,
+    iterations=None,
+    learning_rate=2e-4,
+    layer_decay=0.65,
+    weight_decay=0.05,
+    warmup_iterations=500,
+    warmup_start=0.001,
+    drops=(27 / 36, 33 / 36),
+    drop_factor=0.2,
+    drop_path=0.5,
+    short_sides=tuple(range(480, 801, 32)),
+    crop="detr",
+    box_head="2fc",
+    norm="none",
+)
+"""`downstream_mmdet/configs/convnext_spark` of the original, on ConvNeXt's `mask_rcnn_convnext_fpn.py`; batch and
+warm-up are what these inherit from MMDetection (2 images on each of 8 GPUs; `schedule_1x.py`)."""
+
+DETECT_DEFAULT = replace(
+    _CONVNEXT_BASE_3X,
+    epochs=24,
+    batch_size=4,
+    learning_rate=4e-4,
+    layer_decay=0.8,
+    warmup_iterations=100,
+    warmup_start=0.01,
+    drop_factor=0.1,
+    drop_path=None,
+    short_sides=tuple(range(480, 641, 32)),
+    long_side=1066,
+    eval_short_side=640,
+    crop="none",
+    clip_grad=5.0,
+)
+"""For some hundred to some thousand images on one GPU: batches of 4 at four fifths of COCO's usual size. Layer decay as
+in fine-tuning; no BatchNorm in the new parts, whose statistics four images would have to give."""
+
+DETECT_RECIPES = {
+    "default": DETECT_DEFAULT,
+    "resnet50_1x": _RESNET50_1X,
+    "convnext_base_3x": _CONVNEXT_BASE_3X,
+}
+"""`default`, and the paper's for COCO (appendix; `downstream_d2` and `downstream_mmdet` of the original)."""
+
+
+def detect_recipe_named(name: str) -> DetectRecipe:
+    """Looks a recipe up.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in DETECT_RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(DETECT_RECIPES)}")
+    return DETECT_RECIPES[name]

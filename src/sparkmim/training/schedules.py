@@ -1,8 +1,9 @@
-"""Per-step schedules of the paper."""
+"""Per-step schedules of the paper: pretraining and fine-tuning share theirs, detection has its own."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 WARMUP_START = 0.005
 """Learning rate at the first step, as a share of the peak."""
@@ -24,6 +25,28 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
         return peak * (WARMUP_START + (1 - WARMUP_START) * step / warmup)
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     return peak * (END + (1 - END) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def stepped_learning_rate(
+    step: int, steps: int, warmup: int, peak: float, start: float, drops: Sequence[float], factor: float
+) -> float:
+    """Linear warm-up, then a constant that is multiplied at given points of the run, as usual in detection.
+
+    Args:
+        step: optimiser step, `0 … steps - 1`.
+        steps: of the whole run.
+        warmup: steps of warm-up.
+        peak: highest learning rate.
+        start: learning rate at the first step, as a share of the peak.
+        drops: when the rate is multiplied, as shares of the run.
+        factor: what the rate is multiplied by each time.
+
+    Example:
+        >>> [round(stepped_learning_rate(step, 10, 2, 1.0, 0.5, (0.6, 0.9), 0.1), 4) for step in range(10)]
+        [0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 0.1, 0.1, 0.1, 0.01]
+    """
+    rate = peak * factor ** sum(step >= round(drop * steps) for drop in drops)
+    return rate * (start + (1 - start) * min(1.0, step / warmup)) if warmup else rate
 
 
 def weight_decay(step: int, steps: int, start: float, end: float) -> float:

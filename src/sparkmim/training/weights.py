@@ -20,8 +20,9 @@ from sparkmim.models.classifier import encoder_of
 ENCODER_FILE = "encoder.safetensors"
 MODEL_FILE = "spark.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
+DETECTOR_FILE = "detector.safetensors"
 
-Kind = Literal["pretrained", "encoder", "classifier"]
+Kind = Literal["pretrained", "encoder", "classifier", "detector"]
 
 
 # Writing
@@ -69,10 +70,10 @@ class Weights:
 
     Attributes:
         path: the file.
-        kind: `pretrained`, encoder and decoder; `encoder`, that alone; or `classifier`.
-        tensors: by name: of `SparK`, of the encoder, or of the classifier.
-        metadata: what the file says of the model: `model`, `image_size`, `channels`, `mean`, `std`; of a classifier
-            also `classes`, of a pretrained one what `SparK` needs. Foreign files say less.
+        kind: `pretrained`, encoder and decoder; `encoder`, that alone; `classifier`; or `detector`.
+        tensors: by name: of `SparK`, of the encoder, of the classifier, or of the detector.
+        metadata: what the file says of the model: `model`, `image_size`, `channels`, `mean`, `std`; of a classifier or
+            detector also `classes`, of a pretrained one what `SparK` needs. Foreign files say less.
     """
 
     path: Path
@@ -83,10 +84,12 @@ class Weights:
     @property
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The encoder's tensors under its own names; with a classifier's head, where the encoder has that itself."""
-        inside = {name: tensor for name, tensor in self.tensors.items() if name.startswith("encoder.")}
-        if self.kind == "pretrained" or (self.kind == "classifier" and self.metadata.get("pooled")):
-            return {name.removeprefix("encoder."): tensor for name, tensor in inside.items()}
-        return self.tensors
+        prefix = ""
+        if self.kind == "detector":
+            prefix = "backbone.encoder."
+        elif self.kind == "pretrained" or (self.kind == "classifier" and self.metadata.get("pooled")):
+            prefix = "encoder."
+        return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
     @property
     def model(self) -> str:
@@ -135,6 +138,26 @@ class Weights:
         )
         _load(classifier, self.tensors, self.path)
         return classifier.eval()
+
+    def detector(self, model: str | nn.Module | None = None) -> nn.Module:
+        """The detector with these weights, in evaluation mode; arguments as for `encoder`.
+
+        Raises:
+            ValueError: if these are no weights of a detector, they do not fit, or no name is known.
+        """
+        from sparkmim.models.detector import create_detector
+
+        if self.kind != "detector":
+            raise ValueError(f"{self.path} holds no detector; `sparkmim detect` makes one from it")
+        known = self.metadata
+        encoder = model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
+        detector = create_detector(
+            encoder, len(known["classes"]), known["masks"], mean=known["mean"], std=known["std"],
+            box_head=known["box_head"], norm=known["norm"], short_side=known["eval_short_side"],
+            long_side=known["long_side"], feature_modules=known["feature_modules"],
+        )  # fmt: skip
+        _load(detector, self.tensors, self.path)
+        return detector.eval()
 
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
         """The whole model, in evaluation mode; as new where the file holds an encoder alone.
@@ -220,7 +243,8 @@ _HEADS = {"fc", "head", "classifier", "norm", "last_linear", "heads"}
 def open_weights(path: str | Path) -> Weights:
     """Opens a run folder, one of our weight files, or an original SparK file; code in a file is never run.
 
-    Of a run folder, the classifier with the best validation accuracy, averaged or not; or what pretraining gave.
+    Of a run folder, the classifier with the best validation accuracy, averaged or not; the best detector; or what
+    pretraining gave.
 
     Raises:
         ValueError: if there is nothing to read there.
@@ -237,13 +261,19 @@ def open_weights(path: str | Path) -> Weights:
     kind: Kind = "encoder"
     if any(name.startswith("decoder.") for name in tensors) and any(name.startswith("encoder.") for name in tensors):
         kind = "pretrained"
+    elif metadata.get("task") == "detection":
+        kind = "detector"
     elif "classes" in metadata:
         kind = "classifier"
     return Weights(path, kind, tensors, metadata)
 
 
 def _file_of_run(folder: Path) -> Path:
-    files = [folder / "weights" / CLASSIFIER_FILE.replace(".", f"{end}.") for end in ("_best", "_ema_best", "", "_ema")]
+    files = [
+        folder / "weights" / name.replace(".", f"{end}.")
+        for name in (CLASSIFIER_FILE, DETECTOR_FILE)
+        for end in ("_best", "_ema_best", "", "_ema")
+    ]
     found = [file for file in files if file.is_file()]
     best = [file for file in found if file.stem.endswith("_best")]
     if best:

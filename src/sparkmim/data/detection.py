@@ -1,0 +1,119 @@
+"""What becomes of an image with boxes and masks before a detector sees it.
+
+Both transforms take `(image, target)` as `CocoImages` gives them, and return a plain float32 tensor `[3, h, w]` from
+0 to 1 and a target of plain tensors. Images have their final size, and are not normalised: torchvision's detectors do
+that, and must not resize them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torchvision import tv_tensors
+from torchvision.transforms import v2
+
+from sparkmim.data.coco import Sample
+
+DetectionTransform = Callable[[Any], Sample]
+"""From an image and its target to both, in a tuple."""
+
+Crop = Literal["none", "detr"]
+
+
+def detection_transform(
+    shortest: Sequence[int], longest: int = 1333, flip: float = 0.5, crop: Crop = "none"
+) -> DetectionTransform:
+    """Random size, mirroring and, if wanted, random crops, as detectors are usually trained.
+
+    Images are mirrored, then resized until their shorter side has one of the sizes, or their longer side the longest
+    one. The crop of DETR (Carion et al., ECCV 2020) comes before that, for every other image: it is resized to a
+    shorter side of 400, 500 or 600, and a part of 384 to 600 pixels per axis cut out of it.
+
+    Boxes are clipped to what is left of the image. Those of less than a pixel on a side are left out, and so are
+    those whose mask is cut away.
+
+    Args:
+        shortest: sizes in pixels to draw the shorter side from: `range(480, 897)`, or a list of some.
+        longest: upper limit of the longer side.
+        flip: how often images are mirrored.
+        crop: `none` or `detr`.
+
+    Raises:
+        ValueError: if an argument is out of range.
+    """
+    _check_sizes(shortest, longest)
+    if not 0 <= flip <= 1:
+        raise ValueError(f"flip is {flip}; it is a probability between 0 and 1")
+    if crop not in get_args(Crop):
+        raise ValueError(f"there is no crop {crop!r}; choose none or detr")
+    steps: list[nn.Module] = [v2.RandomHorizontalFlip(flip)]
+    if crop == "detr":
+        part = v2.Compose([v2.RandomShortestSize([400, 500, 600]), _RandomPart(384, 600)])
+        steps.append(v2.RandomApply([part], 0.5))
+    steps.append(v2.RandomShortestSize(list(shortest), longest))
+    transform: DetectionTransform = v2.Compose([*steps, _Visible(), *_to_float()])
+    return transform
+
+
+def detection_resize(shortest: int, longest: int) -> Callable[[Tensor], Tensor]:
+    """For evaluation, from uint8 `[3, H, W]` to float32 in 0…1: resized as in training, with nothing random.
+
+    The shorter side becomes `shortest`, or the longer one `longest` where that is less.
+
+    Raises:
+        ValueError: if a size is out of range.
+    """
+    _check_sizes([shortest], longest)
+    resize: Callable[[Tensor], Tensor] = v2.Compose(
+        [v2.RandomShortestSize([shortest], longest), v2.ToDtype(torch.float32, scale=True)]
+    )
+    return resize
+
+
+class _RandomPart(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
+    """A part of the image at a random place, of so many pixels per axis, or of all there are."""
+
+    def __init__(self, fewest: int, most: int) -> None:
+        super().__init__()
+        self.fewest, self.most = fewest, most
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        height, width = v2.query_size(flat_inputs)
+        sizes = [self._draw(min(self.fewest, side), min(self.most, side)) for side in (height, width)]
+        top, left = self._draw(0, height - sizes[0]), self._draw(0, width - sizes[1])
+        return {"top": top, "left": left, "height": sizes[0], "width": sizes[1]}
+
+    def transform(self, inpt: Any, params: dict[str, Any]) -> Any:
+        return self._call_kernel(v2.functional.crop, inpt, **params)
+
+    @staticmethod
+    def _draw(low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, ()))
+
+
+class _Visible(nn.Module):
+    """Clips boxes to the image, and leaves out what is no longer on it."""
+
+    def forward(self, sample: Sample) -> Sample:
+        image, target = sample
+        boxes = v2.functional.clamp_bounding_boxes(target["boxes"])
+        _, seen = v2.functional.sanitize_bounding_boxes(boxes)  # bool [n]
+        kept = {"boxes": boxes, "labels": target["labels"]}
+        if "masks" in target:
+            kept["masks"] = target["masks"]
+            seen = seen & target["masks"].flatten(1).any(1).bool()
+        return image, {**target, **{name: values[seen] for name, values in kept.items()}}
+
+
+def _to_float() -> list[nn.Module]:
+    return [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
+
+
+def _check_sizes(shortest: Sequence[int], longest: int) -> None:
+    if not shortest or min(shortest) < 1:
+        raise ValueError(f"shortest is {list(shortest)}; it takes sizes in pixels, at least one, above 0")
+    if longest < max(shortest):
+        raise ValueError(f"longest is {longest}, but the shorter side may have {max(shortest)} pixels already")

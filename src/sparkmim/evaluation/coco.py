@@ -1,0 +1,206 @@
+"""How good detections are: the figures of COCO, by pycocotools."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparkmim.data.coco import category_names, coco_tools, mask_of, quiet_tools, read_coco
+
+Kind = Literal["bbox", "segm"]
+
+FIGURES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+"""In COCO's order: average precision over thresholds of 0.5 to 0.95, at 0.5, at 0.75, of small, medium and large
+objects; average recall with 1, 10 and 100 detections per image, and by size."""
+
+
+@dataclass(frozen=True)
+class CocoScores:
+    """How good detections are, from 0 to 1; NaN where there is nothing to find, which pycocotools writes as -1.
+
+    Attributes:
+        figures: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …: twelve for each kind.
+        per_class: average precision by kind and by the name of the class.
+    """
+
+    figures: dict[str, float]
+    per_class: dict[str, dict[str, float]]
+
+    def as_json(self) -> dict[str, Any]:
+        """For `metrics.json`: figures that are not known are null, classes without objects are not there."""
+        known = {
+            kind: {name: value for name, value in classes.items() if not math.isnan(value)}
+            for kind, classes in self.per_class.items()
+        }
+        figures = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
+        return {**figures, "per_class": known}
+
+
+def evaluate_coco(
+    ground_truth: str | Path | Mapping[str, Any],
+    detections: Sequence[Mapping[str, Any]],
+    kinds: Sequence[Kind] = ("bbox", "segm"),
+) -> CocoScores:
+    """Scores detections on all images of an annotation file, as pycocotools does.
+
+    The ground truth is taken as it is, crowds and degenerate boxes included. Where pycocotools would fail, it is
+    completed: an annotation without a mask counts, for `segm`, as a crowd as large as its box, on which detections are
+    neither right nor wrong; areas and flags that are missing are filled in. For `segm`, an object is as large as its
+    mask, as in Detectron2 and MMDetection.
+
+    Args:
+        ground_truth: an annotation file, or its content.
+        detections: in COCO's result format, as `coco_results` makes them: `image_id`, `category_id`, `score`, and
+            `bbox` (left, top, width, height) or `segmentation` (run-length encoding), by the kinds. They are not
+            changed.
+        kinds: `bbox`, `segm` or both.
+
+    Raises:
+        ValueError: if a detection is of an unknown image or lacks what a kind needs; or if the file is not in COCO's
+            format.
+        MissingPackage: if pycocotools is not installed.
+    """
+    coco, cocoeval = coco_tools("coco"), coco_tools("cocoeval")
+    content = ground_truth if isinstance(ground_truth, Mapping) else read_coco(ground_truth)
+    names = category_names(content["categories"])
+    known = {image["id"] for image in content["images"]}
+    unknown = {detection["image_id"] for detection in detections} - known
+    if unknown:
+        images = (
+            "1 image of the detections is" if len(unknown) == 1 else f"{len(unknown):,} images of the detections are"
+        )
+        raise ValueError(f"{images} not in the ground truth: id {min(unknown)}" + (", …" if len(unknown) > 1 else ""))
+    figures: dict[str, float] = {}
+    per_class: dict[str, dict[str, float]] = {}
+    for kind in kinds:
+        truth = _index(coco, content, _truth(content, kind))
+        found = _index(coco, content, _found(detections, kind))
+        with quiet_tools():
+            scorer = cocoeval.COCOeval(truth, found, kind)
+            scorer.evaluate()
+            scorer.accumulate()
+            scorer.summarize()
+        for name, value in zip(FIGURES, scorer.stats.tolist(), strict=True):
+            figures[f"{kind}/{name}"] = _known(value)
+        precision = scorer.eval["precision"][..., 0, -1]  # [thresholds, recalls, classes]: all sizes, 100 detections
+        per_class[kind] = {
+            names[number]: _mean(precision[..., place]) for place, number in enumerate(scorer.params.catIds)
+        }
+    return CocoScores(figures, per_class)
+
+
+def coco_results(
+    output: Mapping[str, Tensor], image_id: int, size: tuple[int, int], seen: tuple[int, int],
+    category_ids: Sequence[int],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """What a detector of torchvision found on an image, in COCO's result format.
+
+    Args:
+        output: of the detector: `boxes` `[n, 4]`, left, top, right, bottom, in pixels of the image that it saw;
+            `labels` `[n]` from 1; `scores` `[n]`; and maybe `masks` `[n, 1, h, w]`, probabilities.
+        image_id: of the image, in the annotation file.
+        size: height and width of the image in the file, to which boxes and masks are scaled.
+        seen: height and width of the image that the detector saw.
+        category_ids: the id of each label, from 1 on.
+
+    Returns:
+        A dict for each detection that can be written as JSON: `image_id`, `category_id`, `bbox` (left, top, width,
+        height), `score`, and `segmentation` (compressed run-length encoding) of where the mask is above 0.5.
+    """
+    scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2, dtype=torch.float64)
+    boxes = output["boxes"].detach().double().cpu() * scale  # [n, 4]
+    boxes[:, 2:] -= boxes[:, :2]
+    results = [
+        {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
+        for label, box, score in zip(
+            output["labels"].tolist(), boxes.tolist(), output["scores"].double().tolist(), strict=True
+        )
+    ]
+    if "masks" in output:
+        for result, mask in zip(results, output["masks"], strict=True):  # one at a time: photos may be large
+            result["segmentation"] = _encode(_resize(mask.detach(), size) > 0.5)
+    return results
+
+
+def _resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    if mask.shape[-2:] == size:
+        return mask[0]
+    return F.interpolate(mask[None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+
+
+def _encode(mask: Tensor) -> dict[str, Any]:
+    """Run-length encoding of a bool mask `[h, w]`."""
+    encoded = coco_tools("mask").encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
+
+
+def _index(coco: Any, content: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
+    """pycocotools' index of ground truth or detections. Its own `loadRes` fails where nothing was detected."""
+    index = coco.COCO()
+    index.dataset = {"images": content["images"], "categories": content["categories"], "annotations": annotations}
+    with quiet_tools():
+        index.createIndex()
+    return index
+
+
+def _truth(content: Mapping[str, Any], kind: Kind) -> list[dict[str, Any]]:
+    sizes = {image["id"]: (image.get("height", 0), image.get("width", 0)) for image in content["images"]}
+    truth: list[dict[str, Any]] = []
+    for given in content["annotations"]:
+        if given.get("image_id") not in sizes:
+            continue
+        # pycocotools takes the id 0 for "unmatched", and annotations of the same id for one
+        annotation = {"iscrowd": 0, **given, "id": len(truth) + 1}
+        box = given.get("bbox") or [0, 0, 0, 0]
+        left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
+        height, width = sizes[given["image_id"]]
+        mask = mask_of(given, height, width) if kind == "segm" or "area" not in given else None
+        if "area" not in given:
+            annotation["area"] = box[2] * box[3] if mask is None else _area(mask, height, width)
+        if kind == "segm":
+            annotation["segmentation"] = mask or [[left, top, right, top, right, bottom, left, bottom]]
+            annotation["iscrowd"] = annotation["iscrowd"] if mask else 1
+        truth.append({**annotation, "bbox": box})
+    return truth
+
+
+def _area(mask: Any, height: int, width: int) -> float:
+    tools = coco_tools("mask")
+    if isinstance(mask, list):
+        mask = tools.merge(tools.frPyObjects(mask, height, width))
+    elif isinstance(mask["counts"], list):
+        mask = tools.frPyObjects(mask, height, width)
+    return float(tools.area(mask))
+
+
+def _found(detections: Sequence[Mapping[str, Any]], kind: Kind) -> list[dict[str, Any]]:
+    tools = coco_tools("mask")
+    needed = "bbox" if kind == "bbox" else "segmentation"
+    found = []
+    for number, detection in enumerate(detections, 1):
+        if needed not in detection:
+            raise ValueError(f"detection {number} has no {needed}, without which {kind} cannot be scored")
+        if kind == "bbox":
+            _, _, width, height = detection["bbox"]
+            area = width * height
+        else:
+            area = float(tools.area(detection["segmentation"]))
+        found.append({**detection, "id": number, "iscrowd": 0, "area": area})
+    return found
+
+
+def _known(value: float) -> float:
+    return math.nan if value == -1 else value
+
+
+def _mean(precision: Any) -> float:
+    known = precision[precision > -1]
+    return float(known.mean()) if known.size else math.nan

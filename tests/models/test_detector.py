@@ -1,0 +1,171 @@
+"""torchvision's detectors on any encoder: losses, gradients, what they find, and that the encoder stays itself."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_networks import PlainCNN
+from torch import Tensor, nn
+from torchvision.ops.poolers import LevelMapper
+
+from sparkmim.models import Hierarchy, create_encoder
+from sparkmim.models.detector import create_detector
+from sparkmim.models.pyramid import RegionBatchNorm
+from sparkmim.training.layer_decay import detector_layer_decay_exponents
+
+SMALL_CNN = f"{Path(__file__).parents[2] / 'examples' / 'small_cnn.py'}:small_cnn"
+FEW: dict[str, Any] = {
+    "rpn_pre_nms_top_n_train": 100, "rpn_pre_nms_top_n_test": 100, "rpn_post_nms_top_n_train": 50,
+    "rpn_post_nms_top_n_test": 20, "box_batch_size_per_image": 32, "box_score_thresh": 0.0,
+    "box_detections_per_img": 5, "short_side": 96, "long_side": 128,
+}  # fmt: skip
+
+
+def batch(channels: int = 3) -> tuple[list[Tensor], list[dict[str, Tensor]]]:
+    """Two images of different size, the first with two objects, the second with none."""
+    generator = torch.Generator().manual_seed(0)
+    images = [torch.rand(channels, *size, generator=generator) for size in ((96, 80), (70, 110))]
+    boxes = torch.tensor([[10.0, 10, 50, 60], [40, 20, 75, 90]])
+    masks = torch.zeros(2, 96, 80, dtype=torch.uint8)
+    masks[0, 10:60, 10:50] = 1
+    masks[1, 20:90, 40:75] = 1
+    full = {"boxes": boxes, "labels": torch.tensor([1, 3]), "masks": masks}
+    empty = {
+        "boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
+        "masks": torch.zeros(0, 70, 110, dtype=torch.uint8),
+    }  # fmt: skip
+    return images, [full, empty]
+
+
+@pytest.mark.parametrize(
+    ("name", "masks", "norm", "box_head", "strides"),
+    [
+        ("resnet18", True, "batch", "4conv1fc", (4, 8, 16, 32, 64)),
+        ("convnext_atto", True, "none", "2fc", (4, 8, 16, 32, 64)),
+        ("efficientnet_b0", False, "none", "2fc", (4, 8, 16, 32, 64)),
+        (SMALL_CNN, True, "batch", "2fc", (4, 8, 16)),
+    ],
+)
+def test_it_trains_and_finds(name: str, masks: bool, norm: Any, box_head: Any, strides: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model: Any = create_detector(create_encoder(name), 3, masks, norm=norm, box_head=box_head, **FEW)
+    assert model.backbone.strides == strides
+    assert model.rpn.anchor_generator.sizes == tuple((8 * stride,) for stride in strides)
+    images, targets = batch()
+
+    losses = model.train()(images, targets)
+    expected = {"loss_objectness", "loss_rpn_box_reg", "loss_classifier", "loss_box_reg"}
+    assert set(losses) == expected | ({"loss_mask"} if masks else set())
+    sum(losses.values()).backward()
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    without = [name for name, parameter in trained.items() if parameter.grad is None]
+    assert not without
+    frozen = {name for name, _ in model.named_parameters()} - set(trained)
+    assert frozen == {f"backbone.encoder.{name}" for name in model.backbone.hierarchy.unreached}
+    assert set(detector_layer_decay_exponents(model)) == {name for name, _ in model.named_parameters()}
+
+    with torch.no_grad():
+        found = model.eval()(images)
+    for image, objects in zip(images, found, strict=True):
+        count = len(objects["boxes"])
+        assert 0 < count <= 5
+        assert objects["boxes"].shape == (count, 4)
+        assert objects["scores"].shape == objects["labels"].shape == (count,)
+        assert set(objects["labels"].tolist()) <= {1, 2, 3}
+        assert ("masks" in objects) == masks
+        if masks:
+            assert objects["masks"].shape == (count, 1, *image.shape[1:])
+
+
+def test_the_encoder_is_the_same_module_once() -> None:
+    """Its names, its values, its feature maps; a copy has an encoder of its own."""
+    encoder = create_encoder("resnet18").eval()
+    names = list(encoder.state_dict())
+    model: Any = create_detector(encoder, 2, **FEW).eval()
+    assert model.backbone.encoder is encoder
+    held = [name for name in model.state_dict() if name.startswith("backbone.encoder.")]
+    assert held == [f"backbone.encoder.{name}" for name in names]
+    images = torch.rand(2, 3, 64, 128)
+    maps: list[Tensor] = []
+    model.backbone.pyramid.register_forward_pre_hook(lambda _, inputs: maps.extend(inputs[0].values()))
+    with torch.no_grad():
+        model.backbone(images)
+        torch.testing.assert_close(maps, Hierarchy(encoder)(images), rtol=0, atol=0)
+    other = copy.deepcopy(model)
+    assert other.backbone.hierarchy.encoder is other.backbone.encoder is not encoder
+
+
+def test_batchnorm_can_be_synchronised() -> None:
+    model = create_detector(create_encoder("resnet18"), 2, norm="batch", box_head="4conv1fc", **FEW)
+    before = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == before
+    assert converted.backbone.hierarchy.encoder is converted.backbone.encoder
+    assert before == 20 + 8 + 8  # the encoder; four laterals and outputs; four convolutions in each head
+
+
+def test_no_object_leaves_statistics_as_they_are() -> None:
+    norm = RegionBatchNorm(2)
+    norm(torch.rand(3, 2, 4, 4))
+    before = copy.deepcopy(norm.state_dict())
+    out = norm(torch.zeros(0, 2, 4, 4))
+    assert out.shape == (0, 2, 4, 4)
+    assert all(torch.equal(before[name], tensor) for name, tensor in norm.state_dict().items())
+    out.sum().backward()
+    assert norm.weight.grad is not None
+
+
+def test_a_batch_without_objects_has_finite_losses() -> None:
+    model = create_detector(create_encoder("resnet18"), 2, norm="batch", **FEW)
+    images, targets = batch()
+    losses = model(images[1:], targets[1:])
+    assert all(loss.isfinite() for loss in losses.values())
+    assert losses["loss_mask"] == 0
+
+
+def test_boxes_go_to_the_levels_of_torchvision() -> None:
+    model: Any = create_detector(create_encoder("resnet18"), 2, **FEW)
+    corner = 300 * torch.rand(2000, 2)
+    boxes = torch.cat([corner, corner + 1000 * torch.rand(2000, 2)], 1)
+    expected = LevelMapper(2, 5, canonical_scale=224, canonical_level=4)([boxes])
+    for pool in (model.roi_heads.box_roi_pool, model.roi_heads.mask_roi_pool):
+        assert torch.equal(pool.map_levels([boxes]), expected)
+        assert pool.scales == [1 / 4, 1 / 8, 1 / 16, 1 / 32]
+
+
+def test_images_are_resized_in_evaluation_only() -> None:
+    model: Any = create_detector(create_encoder("resnet18"), 2, **FEW)
+    images, targets = batch()
+    seen = [model.train(training).transform(images, targets)[0] for training in (True, False)]
+    assert [image.image_sizes for image in seen] == [[(96, 80), (70, 110)], [(115, 96), (81, 128)]]
+    assert [image.tensors.shape[-2:] for image in seen] == [(128, 128), (128, 128)]  # multiples of 64
+
+
+def test_channels_and_their_statistics() -> None:
+    """Grey images, and a classifier that no map depends on."""
+    encoder = PlainCNN(1)
+    model: Any = create_detector(encoder, 3, masks=False, channels=1, mean=[0.4], std=[0.2], **FEW)
+    assert not encoder.head.weight.requires_grad
+    images, targets = batch(channels=1)
+    prepared = model.transform([torch.full((1, 64, 64), 0.6)])[0].tensors
+    torch.testing.assert_close(prepared, torch.ones(1, 1, 64, 64))
+    assert sum(model(images, targets).values()).isfinite()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": 0}, "0 classes"),
+        ({"channels": 4}, "4 channels need their mean"),
+        ({"mean": [0.5]}, "mean has 1 numbers for images of 3 channels"),
+        ({"box_head": "3fc"}, "no box head '3fc'; choose 4conv1fc or 2fc"),
+        ({"norm": "group"}, "no norm 'group'"),
+    ],
+)
+def test_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create_detector(create_encoder("resnet18"), **{"classes": 2, **changes})

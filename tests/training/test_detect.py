@@ -1,0 +1,170 @@
+"""Training, scoring and using detectors through the command line and from Python."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import pytest
+import torch
+from coco_files import annotation, write_coco
+from PIL import Image
+
+import sparkmim
+from sparkmim.cli import main
+from sparkmim.training.weights import open_weights
+
+SMALL = ["--short-sides", "[48]", "--eval-short-side", "48", "--long-side", "64", "--workers", "0",
+         "--warmup-iterations", "2", "--precision", "32-true"]  # fmt: skip
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Two parts of three images each, with three classes, of which one image shows nothing."""
+    root = tmp_path / "coco"
+    for part in ("train2017", "val2017"):
+        write_coco(
+            root, [annotation(10, 3, (5, 5, 30, 30)), annotation(10, 7, (30, 10, 25, 30)),
+                   annotation(11, 12, (10, 8, 40, 36))], part=part
+        )  # fmt: skip
+    return root
+
+
+def settings(data: Path, network: str, out: Path) -> dict[str, Any]:
+    return {
+        "data": data, "model": network, "out": out, "epochs": 3, "batch_size": 1, "short_sides": [48],
+        "eval_short_side": 48, "long_side": 64, "workers": 0, "warmup_iterations": 2, "precision": "32-true",
+        "eval_every": 3,
+    }  # fmt: skip
+
+
+class Stop(pl.Callback):
+    """Asks for an end after a step, as Ctrl-C does."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        if trainer.global_step == self.step:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_resumes_exactly(data: Path, network: str, tmp_path: Path) -> None:
+    whole = sparkmim.detect(**settings(data, network, tmp_path / "whole"))
+    assert whole.finished
+    assert whole.steps == 9
+    assert set(whole.figures) >= {"bbox/AP", "segm/AP", "bbox/AR100"}
+    part = sparkmim.detect(**settings(data, network, tmp_path / "part"), callbacks=[Stop(4)])
+    assert not part.finished
+    assert part.step in (4, 5)
+    rest = sparkmim.detect(out=tmp_path / "part", resume=True)
+    assert rest.finished
+    expected, found = whole.model.state_dict(), rest.model.state_dict()
+    assert all(torch.equal(expected[name], found[name]) for name in expected)
+    assert rest.figures == pytest.approx(whole.figures, nan_ok=True)
+
+
+def test_commands(
+    data: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Train from pretrained weights, score, and predict; an EXIF-free picture and a broken one among the images."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(1)
+    pretrained = sparkmim.SparK(network, image_size=16, decoder_width=16)
+    from sparkmim.training import weights
+
+    known = {"model": network, "image_size": [16, 16], "decoder_width": 16, "channels": 3, "mean": [0.4] * 3,
+             "std": [0.3] * 3}  # fmt: skip
+    weights.save(pretrained, tmp_path / "pre" / "weights", known)
+    main(["detect", "--data", str(data), "--weights", "pre", "--out", "det", "--iterations", "2", "--batch-size", "2",
+          *SMALL])  # fmt: skip
+    said = capsys.readouterr().err
+    assert "Mask R-CNN on" in said
+    assert "from pre" in said
+    assert "report:" in said
+    trained = json.loads((tmp_path / "det" / "metrics.json").read_text())
+    opened = open_weights(tmp_path / "det")
+    assert opened.kind == "detector"
+    assert opened.metadata["mean"] == [0.4] * 3
+    assert opened.metadata["classes"] == ["cat", "dog", "owl"]
+    opened.encoder()  # a detector's encoder is a start for others
+
+    main(["detect", "--data", str(data), "--weights", "det/weights/detector.safetensors", "--eval-only",
+          "--out", "scored", "--workers", "0"])  # fmt: skip
+    scored = json.loads((tmp_path / "scored" / "metrics.json").read_text())
+    assert scored["bbox/AP"] == pytest.approx(trained["bbox/AP"], abs=1e-9)
+    assert scored["segm/AP"] == pytest.approx(trained["segm/AP"], abs=1e-9)
+
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), np.uint8)).save(photos / "noise.png")
+    (photos / "broken.jpg").write_bytes(b"nothing")
+    main(["detect", "--predict", "photos", str(data / "val2017" / "10.png"), "--weights", "det", "--out", "seen"])
+    found = json.loads((tmp_path / "seen" / "detections.json").read_text())
+    assert [Path(image["file_name"]).name for image in found["images"]] == ["noise.png", "10.png"]
+    assert {category["id"] for category in found["categories"]} == {3, 7, 12}
+    for detection in found["annotations"]:
+        left, top, width, height = detection["bbox"]
+        image = found["images"][detection["image_id"] != found["images"][0]["id"]]
+        assert -0.01 <= left <= left + width <= image["width"] + 0.01
+        assert -0.01 <= top <= top + height <= image["height"] + 0.01
+        assert detection["segmentation"]["size"] == [image["height"], image["width"]]
+    assert len(list((tmp_path / "seen").glob("*.jpg"))) == 2
+    assert "broken.jpg" in capsys.readouterr().err
+
+
+def test_boxes_alone(data: Path, network: str, tmp_path: Path) -> None:
+    result = sparkmim.detect(**settings(data, network, tmp_path / "run") | {"epochs": 1, "masks": False, "ema": 0.5})
+    assert "segm/AP" not in result.figures
+    files = {path.stem for path in (tmp_path / "run" / "weights").iterdir()}
+    assert {"detector", "detector_ema"} <= files
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": None}, "no model given; --model names the network"),
+        ({"data": None}, "there are no images to train on; name them as --annotations and --images"),
+        ({"annotations": "a.json"}, "annotations and images go together"),
+        ({"recipe": "best"}, "there is no recipe 'best'"),
+        ({"layer_decay": 2.0}, "layer_decay is 2.0"),
+        ({"epochs": 0}, "epochs is 0"),
+        ({"eval_only": True}, "no weights given; --weights names the run folder or the weight file of a detector"),
+        ({"weights": "nowhere"}, "nowhere does not exist"),
+        ({"short_sides": []}, "short"),
+    ],
+)
+def test_mistakes(data: Path, network: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sparkmim.detect(**{**settings(data, network, tmp_path / "run"), **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_broken_data_are_told_all_at_once(data: Path, network: str, tmp_path: Path) -> None:
+    (data / "train2017" / "10.png").unlink()
+    file = data / "annotations" / "instances_train2017.json"
+    content = json.loads(file.read_text())
+    content["annotations"].append(annotation(11, 99, (0, 0, 5, 5), id=50))
+    content["annotations"].append(annotation(11, 3, (3, 3, 0, 5), id=51))
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="cannot be used as it is") as failure:
+        sparkmim.detect(**settings(data, network, tmp_path / "run"))
+    text = str(failure.value)
+    assert "10.png" in text
+    assert "99" in text
+    assert "worth knowing" in text
+
+
+def test_weights_of_something_else(data: Path, network: str, tmp_path: Path) -> None:
+    from sparkmim.models import create_encoder
+    from sparkmim.training import weights
+
+    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, "channels": 3})
+    with pytest.raises(ValueError, match="holds no detector; `sparkmim detect` makes one"):
+        sparkmim.detect(weights=tmp_path / "encoder.safetensors", predict=str(data), out=tmp_path / "seen")
