@@ -470,6 +470,7 @@ def detect(
     flip: float = 0.5,
     box_head: Literal["4conv1fc", "2fc"] | None = None,
     norm: Literal["batch", "none"] | None = None,
+    regions: int | None = None,
     ema: float = 0.0,
     eval_every: float = 1.0,
     mean: list[float] | None = None,
@@ -527,6 +528,7 @@ def detect(
         flip: how often an image is mirrored left to right
         box_head: four convolutions and a linear layer, or two linear layers
         norm: in the pyramid and between the convolutions of the heads; batch is synchronised over GPUs
+        regions: of each image that the heads learn from; fewer are quicker on small images
         ema: decay of an average of the weights, which is scored and saved beside them; 0 for none
         eval_every: epochs between scorings
         mean: of each channel; None for that of the weights

@@ -207,7 +207,7 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
         if isinstance(settings[name], Path):
             settings[name] = str(settings[name])
     for name in ("batch_size", "learning_rate", "accumulate", "save_minutes", "log_every", "eval_every", "long_side",
-                 "eval_short_side"):  # fmt: skip
+                 "eval_short_side", "regions"):  # fmt: skip
         if settings[name] <= 0:
             raise ValueError(f"{name} is {settings[name]}; it must be above 0")
     for name in ("epochs", "iterations"):
@@ -260,7 +260,7 @@ def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -
     return create_detector(
         encoder, classes, settings["masks"], mean=settings["mean"], std=settings["std"], box_head=settings["box_head"],
         norm=settings["norm"], short_side=settings["eval_short_side"], long_side=settings["long_side"],
-        feature_modules=settings["feature_modules"],
+        feature_modules=settings["feature_modules"], box_batch_size_per_image=settings["regions"],
     )  # fmt: skip
 
 
@@ -490,14 +490,14 @@ def predict_detections(settings: dict[str, Any], console: Console) -> DetectResu
             console.print(f"left out: {error}", markup=False)
             continue
         size = (int(image.shape[1]), int(image.shape[2]))
-        image = transform(image)
-        (output,) = model([image.to(device)])
+        seen = transform(image)  # [3, h, w]
+        (output,) = model([seen.to(device)])
         records.append({"id": number, "file_name": str(path), "height": size[0], "width": size[1]})
         annotations += coco_results(
-            output, number, size, (int(image.shape[1]), int(image.shape[2])), known["category_ids"]
+            output, number, size, (int(seen.shape[1]), int(seen.shape[2])), known["category_ids"]
         )
+        picture = drawn(image / 255, _at_size(output, seen, size), known["classes"])  # [3, H, W]
         name = f"{number:05d}-{Path(str(path)).stem}.jpg"
-        picture = drawn(image, output, known["classes"])  # [3, H, W]
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / name, quality=92)
     if not records:
         raise ValueError(f"none of the {len(source.items)} images can be read")
@@ -509,6 +509,17 @@ def predict_detections(settings: dict[str, Any], console: Console) -> DetectResu
     sure = sum(annotation["score"] > SURE for annotation in annotations)
     console.print(f"{len(records):,} images, {sure:,} detections above {SURE:.0%}: {out}", markup=False)
     return DetectResult(out, 0, 0, {}, model)
+
+
+def _at_size(output: dict[str, Tensor], seen: Tensor, size: tuple[int, int]) -> dict[str, Tensor]:
+    """What was found on an image as it was seen, `[3, h, w]`, on that image at its own size; only what is drawn."""
+    sure = output["scores"] > SURE
+    scale = output["boxes"].new_tensor([size[1] / seen.shape[2], size[0] / seen.shape[1]] * 2)
+    found = {name: output[name][sure] for name in output}
+    found["boxes"] = found["boxes"] * scale
+    if "masks" in found and len(found["masks"]):
+        found["masks"] = nn.functional.interpolate(found["masks"], size, mode="bilinear", align_corners=False)
+    return found
 
 
 def drawn(image: Tensor, output: dict[str, Tensor], classes: Sequence[str]) -> Tensor:
@@ -526,8 +537,19 @@ def drawn(image: Tensor, output: dict[str, Tensor], classes: Sequence[str]) -> T
     colours = [palette[label % len(palette)] for label in labels.tolist()]
     if "masks" in output:
         canvas = draw_segmentation_masks(canvas, output["masks"].cpu()[sure, 0] > 0.5, alpha=0.5, colors=colours)
-    boxed: Tensor = draw_bounding_boxes(canvas, output["boxes"].cpu()[sure], names, colours, width=2)
+    width = max(2, min(canvas.shape[1:]) // 200)
+    boxed: Tensor = draw_bounding_boxes(
+        canvas, output["boxes"].cpu()[sure], names, colours, width=width, fill_labels=True, label_colors="white",
+        font=_font(), font_size=max(10, min(canvas.shape[1:]) // 32),
+    )  # fmt: skip
     return boxed
+
+
+def _font() -> str:
+    """The path of a font that can be drawn in any size; matplotlib brings one."""
+    from matplotlib.font_manager import findfont
+
+    return str(findfont("DejaVu Sans"))
 
 
 def table_of(scores: CocoScores) -> Table:

@@ -249,6 +249,7 @@ class DetectRecipe:
         crop: `detr` cuts a random part out of every other image first (see `detection_transform`); or `none`.
         box_head: four convolutions and a linear layer, or two linear layers.
         norm: in the pyramid and between the convolutions of the heads.
+        regions: of each image that the heads learn from.
         clip_grad: largest global gradient norm; None for any.
     """
 
@@ -269,6 +270,7 @@ class DetectRecipe:
     crop: Crop
     box_head: BoxHead
     norm: PyramidNorm
+    regions: int
     clip_grad: float | None
 
 
@@ -290,6 +292,7 @@ _RESNET50_1X = DetectRecipe(
     crop="none",
     box_head="4conv1fc",
     norm="batch",
+    regions=512,
     clip_grad=None,
 )
 """`downstream_d2/configs/coco_R_50_FPN_CONV_1x_moco_adam.yaml` of the original; the rest is Detectron2's default."""
