@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
+import signal
+import socket
+import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -161,8 +166,28 @@ def test_pictures(
 
 
 @pytest.mark.parametrize("source", ["demo", "original"])
+def test_playground_command(demo: Path, original: Path, source: str) -> None:
+    """The command serves its page; tests/browser looks at one."""
+    pytest.importorskip("gradio")
+    weights = ["demo/run"] if source == "demo" else [original, "--image-size", 64]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "sparkmim", "playground", "--port", port, "--weights", *weights]
+    with subprocess.Popen(
+        list(map(str, command)), cwd=demo, stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    ) as server:
+        assert server.stdout is not None
+        assert "is open at" in server.stdout.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+            assert b"sparkmim playground" in page.read()
+        server.send_signal(signal.SIGINT)
+        server.communicate(timeout=30)
+
+
+@pytest.mark.parametrize("source", ["demo", "original"])
 def test_playground(demo: Path, original: Path, source: str) -> None:
-    """What the page does; tests/browser has the page itself."""
+    """What the page does."""
     reconstructor = Reconstructor(demo / "demo" / "run") if source == "demo" else Reconstructor(original, image_size=64)
     playground = Playground([reconstructor])
     view = playground.view(playground.open(demo / "demo" / "digits" / "test" / "1300.png", 0.5))

@@ -40,7 +40,7 @@ from sparkmim.models.detector import create_detector
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, StepCallback
 from sparkmim.training.loader import leave_signals_to_the_parent
-from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, say_report, settle_machine
+from sparkmim.training.loop import Plan, begun, fit, is_main_process, plan_for, say_report, settle_machine
 from sparkmim.training.module import DetectModule, OptimizerSettings, ScheduledModule
 from sparkmim.training.recipes import DetectRecipe, detect_recipe_named
 from sparkmim.training.run import RunFolder
@@ -75,14 +75,8 @@ def run_detection(settings: dict[str, Any], defaults: dict[str, Any], callbacks:
         return predict_detections(settings, console)
     if settings["eval_only"]:
         return score_detector(settings, console)
-    folder = RunFolder(settings["out"])
-    main = is_main_process()
-    if settings["resume"]:
-        settings = resumed(settings, defaults, folder.read_config(), MAY_CHANGE)
-        if not folder.checkpoint.is_file():
-            raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
-    elif main:
-        folder.check_new()
+    folder, main = RunFolder(settings["out"]), is_main_process()
+    settings = begun(settings, defaults, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
     settings = in_force(settings, start)

@@ -30,7 +30,7 @@ from sparkmim.models import PooledClassifier, create_classifier
 from sparkmim.models.classifier import encoder_of
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor
-from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, say_report, settle_machine
+from sparkmim.training.loop import Plan, begun, fit, is_main_process, plan_for, say_report, settle_machine
 from sparkmim.training.module import ClassifyModule, OptimizerSettings
 from sparkmim.training.recipes import FinetuneRecipe, finetune_recipe_named
 from sparkmim.training.run import RunFolder
@@ -59,14 +59,8 @@ def run_finetuning(
     """
     console = Console(stderr=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    folder = RunFolder(settings["out"])
-    main = is_main_process()
-    if settings["resume"]:
-        settings = resumed(settings, defaults, folder.read_config(), MAY_CHANGE)
-        if not folder.checkpoint.is_file():
-            raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
-    elif main:
-        folder.check_new()
+    folder, main = RunFolder(settings["out"]), is_main_process()
+    settings = begun(settings, defaults, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
     settings = in_force(settings, start)

@@ -127,6 +127,23 @@ def devices_for(settings: dict[str, Any]) -> tuple[int, int | str]:
     return int(devices) * settings["num_nodes"], int(devices)
 
 
+def begun(
+    settings: dict[str, Any], defaults: dict[str, Any], folder: RunFolder, may_change: Set[str]
+) -> dict[str, Any]:
+    """The settings of a run that starts in a new folder, or goes on in its own.
+
+    Raises:
+        ValueError: if the folder holds something else, or what was given does not agree with what stands there.
+    """
+    if settings["resume"]:
+        settings = resumed(settings, defaults, folder.read_config(), may_change)
+        if not folder.checkpoint.is_file():
+            raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
+    elif is_main_process():
+        folder.check_new()
+    return settings
+
+
 def resumed(
     settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str, Any], may_change: Set[str]
 ) -> dict[str, Any]:

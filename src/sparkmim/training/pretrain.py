@@ -19,7 +19,7 @@ from sparkmim.models import SparK, create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
-from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, resumed, say_report, settle_machine
+from sparkmim.training.loop import Plan, begun, fit, is_main_process, plan_for, say_report, settle_machine
 from sparkmim.training.module import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
 from sparkmim.training.run import RunFolder
@@ -47,14 +47,8 @@ def run_pretraining(
     """
     console = Console(stderr=True)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    folder = RunFolder(settings["out"])
-    main = is_main_process()
-    if settings["resume"]:
-        settings = resumed(settings, defaults, folder.read_config(), MAY_CHANGE)
-        if not folder.checkpoint.is_file():
-            raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
-    elif main:
-        folder.check_new()
+    folder, main = RunFolder(settings["out"]), is_main_process()
+    settings = begun(settings, defaults, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     settings = in_force(settings)
 
