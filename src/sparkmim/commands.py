@@ -47,6 +47,8 @@ class ExportResult:
         format: of it.
         network: its name.
         tensors: how many it holds; None of a program.
+        own_names: whether they have the names that the network itself gives them: it is the user's own, and other
+            software must be told of it.
         difference: of a program, the largest to what PyTorch computes; None if it was not looked for.
         address: of the repository that it was pushed to, if it was.
     """
@@ -55,6 +57,7 @@ class ExportResult:
     format: str
     network: str
     tensors: int | None = None
+    own_names: bool = False
     difference: float | None = None
     address: str | None = None
 
@@ -63,7 +66,7 @@ class ExportResult:
         """In a line."""
         said = [f"{self.network} as {self.format}"]
         if self.tensors is not None:
-            said.append(f"{self.tensors} tensors")
+            said.append(f"{self.tensors} tensors{' under its own names' if self.own_names else ''}")
         if self.difference is not None:
             said.append(f"largest difference to PyTorch {self.difference:.1e}")
         if self.address is not None:
@@ -1224,9 +1227,10 @@ def export(
 ) -> ExportResult:
     """Write weights for other software.
 
-    Of pretrained weights, the encoder; of a classifier, all of it where the format has a place for that. Programs
-    (onnx, torch-export) give a classifier's logits, or an encoder's feature maps. None of the other packages is
-    needed, but for onnx (pip install 'sparkmim[onnx]').
+    Of pretrained weights, the encoder; of a classifier, all of it where the format has a place for that. Networks of
+    timm and torchvision get the target's names; a network of your own, path/to/file.py:factory, keeps its own in every
+    format. Programs (onnx, torch-export) give a classifier's logits, or an encoder's feature maps. None of the other
+    packages is needed, but for onnx (pip install 'sparkmim[onnx]').
 
     Args:
         weights: run folder, weight file of ours, or original SparK file

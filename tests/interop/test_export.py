@@ -519,6 +519,142 @@ def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
     torch.testing.assert_close(one.loss, other.loss)
 
 
+# Networks of the user's own: in every format, under the names that they have
+
+
+BACKBONE = ("stem.", "body.")
+"""What the maps of the network `tiny` come from; behind them stands its own classifier, `fc`."""
+
+
+def created(network: str) -> nn.Module:
+    """The user's network, as his own code makes it."""
+    return create_encoder(network).eval()
+
+
+def held(path: Path) -> dict[str, Tensor]:
+    """The tensors of an exported file or folder."""
+    if path.is_dir():
+        return load_file(path / "model.safetensors")
+    if path.suffix == ".pkl":
+        content = pickle.loads(path.read_bytes())
+        assert content["matching_heuristics"] is True
+        return {name: torch.from_numpy(array) for name, array in content["model"].items()}
+    content = torch.load(path, weights_only=True)
+    return content.get("state_dict", content)
+
+
+@pytest.mark.parametrize("kind", ["encoder", "pooled classifier", "classifier"])
+def test_an_own_network(tmp_path: Path, network: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Formats that hold a whole network load into it strictly; those of backbones hold what its maps come from."""
+    if kind == "classifier":  # a factory that takes `num_classes` has a head of its own for them
+        file = Path(network.rpartition(":")[0])
+        code = (
+            file.read_text().replace("in_chans=3", "in_chans=3, num_classes=5").replace("(16, 5)", "(16, num_classes)")
+        )
+        file.write_text(code.replace("Tiny(in_chans)", "Tiny(in_chans, num_classes)"))
+    weights = encoder_file(tmp_path, network) if kind == "encoder" else classifier_file(tmp_path, network)
+    if kind == "classifier":
+        write(shaken(create_classifier(network, 3)), weights, {**open_weights(weights).metadata, "pooled": False})
+    source = open_weights(weights)
+    whole = dict(source.encoder_tensors)
+    backbone = {name: tensor for name, tensor in whole.items() if name.startswith(BACKBONE)}
+    head = {"head.fc.weight": (3, 16), "head.fc.bias": (3,)} if kind == "pooled classifier" else {}
+    assert len(backbone) == len(whole) - 2
+    for format, expected, prefix in (
+        ("timm", whole, ""), ("torchvision", whole, ""), ("huggingface", whole, ""), ("detectron2", backbone, ""),
+        ("mmdet", backbone, "backbone."), ("mmpretrain", whole, "backbone."), ("spark", backbone, ""),
+    ):  # fmt: skip
+        out = tmp_path / f"{format}{(*SUFFIXES[format], '')[0]}"
+        main(["export", "--weights", str(weights), "--format", format, "--out", str(out)])
+        found = held(out)
+        more = head if format == "mmpretrain" else {}
+        assert {name for name in found if name not in more} == {prefix + name for name in expected}
+        assert all(torch.equal(tensor, found[prefix + name]) for name, tensor in expected.items())
+        assert {name: tuple(found[name].shape) for name in more} == more
+        said = capsys.readouterr().out
+        assert said == f"{out}: {network} as {format}, {len(found)} tensors under its own names\n"
+        if expected is whole and not prefix:
+            module = create_encoder(network, classes=3 if kind == "classifier" else None).eval()
+            module.load_state_dict(found)
+            like = source.classifier() if kind == "classifier" else source.encoder()
+            assert torch.equal(module(images()), like(images()))
+
+
+@pytest.mark.parametrize("classes", [True, False])
+def test_the_card_of_an_own_network(tmp_path: Path, network: str, classes: bool) -> None:
+    """Its lines of Python load it, but for the address of the hub."""
+    weights = classifier_file(tmp_path, network) if classes else encoder_file(tmp_path, network)
+    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
+    _, header, card = (tmp_path / "hub" / "README.md").read_text().split("---\n", 2)
+    assert "library_name" not in yaml.safe_load(header)
+    assert str(tmp_path) not in header + card
+    code = card.split("```python\n")[1].split("```")[0].replace("images = ...", "images = torch.ones(2, 3, 64, 64)")
+    code = code.replace('hf_hub_download("OWNER/NAME", "model.safetensors")', '"hub/model.safetensors"')
+    (tmp_path / "load.py").write_text(f"import torch\n{code}\ntorch.save(features, 'features.pt')")
+    done = run([sys.executable, "load.py"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    expected = open_weights(weights).encoder()(torch.ones(2, 3, 64, 64))
+    torch.testing.assert_close(torch.load(tmp_path / "features.pt"), expected.detach())
+    config = json.loads((tmp_path / "hub" / "config.json").read_text())
+    assert (config["architecture"], config["num_classes"]) == ("tiny", 0)
+
+
+def test_timm_knows_a_registered_network(tmp_path: Path) -> None:
+    """The user's factory, registered in timm, is found by what the folder for the hub says."""
+    path = tmp_path / "my_registered.py"
+    path.write_text(
+        """
+from timm.models import build_model_with_cfg, register_model
+from torch import nn
+
+
+class MyRegistered(nn.Module):
+    def __init__(self, in_chans=3, num_classes=0, **ignored):
+        super().__init__()
+        self.num_classes = num_classes
+        self.stem = nn.Sequential(nn.Conv2d(in_chans, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.body = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16), nn.ReLU())
+
+    def forward(self, x):
+        return self.body(self.stem(x)).mean((2, 3))
+
+
+@register_model
+def my_registered(pretrained=False, **settings):
+    return build_model_with_cfg(MyRegistered, "my_registered", pretrained, **settings)
+"""
+    )
+    weights = encoder_file(tmp_path, f"{path}:my_registered")
+    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
+    network = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert torch.equal(network(images()), open_weights(weights).encoder()(images()))
+
+
+@pytest.mark.parametrize("channels", [3, 1])
+def test_an_own_run_in_the_original_form(tmp_path: Path, network: str, channels: int) -> None:
+    """Encoder and decoder, there and back; other channels too, which the original can be told of."""
+    torch.manual_seed(0)
+    spark = SparK(create_encoder(network, channels), image_size=32, decoder_width=32, channels=channels).eval()
+    known = {"model": network, "image_size": [32, 32], "patch_size": 4, "mask_ratio": 0.6, "decoder": "spark",
+             "decoder_width": 32, "channels": channels, "mean": [0.3] * channels, "std": [0.4] * channels}  # fmt: skip
+    save(spark, tmp_path / "run" / "weights", known)
+    sparkmim.export(weights=tmp_path / "run", format="spark", out=tmp_path / "spark.pth")
+    content = torch.load(tmp_path / "spark.pth", weights_only=True)
+    assert content["arch"] == "tiny"
+    assert content["module"]["norm_black"].shape == (1, channels, 32, 32)
+    assert {name for name in content["module"] if name.startswith("sparse_encoder.")} == {
+        f"sparse_encoder.sp_cnn.{name}" for name in spark.encoder.state_dict() if name.startswith(BACKBONE)
+    }
+    opened = open_weights(tmp_path / "spark.pth")
+    assert (opened.kind, opened.channels, opened.metadata["patch_size"]) == ("pretrained", channels, 4)
+    assert (opened.metadata["mean"], opened.metadata["std"]) == (known["mean"], known["std"])
+    back = opened.spark(network)
+    visible = spark.draw_visible(2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        one, other = spark(images(32, channels), visible), back(images(32, channels), visible)
+    assert torch.equal(one.loss, other.loss)
+
+
 # What is refused
 
 
@@ -537,16 +673,10 @@ def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
         ("mobilenetv3_small_050", "mmpretrain", "mmpretrain takes ordinary ResNets"),
         ("convnextv2_atto", "spark", r"ResNets and ConvNeXts \(V1\), and convnextv2_atto is neither; use timm"),
         ("torchvision/shufflenet_v2_x0_5", "timm", "timm computes no network as torchvision/shufflenet_v2_x0_5 does"),
-        (
-            "tiny",
-            "timm",
-            "tiny is not known to be a network of timm; give its name there as model, or export it as onnx",
-        ),
-        ("tiny", "huggingface", "is not known to be a network of timm"),
     ],
 )
-def test_networks_without_a_place(tmp_path: Path, network: str, model: str, format: str, message: str) -> None:
-    weights = encoder_file(tmp_path, network if model == "tiny" else model)
+def test_networks_without_a_place(tmp_path: Path, model: str, format: str, message: str) -> None:
+    weights = encoder_file(tmp_path, model)
     out = tmp_path / f"out{(*SUFFIXES[format], '')[0]}"
     with pytest.raises(ValueError, match=message) as refusal:
         sparkmim.export(weights=weights, format=format, out=out)

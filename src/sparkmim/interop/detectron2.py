@@ -1,4 +1,7 @@
-"""Detectron2's names of ResNets, in the pickle of arrays that its checkpointer reads; Detectron2 is not needed."""
+"""Detectron2's names of ResNets, in the pickle of arrays that its checkpointer reads; Detectron2 is not needed.
+
+A network of the user's own keeps its names: it is registered there under them.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import pickle
 import re
 from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from sparkmim.interop.network import Network, without_head
 
@@ -32,18 +37,25 @@ def detectron2_name(name: str) -> str:
 def detectron2_file(network: Network) -> tuple[bytes, int]:
     """The file's content, and how many arrays it holds.
 
-    Six entries per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm. So a
-    ResNet-50 of 53 convolutions has 318. The counter has a place in SyncBN; a frozen norm has none, and passes it over.
+    Of a ResNet six entries per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm.
+    So a ResNet-50 of 53 convolutions has 318. The counter has a place in SyncBN; a frozen norm has none, and passes it
+    over.
 
     Raises:
-        ValueError: if it is no ordinary ResNet.
+        ValueError: if it is neither an ordinary ResNet nor the user's own.
     """
+    arrays = {name: tensor.numpy() for name, tensor in _backbone(network).items()}
+    content: dict[str, Any] = {"model": arrays, "__author__": "sparkmim", "matching_heuristics": True}
+    return pickle.dumps(content, protocol=4), len(arrays)
+
+
+def _backbone(network: Network) -> dict[str, Tensor]:
+    if network.is_own:
+        return network.own_backbone()
     if network.family() != "resnet":
         raise ValueError(
             f"detectron2 takes ordinary ResNets, and {network.called()} is none; use mmdet for a ConvNeXt, or onnx for "
             "any network"
         )
     _, tensors = network.in_timm()
-    arrays = {detectron2_name(name): tensor.numpy() for name, tensor in without_head(tensors).items()}
-    content: dict[str, Any] = {"model": arrays, "__author__": "sparkmim", "matching_heuristics": True}
-    return pickle.dumps(content, protocol=4), len(arrays)
+    return {detectron2_name(name): tensor for name, tensor in without_head(tensors).items()}

@@ -48,7 +48,9 @@ def export_weights(
     path = Path(out)
     _check(format, path, image_size, overwrite, push)
     network = open_network(weights, model)
-    result = ExportResult(path, format, network.called())
+    if format in ("timm", "torchvision", "huggingface"):
+        network = network.own_alone()
+    result = ExportResult(path, format, network.called(), own_names=network.is_own)
     if format == "huggingface":
         result.tensors = write_folder(network, path)
         if push:

@@ -1,4 +1,7 @@
-"""A folder as the Hugging Face Hub has it for timm: `config.json`, `model.safetensors`, and a model card."""
+"""A folder as the Hugging Face Hub has it for timm: `config.json`, `model.safetensors`, and a model card.
+
+Of a network of the user's own too, under its own names; its card says how to load it without timm.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +17,7 @@ from safetensors.torch import save as to_bytes
 import sparkmim
 from sparkmim.files import replacing
 from sparkmim.interop.network import Network
+from sparkmim.models.encoders import factory_settings
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 
@@ -26,7 +30,7 @@ _MOST_SCORES = 40
 
 
 def write_folder(network: Network, folder: Path) -> int:
-    """Writes the folder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it.
+    """Writes the folder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, if timm has the network.
 
     Returns:
         How many tensors there are.
@@ -83,7 +87,7 @@ def _config(network: Network, name: str) -> dict[str, Any]:
 
     known = network.weights.metadata
     size, channels = known.get("image_size", [224, 224]), network.weights.channels
-    source = timm.models.get_pretrained_cfg(name)
+    source = None if network.is_own else timm.models.get_pretrained_cfg(name)
     pretrained: dict[str, Any] = {
         "tag": "sparkmim",
         "custom_load": False,
@@ -119,7 +123,9 @@ def model_card(network: Network, name: str) -> str:
     task = "image-classification" if classes else "image-feature-extraction"
     run = network.weights.path.parent.parent if network.weights.path.parent.name == "weights" else None
     settings = _settings(run)
-    header = {"library_name": "timm", "pipeline_tag": task, "tags": ["timm", task, "sparkmim"]}
+    header: dict[str, Any] = {"pipeline_tag": task, "tags": [task, "sparkmim"]}
+    if not network.is_own:
+        header = {"library_name": "timm", **header, "tags": ["timm", *header["tags"]]}
     parameters = sum(parameter.numel() for parameter in network.module.parameters()) / 1e6
     size = known.get("image_size", [224, 224])
     what = f"a classifier of {len(classes)} classes" if classes else "an image encoder without a classifier"
@@ -131,14 +137,13 @@ def model_card(network: Network, name: str) -> str:
         "training": _training(network, settings),
         "classes": ", ".join(classes) if classes and len(classes) <= 20 else None,
     }
-    call = "logits = model(images)" if classes else "features = model(images)  # [B, num_features]"
     parts = [
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n",
         _table(("", ""), [(key, value) for key, value in facts.items() if value]),
-        "## Load it\n\n```python\nimport timm\n\n"
-        'model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"\n'
+        f"## Load it\n\n```python\n{_loading(network)}"
         f"images = ...  # [B, {network.weights.channels}, {', '.join(map(str, size))}], normalised by mean and std\n"
-        f"{call}\n```\n",
+        f"{'logits' if classes else 'features'} = model(images)"
+        f"{'  # pretrained up to its last feature map' if network.is_own and not classes else ''}\n```\n",
     ]
     scores = list(_scores(known, run))
     if scores:
@@ -149,6 +154,24 @@ def model_card(network: Network, name: str) -> str:
     if shown:
         parts.append("## Settings of the run\n\n" + _table(("setting", "value"), shown))
     return "\n".join(parts)
+
+
+def _loading(network: Network) -> str:
+    """Lines of Python that give `model`."""
+    if not network.is_own:
+        return (
+            "import timm\n\n"
+            'model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"\n'
+        )
+    file, _, factory = network.name.rpartition(":")
+    given = factory_settings(network.name, network.weights.channels, len(network.classes or ()))
+    return (
+        "from huggingface_hub import hf_hub_download\n"
+        "from safetensors.torch import load_file\n\n"
+        f"from {Path(file).stem} import {factory}  # the network's own code, which is not in this folder\n\n"
+        f"model = {factory}({', '.join(f'{key}={value}' for key, value in given.items())}).eval()\n"
+        f'model.load_state_dict(load_file(hf_hub_download("OWNER/NAME", "{WEIGHTS_FILE}")))\n'
+    )
 
 
 def _scores(known: dict[str, Any], run: Path | None) -> Iterator[tuple[str, float]]:

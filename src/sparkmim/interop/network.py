@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from sparkmim.models.classifier import PooledClassifier, encoder_of
 from sparkmim.training.weights import Weights, open_weights, tensors_of
 
 Family = Literal["resnet", "convnext"]
@@ -36,16 +37,33 @@ class Network:
         weights: what was opened.
         name: timm's name without a tag, `torchvision/NAME`, `file.py:factory`, or "" if it is not known.
         module: in evaluation mode: a classifier if the weights are of one, an encoder otherwise.
+        classes: their names; None of an encoder.
     """
 
     weights: Weights
     name: str
     module: nn.Module
+    classes: list[str] | None
 
     @property
-    def classes(self) -> list[str] | None:
-        """Names of the classes; None of an encoder."""
-        return self.weights.classes if self.weights.kind == "classifier" else None
+    def is_own(self) -> bool:
+        """Whether its user wrote it, so that other software can only know it by the names that it has itself."""
+        return ".py:" in self.name
+
+    def own_backbone(self) -> dict[str, Tensor]:
+        """The tensors of the user's network, under its own names, without what stands behind the last feature map."""
+        return self.weights.without_unreached(encoder_of(self.module))
+
+    def own_alone(self) -> Network:
+        """Without a classifier that was put behind the user's network."""
+        if self.is_own and isinstance(self.module, PooledClassifier):
+            return replace(self, module=self.module.encoder, classes=None)
+        return self
+
+    @property
+    def factory(self) -> str:
+        """The function that makes the user's network."""
+        return self.name.rpartition(":")[2]
 
     def called(self) -> str:
         """How messages call it."""
@@ -54,13 +72,16 @@ class Network:
     def in_timm(self) -> tuple[str, dict[str, Tensor]]:
         """timm's name of the network, and its tensors under timm's names, which load strictly there.
 
-        Of an encoder without a classifier: `timm.create_model(name, num_classes=0)`.
+        Of an encoder without a classifier: `timm.create_model(name, num_classes=0)`. Of the user's own network, the
+        factory, which timm knows if it is registered there, and the network's own names.
 
         Raises:
             ValueError: if timm has no such network.
         """
         import timm
 
+        if self.is_own:
+            return self.factory, tensors_of(self.module)
         base = self.name.removeprefix("torchvision/")
         if base == self.name and (not base or not timm.is_model(base)):
             raise ValueError(
@@ -109,7 +130,7 @@ def open_network(path: str | Path, model: str | nn.Module | None = None) -> Netw
     name = str(name or weights.metadata.get("model") or "")
     if ".py:" not in name:
         name = name.partition(".")[0]  # resnet50.a1_in1k: the tag names weights
-    return Network(weights, name, module)
+    return Network(weights, name, module, weights.classes if weights.kind == "classifier" else None)
 
 
 def check_fit(target: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:

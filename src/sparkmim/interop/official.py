@@ -186,7 +186,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
+    known |= {key: content[key] for key in ("mean", "std") if isinstance(content.get(key), list)}  # files of ours
     if "decoder.head.weight" in tensors:
+        known["channels"] = tensors["decoder.head.weight"].shape[0]
+        known["patch_size"] = 2 ** len({name.split(".")[2] for name in tensors if name.startswith("decoder.blocks.")})
         known["decoder"] = "spark"
         known["decoder_width"] = tensors["decoder.blocks.0.upsample.weight"].shape[0]
     return tensors, known

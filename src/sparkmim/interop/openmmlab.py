@@ -1,11 +1,18 @@
-"""OpenMMLab's names of ResNets and ConvNeXts, in a checkpoint of its libraries, which are not needed."""
+"""OpenMMLab's names of ResNets and ConvNeXts, in a checkpoint of its libraries, which are not needed.
+
+A network of the user's own keeps its names: it is registered there under them.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 import sparkmim
 from sparkmim.interop.network import Network, convnext_name, linear_weights, without_head
+from sparkmim.models.classifier import PooledClassifier, encoder_of
+from sparkmim.training.weights import tensors_of
 
 _CONVNEXT = {
     "conv_dw": "depthwise_conv", "mlp.fc1": "pointwise_conv1", "mlp.fc2": "pointwise_conv2",
@@ -38,8 +45,25 @@ def openmmlab_checkpoint(network: Network, detection: bool) -> dict[str, Any]:
             ConvNeXt encoder the last norm, untrained.
 
     Raises:
-        ValueError: if it is no ordinary ResNet or ConvNeXt.
+        ValueError: if it is neither an ordinary ResNet or ConvNeXt nor the user's own.
     """
+    name, tensors = _own(network, detection) if network.is_own else _known(network, detection)
+    meta: dict[str, Any] = {"sparkmim_version": sparkmim.__version__, "model": name}
+    if network.classes and not detection:
+        meta["dataset_meta"] = {"classes": network.classes}
+    return {"state_dict": tensors, "meta": meta}
+
+
+def _own(network: Network, detection: bool) -> tuple[str, dict[str, Tensor]]:
+    """Of a classifier that was put behind the user's network, the linear layer is that of `LinearClsHead`."""
+    tensors = network.own_backbone() if detection else tensors_of(encoder_of(network.module))
+    named = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
+    if isinstance(network.module, PooledClassifier) and not detection:
+        named |= {f"head.fc.{name}": tensor for name, tensor in tensors_of(network.module.head).items()}
+    return network.factory, named
+
+
+def _known(network: Network, detection: bool) -> tuple[str, dict[str, Tensor]]:
     if network.family() is None:
         raise ValueError(
             f"{'mmdet' if detection else 'mmpretrain'} takes ordinary ResNets and ConvNeXts, and {network.called()} is "
@@ -47,7 +71,4 @@ def openmmlab_checkpoint(network: Network, detection: bool) -> dict[str, Any]:
         )
     name, tensors = network.in_timm()
     tensors = linear_weights(without_head(tensors) if detection else tensors)
-    meta: dict[str, Any] = {"sparkmim_version": sparkmim.__version__, "model": name}
-    if network.classes and not detection:
-        meta["dataset_meta"] = {"classes": network.classes}
-    return {"state_dict": {openmmlab_name(key): tensor for key, tensor in tensors.items()}, "meta": meta}
+    return name, {openmmlab_name(key): tensor for key, tensor in tensors.items()}

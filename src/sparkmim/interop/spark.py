@@ -43,24 +43,22 @@ def original_file(network: Network) -> dict[str, Any]:
 
     Of pretrained weights, encoder and decoder under `module`, with the keys beside it that the release has
     (`*_withdecoder_1kpretrained_spark_style.pth`); of an encoder or classifier, the encoder alone at the top level, a
-    ResNet under timm's names (`*_timm_style.pth`), a ConvNeXt under its release's (`*_official_style.pth`).
+    ResNet under timm's names (`*_timm_style.pth`), a ConvNeXt under its release's (`*_official_style.pth`). The user's
+    own network keeps its names; the original takes it once it is registered there.
 
     Raises:
         ValueError: if the original has no such network or decoder, or other images than of three channels.
     """
-    family, known = network.family(), network.weights.metadata
-    if family is None or network.name.startswith("convnextv2"):
-        raise ValueError(
-            f"the original SparK takes ordinary ResNets and ConvNeXts (V1), and {network.called()} is neither; use "
-            "timm, onnx or torch-export"
-        )
-    name, encoder = network.in_timm()
-    encoder = linear_weights(without_head(encoder))
+    known = network.weights.metadata
+    name, encoder = _encoder(network)
     if network.weights.kind != "pretrained":
-        return {convnext_name(key, _CONVNEXT): tensor for key, tensor in encoder.items()}
+        return dict(encoder)
 
-    size = known["image_size"]
-    if known.get("decoder", "spark") != "spark" or network.weights.channels != 3 or len(set(size)) != 1:
+    size, channels = known["image_size"], network.weights.channels
+    # Whoever has a network of his own there has also told the original's decoder of other channels.
+    if known.get("decoder", "spark") != "spark" or len({*size}) != 1 or len(size) != 2 or (
+        channels != 3 and not network.is_own
+    ):  # fmt: skip
         raise ValueError(
             "the original SparK has one decoder, spark, and square images of 3 channels; export the encoder alone "
             "(its file encoder.safetensors)"
@@ -73,17 +71,27 @@ def original_file(network: Network) -> dict[str, Any]:
             f"the original SparK hides patches of the network's stride, {2**blocks}, not of {known['patch_size']}; "
             "export the encoder alone (its file encoder.safetensors)"
         )
-    ours = {f"encoder.{key}": tensor for key, tensor in encoder.items()}
-    ours |= {key: tensor.contiguous() for key, tensor in tensors.items() if not key.startswith("encoder.")}
+    given = {f"sparse_encoder.sp_cnn.{key}": tensor for key, tensor in encoder.items()}
+    given |= {
+        original_name(key, maps): tensor.contiguous()
+        for key, tensor in tensors.items()
+        if not key.startswith("encoder.")
+    }
     config = {
         "mask_ratio": known.get("mask_ratio", 0.6),
-        "densify_norm_str": "bn" if family == "resnet" else "ln",
+        "densify_norm_str": "bn" if "densify.0.norm.running_mean" in tensors else "ln",
         "sbn": False,
         "hierarchy": maps,
         "sparse_encoder.input_size": size[0],
         "dense_decoder.width": tensors["decoder.blocks.0.upsample.weight"].shape[0],
     }
-    module = {**_unused(size[0]), **_in_order({original_name(key, maps): tensor for key, tensor in ours.items()})}
+    module = {**_unused(size[0], channels), **_in_order(given)}
+    # The release says nothing of these: its images are ImageNet's.
+    others = {
+        key: list(known[key])
+        for key, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
+        if known.get(key) and list(known[key]) != list(usual)
+    }
     return {
         "args": "",
         "input_size": size[0],
@@ -93,16 +101,29 @@ def original_file(network: Network) -> dict[str, Any]:
         "module": {**module, "config": config},
         "optimizer": {},
         "is_pretrain": True,
+        **others,
     }
 
 
-def _unused(size: int) -> dict[str, Tensor]:
+def _encoder(network: Network) -> tuple[str, dict[str, Tensor]]:
+    """The original's name of the network, and its tensors under the names that they have there."""
+    if network.is_own:
+        return network.factory, network.own_backbone()
+    if network.family() is None or network.name.startswith("convnextv2"):
+        raise ValueError(
+            f"the original SparK takes ordinary ResNets and ConvNeXts (V1), and {network.called()} is neither; use "
+            "timm, onnx or torch-export"
+        )
+    name, tensors = network.in_timm()
+    return name, {
+        convnext_name(key, _CONVNEXT): tensor for key, tensor in linear_weights(without_head(tensors)).items()
+    }
+
+
+def _unused(size: int, channels: int) -> dict[str, Tensor]:
     """Buffers that the original registers, and does not use."""
-    return {
-        "imn_m": torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1),
-        "imn_s": torch.tensor(IMAGENET_STD).view(1, 3, 1, 1),
-        "norm_black": torch.zeros(1, 3, size, size),
-    }
+    shapes = {"imn_m": (1, 1), "imn_s": (1, 1), "norm_black": (size, size)}
+    return {name: torch.zeros(1, channels, *shape) for name, shape in shapes.items()}
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

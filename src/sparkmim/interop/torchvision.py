@@ -1,4 +1,4 @@
-"""torchvision's names: ResNets are called as in timm, ConvNeXts are not."""
+"""torchvision's names: ResNets are called as in timm, ConvNeXts are not; networks of the user's own as they are."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def torchvision_name(name: str) -> str:
 def torchvision_tensors(network: Network) -> dict[str, Tensor]:
     """Under torchvision's names and in its shapes.
 
-    A network of torchvision keeps all that it has. Of a timm encoder there is no classifier; torchvision's then needs
-    `fc`, or a ConvNeXt's `classifier[2]`, set to `nn.Identity()` to load strictly.
+    A network of torchvision, or the user's own, keeps all that it has. Of a timm encoder there is no classifier;
+    torchvision's then needs `fc`, or a ConvNeXt's `classifier[2]`, set to `nn.Identity()` to load strictly.
 
     Raises:
         ValueError: if torchvision has no such network.
     """
     from torchvision.models import get_model
 
-    if network.name.startswith("torchvision/"):
+    if network.is_own or network.name.startswith("torchvision/"):
         return tensors_of(network.module)
     if network.name not in IN_BOTH_LIBRARIES:
         raise ValueError(

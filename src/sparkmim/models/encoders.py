@@ -5,8 +5,11 @@ from __future__ import annotations
 import difflib
 import importlib.util
 import inspect
+import sys
+import zlib
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
@@ -84,23 +87,44 @@ def factory_of(name: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         raise ValueError(f"{path} does not exist; --model path/to/file.py:factory names a function in a file")
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    factory = getattr(module, factory_name, None)
+    factory = getattr(_module_of(path), factory_name, None)
     if not callable(factory):
         raise ValueError(f"{path} has no function named {factory_name!r}")
     return cast(Callable[..., Any], factory)
 
 
+def _module_of(path: Path) -> ModuleType:
+    """The module in a file; run once, and again after the file has changed.
+
+    It is entered in `sys.modules`, where dataclasses and timm's `register_model` look for it, under a name that
+    hides no other module.
+    """
+    name = f"{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
+    written = path.stat().st_mtime_ns
+    if name in sys.modules and sys.modules[name].__dict__.get("_written") == written:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"{path} is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    module.__dict__["_written"] = written
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module
+
+
+def factory_settings(name: str, channels: int, classes: int | None = None) -> dict[str, int]:
+    """What a factory is called with: image channels if it takes `in_chans`, and classes if there are any."""
+    given = {"in_chans": channels} if "in_chans" in inspect.signature(factory_of(name)).parameters else {}
+    return {**given, "num_classes": classes} if classes else given
+
+
 def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
-    factory = factory_of(name)
-    given: dict[str, Any] = {"in_chans": channels} if "in_chans" in inspect.signature(factory).parameters else {}
-    if classes:
-        given["num_classes"] = classes
-    encoder = factory(**given)
+    encoder = factory_of(name)(**factory_settings(name, channels, classes))
     if not isinstance(encoder, nn.Module):
         raise ValueError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
     return encoder

@@ -218,10 +218,7 @@ class Weights:
         """
         encoder = encoder_of(encoder)
         if unreached is None:
-            unreached = Hierarchy(
-                encoder, self.channels, image_size=self.metadata.get("image_size"),
-                rank=len(self.metadata.get("image_size", (0, 0))), feature_modules=self.metadata.get("feature_modules"),
-            ).unreached  # fmt: skip
+            unreached = self._hierarchy(encoder).unreached
         own, optional = encoder.state_dict(), set(unreached)
         tensors = {name: _shaped_like(tensor, own.get(name)) for name, tensor in self.encoder_tensors.items()}
         heads = {name.partition(".")[0] for name in optional} | _HEADS
@@ -234,6 +231,18 @@ class Weights:
         }  # fmt: skip
         kept = {name: tensor for name, tensor in own.items() if name not in wanted and _belongs(name, optional)}
         _load(encoder, {**kept, **wanted}, self.path)
+
+    def without_unreached(self, encoder: nn.Module) -> dict[str, Tensor]:
+        """An encoder's tensors, but for those that no feature map depends on, such as a classifier's."""
+        unreached = set(self._hierarchy(encoder).unreached)
+        return {name: tensor for name, tensor in tensors_of(encoder).items() if not _belongs(name, unreached)}
+
+    def _hierarchy(self, encoder: nn.Module) -> Hierarchy:
+        size = self.metadata.get("image_size")
+        return Hierarchy(
+            encoder, self.channels, len(size) if size else 2, size,
+            feature_modules=self.metadata.get("feature_modules"),
+        )  # fmt: skip
 
 
 _HEADS = {"fc", "head", "classifier", "norm", "last_linear", "heads"}
