@@ -24,6 +24,15 @@ from sparkmim.evaluation.coco import FIGURES, coco_results, evaluate_coco
 IDS = [3, 7, 12]
 
 
+@pytest.fixture(autouse=True, params=["pycocotools", "faster-coco-eval"])
+def scorer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each test with either package."""
+    if request.param == "pycocotools":
+        monkeypatch.setitem(sys.modules, "faster_coco_eval", None)
+    else:
+        pytest.importorskip("faster_coco_eval")
+
+
 def objects(seed: int = 0, images: int = 6) -> list[dict[str, Any]]:
     """Some objects of the three categories on each image but the last, one in eight a crowd. Ids count from 1."""
     generator = np.random.default_rng(seed)

@@ -1,0 +1,91 @@
+"""Networks of each family through every step of detection, by the command alone.
+
+Two of them on a few small images. `COCO=folder/ pytest tests/training/test_detect_networks.py` takes all, and the data
+in the folder, of at least four images.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from coco_files import annotation, write_coco
+from PIL import Image
+
+from sparkmim.cli import main
+from sparkmim.training.weights import open_weights
+
+NETWORKS = ["convnext_atto", "efficientnet_b0"]
+if "COCO" in os.environ:
+    NETWORKS += ["resnet18", "resnet50"]
+STEPS = 3
+
+
+@pytest.fixture(scope="module")
+def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if "COCO" in os.environ:
+        return Path(os.environ["COCO"]).resolve()
+    root = tmp_path_factory.mktemp("coco")
+    found = [annotation(10, 3, (5, 5, 30, 30)), annotation(11, 7, (30, 10, 25, 30)), annotation(12, 12, (9, 8, 40, 36))]
+    for part in ("train2017", "val2017"):
+        write_coco(root, found, images=4, part=part)
+    return root
+
+
+def interrupted(command: list[str], folder: Path) -> str:
+    """Sends Ctrl-C as soon as the log has a first epoch; what the command says."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "sparkmim", *command], cwd=folder, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    ) as process:  # fmt: skip
+        log = folder / "run" / "log.txt"
+        while process.poll() is None and not (log.exists() and "epoch 1/" in log.read_text()):
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate()
+    return said
+
+
+@pytest.mark.parametrize("model", NETWORKS)
+def test_every_step(
+    coco: Path, model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trains, is stopped after a checkpoint, goes on to the end, is scored, and finds things on pictures."""
+    monkeypatch.chdir(tmp_path)
+    images = len(json.loads((coco / "annotations" / "instances_train2017.json").read_text())["images"])
+    size = min(images, 4)
+    epochs = STEPS / (images // size)
+    train = ["detect", "--data", str(coco), "--model", model, "--out", "run", "--epochs", str(epochs), "--batch-size",
+             str(size), "--short-sides", "[64]", "--eval-short-side", "64", "--long-side", "96", "--regions", "8",
+             "--warmup-iterations", "1", "--workers", "0", "--eval-every", str(epochs), "--precision", "32-true"]  # fmt: skip
+    said = interrupted(train, tmp_path)
+    assert f"of {STEPS}; continue with --out run --resume" in said
+    assert Path("run/checkpoints/last.ckpt").is_file()
+    assert not Path("run/metrics.json").exists()  # the end has not been reached, nor scored
+
+    main(["detect", "--out", "run", "--resume"])
+    assert "done: weights in run/weights" in capsys.readouterr().err
+    trained = json.loads(Path("run/metrics.json").read_text())
+    assert trained["history"][-1]["step"] == STEPS
+    opened = open_weights("run")
+    assert (opened.kind, opened.model) == ("detector", model)
+
+    main(["detect", "--data", str(coco), "--weights", "run/weights/detector.safetensors", "--eval-only", "--out",
+          "scores", "--workers", "0"])  # fmt: skip
+    scored = json.loads(Path("scores/metrics.json").read_text())
+    for name in ("bbox/AP", "segm/AP"):
+        assert scored[name] == pytest.approx(trained[name], abs=1e-6)
+
+    pictures = sorted((coco / "val2017").iterdir())[:2]
+    main(["detect", "--predict", *map(str, pictures), "--weights", "run", "--out", "seen"])
+    drawn = sorted(Path("seen").glob("*.jpg"))
+    assert len(drawn) == len(json.loads(Path("seen/detections.json").read_text())["images"]) == 2
+    for picture, drawing in zip(pictures, drawn, strict=True):
+        with Image.open(picture) as one, Image.open(drawing) as other:
+            assert one.size == other.size
