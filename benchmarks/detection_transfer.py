@@ -5,7 +5,8 @@
 A ResNet-18 is pretrained on pictures without annotations. Then, for each start, a learning rate is chosen on pictures
 that are neither trained nor tested on, one run per candidate; the chosen one is run with several seeds, each with other
 annotated pictures, and scored on the test pictures. Both starts have the same candidates, steps and augmentation, and
-no layer decay. Pictures are those of `shapes.py`; the detector is Faster R-CNN, whose steps are quicker than Mask R-CNN's.
+no layer decay. Pictures are those of `shapes.py`; the detector is Faster R-CNN, whose steps are quicker than those of
+Mask R-CNN.
 
 The pictures and the pretraining run are kept in `--runs`, and taken from there when they are complete.
 """

@@ -169,3 +169,39 @@ def test_channels_and_their_statistics() -> None:
 def test_what_does_not_fit(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_detector(create_encoder("resnet18"), **{"classes": 2, **changes})
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_atto", SMALL_CNN])
+@pytest.mark.parametrize("stages", [1, 2])
+def test_frozen_stages_stay_as_they_are(name: str, stages: int) -> None:
+    """Up to that map, nothing changes in a step, statistics included; all else that a map depends on does."""
+    torch.manual_seed(0)
+    model: Any = create_detector(create_encoder(name), 3, masks=False, **FEW)
+    model.backbone.freeze(stages)
+    encoder = model.backbone.encoder
+    up_to = Hierarchy(create_encoder(name), stages=stages)
+    unreached = set(Hierarchy(create_encoder(name)).unreached)
+    frozen = {parameter for parameter, _ in encoder.named_parameters() if parameter not in up_to.unreached}
+    assert frozen
+    assert {parameter for parameter, tensor in encoder.named_parameters() if not tensor.requires_grad} == (
+        frozen | unreached
+    )
+    before, images = copy.deepcopy(encoder.state_dict()), torch.rand(2, 3, 64, 64)
+    expected = Hierarchy(copy.deepcopy(encoder).eval())(images)[stages - 1]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, weight_decay=0.1)
+    losses = model.train()(*batch())
+    sum(losses.values()).backward()
+    optimizer.step()
+    modules = {parameter.rpartition(".")[0] for parameter in frozen}
+    for key, tensor in encoder.state_dict().items():
+        if key.rpartition(".")[0] in modules:
+            assert torch.equal(tensor, before[key]), key
+    learning = {name for name, tensor in encoder.named_parameters() if tensor.grad is not None}
+    assert learning == {name for name, _ in encoder.named_parameters()} - frozen - unreached
+    assert torch.equal(Hierarchy(encoder.eval())(images)[stages - 1], expected)
+
+
+def test_stages_that_are_not_there() -> None:
+    model: Any = create_detector(create_encoder("resnet18"), 3, masks=False, **FEW)
+    with pytest.raises(ValueError, match="5 stages cannot be frozen; ResNet has 4"):
+        model.backbone.freeze(5)

@@ -63,7 +63,8 @@ def test_every_step(
     epochs = STEPS / (images // size)
     train = ["detect", "--data", str(coco), "--model", model, "--out", "run", "--epochs", str(epochs), "--batch-size",
              str(size), "--short-sides", "[64]", "--eval-short-side", "64", "--long-side", "96", "--regions", "8",
-             "--warmup-iterations", "1", "--workers", "0", "--eval-every", str(epochs), "--precision", "32-true"]  # fmt: skip
+             "--warmup-iterations", "1", "--workers", "0", "--eval-every", str(epochs),
+             "--precision", "32-true"]  # fmt: skip
     said = interrupted(train, tmp_path)
     assert f"of {STEPS}; continue with --out run --resume" in said
     assert Path("run/checkpoints/last.ckpt").is_file()

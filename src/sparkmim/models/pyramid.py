@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Literal
 
 import torch
@@ -59,9 +60,13 @@ class PyramidBackbone(nn.Module):
         feature_modules: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        hierarchy = Hierarchy(encoder, channels, image_size=image_size, feature_modules=feature_modules)
+        self._hierarchy_of = partial(
+            Hierarchy, channels=channels, image_size=image_size, feature_modules=feature_modules
+        )
+        hierarchy = self._hierarchy_of(encoder)
         self.encoder = encoder
         self._hierarchy = [hierarchy]  # in a list: its parameters are the encoder's
+        self._frozen: list[nn.Module] = []
         for name in hierarchy.unreached:
             encoder.get_parameter(name).requires_grad_(False)
         fine = sum(stride < _FINEST for stride in hierarchy.strides)
@@ -81,6 +86,39 @@ class PyramidBackbone(nn.Module):
     def hierarchy(self) -> Hierarchy:
         """How the encoder's feature maps are found."""
         return self._hierarchy[0]
+
+    def freeze(self, stages: int) -> None:
+        """Keeps the encoder as it is up to its feature map of this number, counted from 1 at the shallowest.
+
+        Its parameters are not trained from then on, and statistics of BatchNorm not updated. Of a ResNet, 1 is the stem
+        and the first stage: what Detectron2 calls `FREEZE_AT: 2`.
+
+        Args:
+            stages: how many maps; 0 for none.
+
+        Raises:
+            ValueError: if there are fewer.
+        """
+        count = len(self.hierarchy.strides)
+        if not 0 <= stages <= count:
+            raise ValueError(f"{stages} stages cannot be frozen; {type(self.encoder).__name__} has {count}")
+        if not stages:
+            return
+        others = set(self._hierarchy_of(self.encoder, stages=stages).unreached)
+        for prefix, module in self.encoder.named_modules():
+            own = dict(module.named_parameters(prefix, recurse=False))
+            for parameter in (parameter for name, parameter in own.items() if name not in others):
+                parameter.requires_grad_(False)
+            if own and others.isdisjoint(own):
+                self._frozen.append(module)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> PyramidBackbone:
+        """As usual; what is frozen stays in evaluation mode."""
+        super().train(mode)
+        for module in self._frozen:
+            module.training = False  # not of its children: they are in the list, or not frozen
+        return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Levels `[B, 256, H / s_i, W / s_i]` of images `[B, C, H, W]`, fine to coarse, by name: "0", "1", … "pool"."""
