@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sparkmim.commands import pretrain as pretrain
     from sparkmim.commands import reconstruct as reconstruct
     from sparkmim.commands import report as report
+    from sparkmim.commands import segment as segment
     from sparkmim.commands import statistics as statistics
     from sparkmim.commands import verify as verify
     from sparkmim.commands import weights as weights
@@ -48,6 +49,7 @@ _HOME = {
     "playground": "sparkmim.commands",
     "reconstruct": "sparkmim.commands",
     "report": "sparkmim.commands",
+    "segment": "sparkmim.commands",
     "load": "sparkmim.training.weights",
 }
 
@@ -68,6 +70,7 @@ __all__ = [
     "pretrain",
     "reconstruct",
     "report",
+    "segment",
     "statistics",
     "verify",
     "weights",

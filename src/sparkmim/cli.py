@@ -19,6 +19,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
     "finetune": commands.finetune,
     "detect": commands.detect,
+    "segment": commands.segment,
     "evaluate": commands.evaluate,
     "predict": commands.predict,
     "embed": commands.embed,
@@ -40,7 +41,7 @@ _POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "repo
 """Arguments that may stand by themselves, without their flag."""
 
 _SEVERAL = {"--images": {"reconstruct", "explain", "features", "playground"}, "--query": {"neighbors"},
-            "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect"}}  # fmt: skip
+            "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect", "segment"}}  # fmt: skip
 """Flags that several words may follow, by the commands in which they do."""
 
 _PICTURES = ("reconstruct", "explain", "features", "neighbors")
@@ -61,10 +62,10 @@ def _spelled_as_arguments(argv: list[str]) -> list[str]:
     `--image-size 64 --resume` becomes `--image_size 64 --resume=true`; `embed photos/`, `embed --images=photos/`; and
     `features --images a.jpg b/`, `features --images=["a.jpg", "b/"]`.
     """
+    function = COMMANDS.get(argv[0]) if argv else None
     flags = {
         f"--{parameter.name}"
-        for function in COMMANDS.values()
-        for parameter in inspect.signature(function).parameters.values()
+        for parameter in (inspect.signature(function).parameters.values() if function else ())
         if isinstance(parameter.default, bool)
     }
     out: list[str] = []

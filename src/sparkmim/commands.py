@@ -454,6 +454,7 @@ def detect(
     masks: bool | None = None,
     feature_modules: list[str] | None = None,
     drop_path: float | None = None,
+    frozen_stages: int = 0,
     epochs: float | None = None,
     iterations: int | None = None,
     batch_size: int | None = None,
@@ -512,6 +513,7 @@ def detect(
         masks: whether to segment what is found; None for whether the annotations have masks
         feature_modules: the network's modules whose outputs are its feature maps; None to find them
         drop_path: stochastic depth rate, for networks that have one
+        frozen_stages: of the encoder, from the first on, that stay as they are; 0 for none
         epochs: passes over the data
         iterations: optimiser steps, instead of epochs
         batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
@@ -562,6 +564,156 @@ def detect(
 
     assert detect.__kwdefaults__ is not None
     return run_detection(settings, detect.__kwdefaults__, callbacks)
+
+
+@dataclass
+class SegmentResult:
+    """What training, evaluating or using a segmenter came to.
+
+    Attributes:
+        out: the run folder, or the folder of predictions.
+        step: optimiser steps done.
+        steps: optimiser steps that the run has.
+        figures: `mIoU` and `pixel_accuracy` of the last scoring; empty where nothing was scored.
+        model: the segmenter, in evaluation mode; it maps normalised images to logits.
+    """
+
+    out: Path
+    step: int
+    steps: int
+    figures: dict[str, float]
+    model: Any
+
+    @property
+    def finished(self) -> bool:
+        """False if the run was interrupted; `resume=True` continues it."""
+        return self.step >= self.steps
+
+
+def segment(
+    *,
+    data: str | Path | None = None,
+    out: str | Path,
+    weights: str | Path = "none",
+    model: str | Any | None = None,
+    recipe: str = "default",
+    images: str | Path | None = None,
+    labels: str | Path | None = None,
+    val_images: str | Path | None = None,
+    val_labels: str | Path | None = None,
+    classes: str | Path | None = None,
+    ignore: int | None = None,
+    reduce_labels: bool = False,
+    eval_only: bool = False,
+    predict: list[str] | Any | None = None,
+    channels: int | None = None,
+    feature_modules: list[str] | None = None,
+    drop_path: float | None = None,
+    frozen_stages: int = 0,
+    epochs: float | None = None,
+    iterations: int | None = None,
+    batch_size: int | None = None,
+    accumulate: int = 1,
+    learning_rate: float | None = None,
+    layer_decay: float | None = None,
+    weight_decay: float | None = None,
+    warmup_iterations: int | None = None,
+    schedule: Literal["cosine", "linear"] | None = None,
+    clip_grad: float | None = None,
+    short_side: int | None = None,
+    crop: int | None = None,
+    flip: float = 0.5,
+    jitter: float | None = None,
+    eval_short_side: int | None = None,
+    norm: Literal["batch", "none"] | None = None,
+    ema: float = 0.0,
+    eval_every: float = 1.0,
+    mean: list[float] | None = None,
+    std: list[float] | None = None,
+    max_unreadable: float = 0.1,
+    resume: bool = False,
+    seed: int = 0,
+    accelerator: str = "auto",
+    devices: str | int = "auto",
+    num_nodes: int = 1,
+    precision: str = "auto",
+    workers: int | None = None,
+    save_minutes: float = 10.0,
+    log_every: int = 10,
+    callbacks: Sequence[Any] = (),
+) -> SegmentResult:
+    """Train a network that tells the class of each pixel, from pretrained weights or from scratch.
+
+    A feature pyramid with the light head of Panoptic FPN, on any encoder. The data are checked first, all at once.
+    Arguments left at None are decided by the recipe, or by the weights.
+
+    Args:
+        data: folder with images/train, labels/train, images/val, labels/val; also training, validation, and
+            annotations or masks instead of labels. Label maps are PNG files whose values are classes
+        out: run folder; must be new or empty unless resuming
+        weights: run folder or weight file to start from, ours or an original SparK file; none to train from scratch;
+            with eval_only or predict, that of a segmenter
+        model: encoder, as for pretrain; None for that of the weights
+        recipe: default (small data, one GPU) or ade20k (ConvNeXt-B's)
+        images: folder of the images to train on, if not that in data
+        labels: folder of their label maps
+        val_images: folder of the images to validate on, if not that in data
+        val_labels: folder of their label maps
+        classes: text file of their names, one a line, if not classes.txt in data; without, they are counted
+        ignore: value in label maps of pixels that count for nothing; None for that of the weights, or 255
+        reduce_labels: 0 stands for such pixels too, and other values for the class before them, as in ADE20K
+        eval_only: score the segmenter in weights, and train nothing
+        predict: images or folders to segment, instead of training; label maps and pictures are written to out
+        channels: image channels; None for those of the weights, or 3; other than 1 or 3 for arrays only
+        feature_modules: the network's modules whose outputs are its feature maps; None to find them
+        drop_path: stochastic depth rate, for networks that have one
+        frozen_stages: of the encoder, from the first on, that stay as they are; 0 for none
+        epochs: passes over the data
+        iterations: optimiser steps, instead of epochs
+        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
+        accumulate: batches that make up one optimiser step, to save memory
+        learning_rate: peak rate of AdamW for 16 images per step; scales in proportion to batch_size
+        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above; 1 for none
+        weight_decay: constant, none on vectors
+        warmup_iterations: optimiser steps of linear warm-up
+        schedule: how the rate falls after that: cosine or linear
+        clip_grad: largest global gradient norm
+        short_side: usual length in pixels of the shorter side in training, scaled by 0.5 to 2 for each image
+        crop: side in pixels of the square that is cut out
+        flip: how often an image is mirrored left to right
+        jitter: share by which contrast and saturation change at most, brightness and hue less; 0 for none
+        eval_short_side: length of the shorter side in evaluation
+        norm: in the pyramid; batch is synchronised over GPUs
+        ema: decay of an average of the weights, which is scored and saved beside them; 0 for none
+        eval_every: epochs between scorings
+        mean: of each channel; None for that of the weights
+        std: of each channel, as mean
+        max_unreadable: share of unreadable images above which the run fails
+        resume: go on with the run in out, exactly where its last checkpoint stands
+        seed: of everything random
+        accelerator: auto, cpu or cuda
+        devices: processes on this machine; auto for all GPUs, or one CPU process
+        num_nodes: machines
+        precision: auto, bf16-mixed or 32-true
+        workers: loader processes
+        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
+        log_every: optimiser steps between scalars
+        callbacks: further Lightning callbacks (from Python)
+
+    Returns:
+        A `SegmentResult`: mean intersection over union, pixel accuracy, and the trained segmenter.
+
+    Raises:
+        ValueError: if an argument cannot be met, or the data are broken; says all of it. Nothing is written then.
+        FileNotFoundError: if a path does not exist.
+        NonFiniteLoss: if training diverges.
+    """
+    settings = dict(locals())
+    settings.pop("callbacks")
+    from sparkmim.training.segment import run_segmentation
+
+    assert segment.__kwdefaults__ is not None
+    return run_segmentation(settings, segment.__kwdefaults__, callbacks)
 
 
 def evaluate(

@@ -20,7 +20,6 @@ from sparkmim.data import EpochBatchSampler, SkipLog, UnreadableImage
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.coco import (
     CocoImages,
-    DetectionDataset,
     check_coco,
     check_same_categories,
     collate_detection,
@@ -28,6 +27,7 @@ from sparkmim.data.coco import (
     mask_of,
     open_coco,
 )
+from sparkmim.data.dataset import TargetDataset
 from sparkmim.data.detection import detection_resize, detection_transform
 
 TWO = [annotation(10, 12, (4, 6, 20, 10)), annotation(10, 3, (30, 20, 16, 16)), annotation(11, 7, (0, 0, 64, 48))]
@@ -363,7 +363,7 @@ def test_mirroring(tmp_path: Path) -> None:
 
 
 def test_sizes_come_from_the_range(tmp_path: Path) -> None:
-    dataset = DetectionDataset(open_coco(*write_coco(tmp_path, TWO)), detection_transform(range(30, 34)))
+    dataset = TargetDataset(open_coco(*write_coco(tmp_path, TWO)), detection_transform(range(30, 34)))
     assert {dataset[epoch, 0]["image"].shape[1] for epoch in range(40)} == {30, 31, 32, 33}
 
 
@@ -379,7 +379,7 @@ def test_crops_keep_boxes_masks_and_labels_together(tmp_path: Path) -> None:
     Image.fromarray(pixels).save(folder / "10.png")
     image = {"id": 10, "file_name": "10.png", "height": 300, "width": 400}
     change(file, images=[image], annotations=records)
-    dataset = DetectionDataset(open_coco(file, folder), detection_transform([240, 320], 500, crop="detr"))
+    dataset = TargetDataset(open_coco(file, folder), detection_transform([240, 320], 500, crop="detr"))
     seen, ratios = [], set()
     for epoch in range(30):
         sample = dataset[epoch, 0]
@@ -419,7 +419,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
     transform = detection_transform(range(40, 80), crop="detr")
 
     def batches(workers: int, seed: int = 0) -> list[dict[str, Any]]:
-        dataset = DetectionDataset(open_coco(file, folder), transform, seed)
+        dataset = TargetDataset(open_coco(file, folder), transform, seed)
         sampler = EpochBatchSampler(3, 3, epoch=4)
         return list(DataLoader(dataset, batch_sampler=sampler, collate_fn=collate_detection, num_workers=workers))
 
@@ -435,7 +435,7 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
 def test_a_stand_in_comes_with_its_own_target(tmp_path: Path) -> None:
     file, folder = write_coco(tmp_path, TWO)
     (folder / "10.png").write_bytes(b"broken")
-    dataset = DetectionDataset(open_coco(file, folder), detection_transform([HEIGHT]))
+    dataset = TargetDataset(open_coco(file, folder), detection_transform([HEIGHT]))
     sample = dataset[0, 0]
     assert (sample["index"], sample["skipped"], sample["target"]["image_id"]) == (0, 1, 11)
     log = SkipLog()

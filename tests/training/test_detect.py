@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
@@ -14,6 +13,7 @@ from coco_files import annotation, write_coco
 from PIL import Image
 
 import sparkmim
+from interrupting import InterruptAt
 from sparkmim.cli import main
 from sparkmim.training.weights import open_weights
 
@@ -41,26 +41,12 @@ def settings(data: Path, network: str, out: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-class Stop(pl.Callback):
-    """Asks for an end after a step, as Ctrl-C does."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
-        if trainer.global_step == self.step:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGINT)
-
-
 def test_resumes_exactly(data: Path, network: str, tmp_path: Path) -> None:
     whole = sparkmim.detect(**settings(data, network, tmp_path / "whole"))
     assert whole.finished
     assert whole.steps == 9
     assert set(whole.figures) >= {"bbox/AP", "segm/AP", "bbox/AR100"}
-    part = sparkmim.detect(**settings(data, network, tmp_path / "part"), callbacks=[Stop(4)])
+    part = sparkmim.detect(**settings(data, network, tmp_path / "part"), callbacks=[InterruptAt(4)])
     assert not part.finished
     assert part.step in (4, 5)
     rest = sparkmim.detect(out=tmp_path / "part", resume=True)
@@ -83,8 +69,9 @@ def test_commands(
              "std": [0.3] * 3}  # fmt: skip
     weights.save(pretrained, tmp_path / "pre" / "weights", known)
     main(["detect", "--data", str(data), "--weights", "pre", "--out", "det", "--iterations", "2", "--batch-size", "2",
-          *SMALL])  # fmt: skip
+          "--frozen-stages", "1", *SMALL])  # fmt: skip
     said = capsys.readouterr().err
+    assert "frozen stages 1" in " ".join(said.split())
     assert "Mask R-CNN on" in said
     assert "from pre" in said
     assert "report:" in said
@@ -93,7 +80,9 @@ def test_commands(
     assert opened.kind == "detector"
     assert opened.metadata["mean"] == [0.4] * 3
     assert opened.metadata["classes"] == ["cat", "dog", "owl"]
-    opened.encoder()  # a detector's encoder is a start for others
+    encoder, before = opened.encoder().state_dict(), pretrained.encoder.state_dict()  # a start for others too
+    assert all(torch.equal(encoder[name], before[name]) for name in encoder if name.startswith("stem."))
+    assert not torch.equal(encoder["body.0.weight"], before["body.0.weight"])
 
     main(["detect", "--data", str(data), "--weights", "det/weights/detector.safetensors", "--eval-only",
           "--out", "scored", "--workers", "0"])  # fmt: skip
@@ -138,6 +127,7 @@ def test_boxes_alone(data: Path, network: str, tmp_path: Path) -> None:
         ({"eval_only": True}, "no weights given; --weights names the run folder or the weight file of a detector"),
         ({"weights": "nowhere"}, "nowhere does not exist"),
         ({"short_sides": []}, "short"),
+        ({"frozen_stages": 3}, r"frozen_stages is 3; Tiny has 2 stages, so it takes 0 \(none\) to 2"),
     ],
 )
 def test_mistakes(data: Path, network: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:

@@ -13,7 +13,6 @@ from sparkmim.data.augmentation import (
 from sparkmim.data.coco import (
     CocoFiles,
     CocoImages,
-    DetectionDataset,
     check_coco,
     check_same_categories,
     collate_detection,
@@ -26,13 +25,23 @@ from sparkmim.data.dataset import (
     LabelledDataset,
     PretrainDataset,
     SkipLog,
+    TargetDataset,
     collate,
     counted_seed,
     to_image,
 )
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil
 from sparkmim.data.detection import detection_resize, detection_transform
+from sparkmim.data.label_maps import (
+    SegmentationFiles,
+    SegmentationImages,
+    check_segmentation,
+    find_segmentation,
+    open_segmentation,
+    read_class_names,
+)
 from sparkmim.data.labelled import Labelled, open_labelled
+from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
 from sparkmim.data.sources import find_images
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 
@@ -44,18 +53,21 @@ __all__ = [
     "ChannelStatistics",
     "CocoFiles",
     "CocoImages",
-    "DetectionDataset",
     "EpochBatchSampler",
     "Labelled",
     "LabelledDataset",
     "PretrainDataset",
+    "SegmentationFiles",
+    "SegmentationImages",
     "SkipLog",
+    "TargetDataset",
     "Transform",
     "UnreadableImage",
     "array_transform",
     "channel_statistics",
     "check_coco",
     "check_same_categories",
+    "check_segmentation",
     "classify_transform",
     "collate",
     "collate_detection",
@@ -66,12 +78,17 @@ __all__ = [
     "eval_transform",
     "find_coco",
     "find_images",
+    "find_segmentation",
     "from_pil",
     "normalisation",
     "open_coco",
     "open_labelled",
+    "open_segmentation",
     "pretrain_transform",
     "read_array",
+    "read_class_names",
+    "segmentation_resize",
+    "segmentation_transform",
     "to_array",
     "to_image",
 ]

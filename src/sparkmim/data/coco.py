@@ -9,23 +9,21 @@ import os
 import pickle
 import warnings
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sparkmim.data.arrays import MissingPackage
-from sparkmim.data.dataset import AugmentedDataset
-from sparkmim.data.decoding import UnreadableImage, decode
+from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size, strict_pillow
+from sparkmim.data.findings import Findings, counted, few
 from sparkmim.data.labelled import TRAIN_NAMES, VAL_NAMES
 
 Target = dict[str, Any]
@@ -34,10 +32,6 @@ Sample = tuple[Tensor, Target]
 
 HEADERS_READ = 100
 """So many images are opened to compare their size with the one in the annotations."""
-
-_EXIF_ORIENTATION = 0x0112
-_TURNED = (5, 6, 7, 8)
-"""EXIF orientations that swap height and width."""
 
 
 def coco_tools(part: str) -> Any:
@@ -183,18 +177,10 @@ def read_coco(file: str | Path) -> dict[str, Any]:
                 raise ValueError(f"ids in {file} must be integers, but one of its {part} has {wrong[0]!r}")
     nameless = [image["id"] for image in content["images"] if not isinstance(image.get("file_name"), str)]
     if nameless:
-        number = _count(len(nameless), "image")
+        number = counted(len(nameless), "image")
         raise ValueError(f"{file} lists {number} without a file_name; the first has id {nameless[0]}")
     checked: dict[str, Any] = content
     return checked
-
-
-@dataclass
-class _Findings:
-    """What is wrong with a data set: what must be mended before it can be used, and what is only worth knowing."""
-
-    fatal: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
 
 class CocoImages(Dataset[Any]):
@@ -234,7 +220,7 @@ class CocoImages(Dataset[Any]):
         masks: bool | None = None,
     ) -> None:
         self.annotations, self.images = annotations, images
-        self.findings = _Findings()
+        self.findings = Findings()
         names = category_names(content["categories"])
         self.category_ids, self.classes = list(names), list(names.values())
         records = content["images"]
@@ -277,14 +263,8 @@ class CocoImages(Dataset[Any]):
         Raises:
             UnreadableImage: if it cannot be decoded, or is of another size than the file says.
         """
-        path, size = self.path(place), self.sizes[place].tolist()
-        image = decode(path)
-        upright = list(image.shape[1:])
-        if upright != size:
-            image = decode(path, upright=False)
-            if list(image.shape[1:]) != size:
-                raise UnreadableImage(path, f"is {_by(upright)}, but {self.annotations.name} says {_by(size)}")
-        return image
+        height, width = self.sizes[place].tolist()
+        return decode_annotated(self.path(place), (height, width), self.annotations.name)
 
     def _masks(self, mine: slice, height: int, width: int) -> Tensor:
         if mine.start == mine.stop:
@@ -311,20 +291,20 @@ class CocoImages(Dataset[Any]):
         ):
             twice = [place for place, count in Counter(found).items() if count > 1]
             if twice:
-                fatal.append(f"{_count(len(twice), f'{kind} id')} given more than once: {_few(twice)}")
+                fatal.append(f"{counted(len(twice), f'{kind} id')} given more than once: {few(twice)}")
         ids = [annotation.get("id") for annotation in content["annotations"]]
         twice = [place for place, count in Counter(ids).items() if count > 1 and place is not None]
         if twice:
-            notes.append(f"{_count(len(twice), 'annotation id')} given more than once: {_few(twice)}; all are used")
+            notes.append(f"{counted(len(twice), 'annotation id')} given more than once: {few(twice)}; all are used")
         sizeless = self.image_ids[(self.sizes < 1).any(1)].tolist()
         if sizeless:
-            fatal.append(f"{_count(len(sizeless), 'image')} without height and width: id {_few(sizeless)}")
+            fatal.append(f"{counted(len(sizeless), 'image')} without height and width: id {few(sizeless)}")
         names = [name for name, count in Counter(self.file_names).items() if count > 1]
         if names:
-            notes.append(f"{_count(len(names), 'file')} named by several images: {_few(names)}")
+            notes.append(f"{counted(len(names), 'file')} named by several images: {few(names)}")
         if self.category_ids != list(range(1, len(self.category_ids) + 1)):
             first, last = self.category_ids[0], self.category_ids[-1]
-            number = _count(len(self.classes), "class", "classes")
+            number = counted(len(self.classes), "class", "classes")
             notes.append(
                 f"category ids run from {first} to {last} for {number}; labels count from 1 without gaps, and results "
                 "are written with the ids of the file"
@@ -345,7 +325,7 @@ class CocoImages(Dataset[Any]):
         _note(notes, ~keep, "annotation", "of images that are not in the file" + left_out)
         unknown = sorted({str(records[place].get("category_id")) for place in np.flatnonzero(labels == 0).tolist()})
         if unknown:
-            fatal.append(f"{_count(int((labels == 0).sum()), 'annotation')} of unknown categories: {_few(unknown)}")
+            fatal.append(f"{counted(int((labels == 0).sum()), 'annotation')} of unknown categories: {few(unknown)}")
         keep &= labels > 0
         _note(notes, keep & crowd, "crowd", "not trained on, but known to the evaluation", "crowds")
         keep &= ~crowd
@@ -375,7 +355,7 @@ class CocoImages(Dataset[Any]):
                 if kept
             )
             if short:
-                notes.append(f"{_count(short, 'annotation')} with polygons of fewer than three points; those left out")
+                notes.append(f"{counted(short, 'annotation')} with polygons of fewer than three points; those left out")
         bare = np.array([segmentation is None for segmentation in segmentations], bool)
         self.has_masks = not bare.all()
         if self.has_masks:
@@ -399,7 +379,7 @@ class CocoImages(Dataset[Any]):
         counts = np.bincount(self._labels, minlength=len(self.classes) + 1)[1:]
         without = [self.classes[place] for place in np.flatnonzero(counts == 0)]
         if without:
-            notes.append(f"{_count(len(without), 'class', 'classes')} without annotations: {_few(without)}")
+            notes.append(f"{counted(len(without), 'class', 'classes')} without annotations: {few(without)}")
         _note(notes, np.diff(self._starts) == 0, "image", "with nothing on them; kept as background")
 
 
@@ -444,7 +424,7 @@ def check_coco(data: CocoImages) -> list[str]:
     missing = _missing(data)
     if missing:
         fatal.insert(
-            0, f"{_count(len(missing), 'image file')} missing of {len(data):,} in {data.images}: {_few(missing)}"
+            0, f"{counted(len(missing), 'image file')} missing of {len(data):,} in {data.images}: {few(missing)}"
         )
     absent = set(missing)
     looked, wrong, unreadable = 0, [], []
@@ -453,26 +433,20 @@ def check_coco(data: CocoImages) -> list[str]:
             continue
         looked += 1
         try:
-            with Image.open(data.path(place)) as image:
-                found = [image.height, image.width]
-                turned = image.getexif().get(_EXIF_ORIENTATION) in _TURNED
-        except Exception:  # decoders raise anything
+            with strict_pillow():
+                found, turned = stored_size(data.path(place))
+        except UnreadableImage:
             unreadable.append(os.fsdecode(data._names[place]))
             continue
-        size = data.sizes[place].tolist()
+        size = tuple(data.sizes[place].tolist())
         if size != found and not (turned and size == found[::-1]):
-            wrong.append(f"{os.fsdecode(data._names[place])} is {_by(found)}, not {_by(size)}")
+            wrong.append(f"{os.fsdecode(data._names[place])} is {size_text(found)}, not {size_text(size)}")
     if unreadable:
-        number = _count(len(unreadable), "file")
-        notes.append(f"{number} of {looked} looked into that hold no readable image: {_few(unreadable)}")
+        number = counted(len(unreadable), "file")
+        notes.append(f"{number} of {looked} looked into that hold no readable image: {few(unreadable)}")
     if wrong:
-        fatal.append(f"{_count(len(wrong), 'image')} of another size than the annotations say: {_few(wrong)}")
-    if fatal:
-        lines = [f"{data.annotations} cannot be used as it is:", *(f"- {line}" for line in fatal)]
-        if notes:
-            lines += ["and worth knowing:", *(f"- {line}" for line in notes)]
-        raise ValueError("\n".join(lines))
-    return notes
+        fatal.append(f"{counted(len(wrong), 'image')} of another size than the annotations say: {few(wrong)}")
+    return Findings(fatal, notes).check(data.annotations)
 
 
 def check_same_categories(train: CocoImages, val: CocoImages) -> None:
@@ -489,8 +463,8 @@ def check_same_categories(train: CocoImages, val: CocoImages) -> None:
     ]
     if other:
         raise ValueError(
-            f"{val.annotations} has {_count(len(other), 'category', 'categories')} that {train.annotations} does not "
-            f"have by that id and name: {_few(other)}"
+            f"{val.annotations} has {counted(len(other), 'category', 'categories')} that {train.annotations} does not "
+            f"have by that id and name: {few(other)}"
         )
 
 
@@ -520,52 +494,17 @@ def _numbers(box: Any) -> list[float]:
     return [np.nan] * 4
 
 
-def _by(size: Sequence[int]) -> str:
-    return f"{size[1]}×{size[0]}"
-
-
-def _count(number: int, word: str, words: str | None = None) -> str:
-    return f"{number:,} {word if number == 1 else words or f'{word}s'}"
-
-
-def _few(items: Sequence[Any], most: int = 3) -> str:
-    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
-
-
 def _note(notes: list[str], which: npt.NDArray[np.bool_], word: str, what: str, words: str | None = None) -> None:
     number = int(which.sum())
     if number:
-        notes.append(f"{_count(number, word, words)} {what}")
+        notes.append(f"{counted(number, word, words)} {what}")
 
 
 # Samples to train on
 
 
-class DetectionDataset(AugmentedDataset):
-    """`AugmentedDataset` of images with boxes: its samples have `target` in addition, which belongs to the image shown.
-
-    Args:
-        images: with their targets.
-        transform: from an image and its target to both, as `detection_transform`.
-        seed: of everything random.
-    """
-
-    def __init__(self, images: CocoImages, transform: Callable[[Any], Any], seed: int = 0) -> None:
-        super().__init__(images, transform, seed, read=_as_it_is)
-        self.classes, self.category_ids, self.has_masks = images.classes, images.category_ids, images.has_masks
-
-    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        sample = super().__getitem__(key)
-        image, target = sample["image"]
-        return {**sample, "image": image, "target": target}
-
-
-def _as_it_is(item: Any, name: str) -> Any:
-    return item
-
-
 def collate_detection(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch of samples of a `DetectionDataset`: lists `image` and `target`, for images differ in size; tensors
+    """A batch of samples of a `TargetDataset`: lists `image` and `target`, for images differ in size; tensors
     `index` and `skipped`; and one list `unreadable`."""
     return {
         "image": [sample["image"] for sample in samples],

@@ -204,6 +204,29 @@ class LabelledDataset(AugmentedDataset):
         return {**sample, "label": int(self.labels[shown])}
 
 
+class TargetDataset(AugmentedDataset):
+    """`AugmentedDataset` of images with boxes or label maps: its samples have `target` in addition, which belongs to
+    the image shown.
+
+    Args:
+        images: a data set of images and targets.
+        transform: from both, in a tuple, to both.
+        seed: of everything random.
+    """
+
+    def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any], seed: int = 0) -> None:
+        super().__init__(images, transform, seed, read=_as_it_is)
+
+    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+        sample = super().__getitem__(key)
+        image, target = sample["image"]
+        return {**sample, "image": image, "target": target}
+
+
+def _as_it_is(item: Any, name: str) -> Any:
+    return item
+
+
 def _image_of(item: Any, name: str, channels: int) -> Tensor:
     return to_image(item, channels, name)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -21,6 +21,10 @@ except ImportError:  # pragma: no cover
 
 MAX_PIXELS = 500_000_000
 """Larger images count as unreadable: a small file can claim a size that fills the memory."""
+
+_EXIF_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)
+"""EXIF orientations that swap height and width."""
 
 
 class UnreadableImage(Exception):
@@ -71,7 +75,7 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         raise UnreadableImage(path, getattr(error, "strerror", None) or str(error)) from error
     if not encoded:
         raise UnreadableImage(path, "the file is empty")
-    with _strict_pillow():
+    with strict_pillow():
         try:
             with Image.open(io.BytesIO(encoded)) as image:  # reads the header only
                 if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
@@ -81,7 +85,7 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
                     image.draft("L", image.size)  # grey is stored in a colour JPEG: torchvision takes it from there too
                 return _to_tensor(image, channels, upright)
         except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
-            raise UnreadableImage(path, _reason(error)) from error
+            raise UnreadableImage(path, reason_of(error)) from error
 
 
 def pixels_of(path: str | Path) -> int:
@@ -90,12 +94,58 @@ def pixels_of(path: str | Path) -> int:
     Raises:
         UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
     """
-    with _strict_pillow():
-        try:
-            with Image.open(path) as image:
-                return image.width * image.height
-        except Exception as error:
-            raise UnreadableImage(path, _reason(error)) from error
+    with strict_pillow():
+        (height, width), _ = stored_size(path)
+    return height * width
+
+
+def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
+    """Height and width of an image as it is stored, by its header, and whether its EXIF orientation swaps them.
+
+    To be called within `strict_pillow`, which concerns all threads.
+
+    Raises:
+        UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
+    """
+    try:
+        with Image.open(path) as image:
+            return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+    except Exception as error:
+        raise UnreadableImage(path, reason_of(error)) from error
+
+
+def decode_annotated(path: str | Path, size: tuple[int, int], whose: str, channels: int = 3) -> Tensor:
+    """Reads an image that somebody has annotated, uint8 `[channels, *size]`.
+
+    It is turned upright by its EXIF orientation, as they saw it. Some annotate with tools that ignore it; there, only
+    the image as it is stored has the size that the annotation has, and so it is not turned.
+
+    Args:
+        path: the file.
+        size: height and width that the annotation has.
+        whose: what a complaint calls the annotation.
+        channels: as for `decode`.
+
+    Raises:
+        UnreadableImage: if it cannot be decoded, or is of another size.
+    """
+    image = decode(path, channels)
+    upright = tuple(image.shape[1:])
+    if upright != size:
+        image = decode(path, channels, upright=False)
+        if tuple(image.shape[1:]) != size:
+            raise UnreadableImage(path, f"is {size_text(upright)}, but {whose} says {size_text(size)}")
+    return image
+
+
+def size_text(size: Sequence[int]) -> str:
+    """Height and width as people write them.
+
+    Example:
+        >>> size_text((480, 640))
+        '640×480'
+    """
+    return f"{size[1]}×{size[0]}"
 
 
 def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tensor:
@@ -111,11 +161,11 @@ def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tens
         UnreadableImage: if it can't be loaded, or its mode not be converted.
     """
     check_channels(channels)
-    with _strict_pillow():
+    with strict_pillow():
         try:
             return _to_tensor(image, channels)
         except Exception as error:
-            raise UnreadableImage(name, _reason(error)) from error
+            raise UnreadableImage(name, reason_of(error)) from error
 
 
 def check_channels(channels: int) -> None:
@@ -167,7 +217,7 @@ def _to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
 
 
 @contextmanager
-def _strict_pillow() -> Iterator[None]:
+def strict_pillow() -> Iterator[None]:
     """Sets Pillow's guard against decompression bombs to `MAX_PIXELS`, and keeps all decoders' warnings in."""
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and raises at twice as many
@@ -179,7 +229,7 @@ def _strict_pillow() -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = limit
 
 
-def _reason(error: Exception) -> str:
+def reason_of(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     if isinstance(error, Image.DecompressionBombError):

@@ -54,7 +54,7 @@ def detection_transform(
         part = v2.Compose([v2.RandomShortestSize([400, 500, 600]), _RandomPart(384, 600)])
         steps.append(v2.RandomApply([part], 0.5))
     steps.append(v2.RandomShortestSize(list(shortest), longest))
-    transform: DetectionTransform = v2.Compose([*steps, _Visible(), *_to_float()])
+    transform: DetectionTransform = v2.Compose([*steps, _Visible(), to_float(), v2.ToPureTensor()])
     return transform
 
 
@@ -108,8 +108,10 @@ class _Visible(nn.Module):
         return image, {**target, **{name: values[seen] for name, values in kept.items()}}
 
 
-def _to_float() -> list[nn.Module]:
-    return [v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True), v2.ToPureTensor()]
+def to_float() -> nn.Module:
+    """Images become float32 in 0…1, or stay as they are if they are float already; targets stay as they are."""
+    step: nn.Module = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
+    return step
 
 
 def _check_sizes(shortest: Sequence[int], longest: int) -> None:

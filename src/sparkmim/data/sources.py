@@ -13,6 +13,8 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.status import Status
 
+from sparkmim.data.arrays import ARRAY_SUFFIXES
+
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
@@ -66,6 +68,28 @@ def find_images(
     if root.name.lower().endswith(suffixes):
         raise ValueError(f"{root} is a single image; give a folder of images, or a text file of paths")
     return _read_list(root)
+
+
+def find_items(data: str | Path, channels: int, rank: int) -> tuple[list[str], bool]:
+    """The files of a data set as `find_images` finds them, of one kind; and whether they are arrays.
+
+    Images of 1 or 3 channels come from image files if there are any, else from array files; signals, volumes and other
+    numbers of channels from array files.
+
+    Raises:
+        FileNotFoundError: as `find_images`; also `ValueError`, if there are only image files where arrays are needed.
+    """
+    paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
+    arrays = [path for path in paths if path.lower().endswith(ARRAY_SUFFIXES)]
+    images = [path for path in paths if not path.lower().endswith(ARRAY_SUFFIXES)]
+    chosen = arrays if rank != 2 or channels not in (1, 3) or not images else images
+    if not chosen:
+        kind = f"{channels} channel(s)" if rank == 2 else {1: "signals", 3: "volumes"}[rank]
+        raise ValueError(
+            f"{data} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
+            f"{', '.join(ARRAY_SUFFIXES)} files"
+        )
+    return chosen, chosen is arrays
 
 
 def _read_list(file: Path) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from rich.table import Table
 from torch import Tensor
 
 from sparkmim.data.coco import category_names, coco_tools, mask_of, quiet_tools, read_coco
@@ -34,6 +35,20 @@ class CocoScores:
 
     figures: dict[str, float]
     per_class: dict[str, dict[str, float]]
+
+    @property
+    def main(self) -> float:
+        """The average precision of masks or, where there are none, of boxes."""
+        return self.figures.get("segm/AP", self.figures["bbox/AP"])
+
+    def table(self) -> Table:
+        """The twelve figures of each kind."""
+        table = Table("", *FIGURES, box=None, padding=(0, 2, 0, 0))
+        for kind, label in (("bbox", "boxes"), ("segm", "masks")):
+            values = [self.figures.get(f"{kind}/{name}", math.nan) for name in FIGURES]
+            if not all(map(math.isnan, values)):
+                table.add_row(label, *("–" if math.isnan(value) else f"{100 * value:.1f}" for value in values))
+        return table
 
     def as_json(self) -> dict[str, Any]:
         """For `metrics.json`: figures that are not known are null, classes without objects are not there."""

@@ -101,7 +101,8 @@ class PyramidBackbone(nn.Module):
         """
         count = len(self.hierarchy.strides)
         if not 0 <= stages <= count:
-            raise ValueError(f"{stages} stages cannot be frozen; {type(self.encoder).__name__} has {count}")
+            kind = type(self.encoder).__name__
+            raise ValueError(f"frozen_stages is {stages}; {kind} has {count} stages, so it takes 0 (none) to {count}")
         if not stages:
             return
         others = set(self._hierarchy_of(self.encoder, stages=stages).unreached)

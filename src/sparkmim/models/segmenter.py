@@ -39,7 +39,7 @@ class Segmenter(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Normalised images `[B, C, H, W]` of any size to logits `[B, classes, H, W]`."""
+        """Normalised images `[B, C, H, W]` of any size to float32 logits `[B, classes, H, W]`."""
         height, width = images.shape[2:]
         unit = self.backbone.size_divisible
         padded = F.pad(images, (0, -width % unit, 0, -height % unit))  # [B, C, H', W']
@@ -47,7 +47,7 @@ class Segmenter(nn.Module):
         size = levels["0"].shape[2:]
         branched = [branch(level) for branch, level in zip(self.branches, levels.values(), strict=True)]
         resized = [_resize(map_, size) for map_ in branched]  # [B, 128, H' / s_1, W' / s_1]
-        logits = self.classify(torch.stack(resized).sum(0))  # [B, classes, H' / s_1, W' / s_1]
+        logits = self.classify(torch.stack(resized).sum(0)).float()  # [B, classes, H' / s_1, W' / s_1]
         return _resize(logits, padded.shape[2:])[..., :height, :width]
 
 

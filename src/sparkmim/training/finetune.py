@@ -30,7 +30,17 @@ from sparkmim.models import PooledClassifier, create_classifier
 from sparkmim.models.classifier import encoder_of
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor
-from sparkmim.training.loop import Plan, begun, fit, is_main_process, plan_for, say_report, settle_machine
+from sparkmim.training.loop import (
+    Plan,
+    begun,
+    fit,
+    is_main_process,
+    network_text,
+    plan_for,
+    say_end,
+    say_settings,
+    settle_machine,
+)
 from sparkmim.training.module import ClassifyModule, OptimizerSettings
 from sparkmim.training.recipes import FinetuneRecipe, finetune_recipe_named
 from sparkmim.training.run import RunFolder
@@ -58,7 +68,6 @@ def run_finetuning(
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder, main = RunFolder(settings["out"]), is_main_process()
     settings = begun(settings, defaults, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
@@ -128,9 +137,10 @@ def run_finetuning(
     )  # fmt: skip
     keeper = Keeper(folder, settings["save_minutes"], write_weights, monitor)
     every = [monitor, *([ema] if ema else []), validator, *callbacks, keeper]
+    rows = _rows(settings, model, train, val, plan)
     trainer = fit(
-        settings, module, train_set, plan, folder, every,
-        say=lambda: say_settings(console, settings, model, train, val, plan), repeats=settings["repeats"],
+        settings, module, train_set, plan, folder, every, say=lambda: say_settings(console, settings, rows),
+        repeats=settings["repeats"],
     )  # fmt: skip
     return _finish(console, folder, trainer, plan, validator, skipped, model)
 
@@ -154,18 +164,12 @@ def _finish(
     if best is not None:
         title = f"top-1 {best.top1:.1%}, {len(validator.dataset):,} validation images"
         draw_confusion(best.confusion, validator.dataset.classes, folder.path / "confusion.png", title)
-    if result.finished:
-        table = Table("weights", "top-1", "top-5", "best top-1", box=None, padding=(0, 2, 0, 0))
-        for name, scores in validator.last.items():
-            label = "model" if name == "model" else "average"
-            table.add_row(label, f"{scores.top1:.2%}", f"{scores.top5:.2%}", f"{validator.best[name].top1:.2%}")
-        console.print(table)
-        console.print(f"done: weights in {folder.weights}, figures in metrics.json and confusion.png beside them")
-    else:
-        console.print(f"stopped at step {result.step} of {result.steps}; continue with --out {folder.path} --resume")
-    if skipped.count:
-        console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.log}")
-    say_report(console, folder)
+    table = Table("weights", "top-1", "top-5", "best top-1", box=None, padding=(0, 2, 0, 0))
+    for name, scores in validator.last.items():
+        label = "model" if name == "model" else "average"
+        table.add_row(label, f"{scores.top1:.2%}", f"{scores.top5:.2%}", f"{validator.best[name].top1:.2%}")
+    done = f"done: weights in {folder.weights}, figures in metrics.json and confusion.png beside them"
+    say_end(console, folder, trainer, plan, skipped, table, done)
     return result
 
 
@@ -273,29 +277,16 @@ def _metadata(settings: dict[str, Any], model: nn.Module, classes: list[str]) ->
     }
 
 
-def say_settings(
-    console: Console, settings: dict[str, Any], model: nn.Module, train: Labelled, val: Labelled, plan: Plan
-) -> None:
-    """Prints the settings in force."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
-    name = settings["model"] if isinstance(settings["model"], str) else type(settings["model"]).__name__
-    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+def _rows(settings: dict[str, Any], model: nn.Module, train: Labelled, val: Labelled, plan: Plan) -> dict[str, str]:
+    """Settings in words."""
     rate = settings["learning_rate"]
-    origin = "scratch" if settings["weights"] == "none" else settings["weights"]
     side = "×".join(map(str, settings["image_size"]))
-    for key, value in {
-        "model": f"{name}, {millions:.1f} M parameters, from {origin}{', head alone' if settings['freeze'] else ''}",
+    return {
+        "model": network_text(settings, model) + (", head alone" if settings["freeze"] else ""),
         "data": f"{len(train):,} images of {len(train.classes)} classes at {side}, {len(val):,} for validation",
         **recipe_rows(settings),
         "in all": f"{plan.steps:,} steps, {plan.steps_per_epoch} per epoch; peak rate {rate * plan.batch_size / 256:g}",
-        "device": f"{settings['accelerator']}, {settings['precision']}, {settings['workers']} loader workers, "
-        f"seed {settings['seed']}",
-        "run folder": str(settings["out"]),
-    }.items():
-        table.add_row(f"[bold]{key}", value)
-    console.print(table)
+    }
 
 
 def recipe_rows(settings: dict[str, Any]) -> dict[str, str]:

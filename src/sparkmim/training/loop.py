@@ -8,7 +8,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +16,11 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
+from rich.table import Table
+from torch import nn
 from torch.utils.data import Dataset
 
-from sparkmim.data import collate
+from sparkmim.data import SkipLog, collate
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import ScheduledModule
 from sparkmim.training.run import RunFolder, environment, log_to
@@ -201,6 +203,7 @@ def fit(
         collate_fn: makes a batch of samples.
         precision: of everything; None for that of the settings.
     """
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with warnings.catch_warnings():
         _silence_what_is_meant(warnings)
         trainer = pl.Trainer(
@@ -248,6 +251,47 @@ def fit(
     return trainer
 
 
+def network_text(settings: dict[str, Any], model: nn.Module) -> str:
+    """A network in words: its name, its size, and where its weights are from."""
+    name = settings["model"] if isinstance(settings["model"], str) else type(settings["model"]).__name__
+    origin = "scratch" if settings["weights"] == "none" else settings["weights"]
+    return f"{name}, {millions(model):.1f} M parameters, from {origin}"
+
+
+def millions(module: nn.Module) -> float:
+    """Parameters in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def say_settings(console: Console, settings: dict[str, Any], rows: Mapping[str, str]) -> None:
+    """Prints settings in force, a row each; those of the machine last."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    device = (
+        f"{settings['accelerator']}, {settings['precision']}, {settings['workers']} loader workers, "
+        f"seed {settings['seed']}"
+    )
+    for key, value in {**rows, "device": device, "run folder": str(settings["out"])}.items():
+        table.add_row(f"[bold]{key}", value)
+    console.print(table)
+
+
+def say_end(console: Console, folder: RunFolder, trainer: pl.Trainer, plan: Plan, skipped: SkipLog, *done: Any) -> None:
+    """Says how a run went, on the main process: what is given if it is finished, or else how to go on."""
+    if not trainer.is_global_zero:
+        return
+    if trainer.global_step >= plan.steps:
+        for line in done:
+            console.print(line)
+    else:
+        step = f"step {trainer.global_step} of {plan.steps}"
+        console.print(f"stopped at {step}; continue with --out {folder.path} --resume")
+    if skipped.count:
+        console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.log}")
+    say_report(console, folder)
+
+
 def say_report(console: Console, folder: RunFolder) -> None:
     """Writes the report of a run that is over, and says where it is."""
     if path := renew_report(folder.path):
@@ -259,9 +303,10 @@ def _is_object(value: Any) -> bool:
 
 
 def _silence_what_is_meant(where: Any) -> None:
-    """Lightning's advice that does not apply: the stream of batches has no length by design."""
+    """Lightning's advice that does not apply; the stream of batches has no length by design."""
     for message in (
         r".*does not have many workers.*", r".*`max_epochs`.*", r".*Checkpoint directory.*exists and is not empty.*",
         r".*GPU available but not used.*", r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
+        r".*in eval mode at the start of training.*",  # frozen stages
     ):  # fmt: skip
         where.filterwarnings("ignore", message=message)

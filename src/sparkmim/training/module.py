@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from sparkmim.data import counted_seed
+from sparkmim.data.label_maps import IGNORED
 from sparkmim.models import SparK
 from sparkmim.models.classifier import head_of
 from sparkmim.training import schedules
@@ -224,6 +225,44 @@ class ClassifyModule(ScheduledModule):
             targets = torch.full((len(labels), self.classes), off, device=labels.device)  # [B, classes]
             targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
         loss: Tensor = self.criterion(self.model(images), targets)
+        self.step_losses.append(loss.detach())
+        return loss
+
+
+class SegmentModule(ScheduledModule):
+    """Trains a segmenter of `create_segmenter` on batches of images and label maps.
+
+    Args:
+        model: maps images `[B, C, H, W]` to logits `[B, classes, H, W]`.
+        settings: of the optimiser.
+        seed: of what the network draws.
+        layer_decay: share of the learning rate that each group of the encoder's layers keeps of the one above.
+        schedule: how the rate falls: `cosine` or `linear`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: OptimizerSettings,
+        seed: int,
+        layer_decay: float,
+        schedule: Literal["cosine", "linear"],
+    ) -> None:
+        super().__init__(model, settings, seed)
+        self.layer_decay, self.schedule = layer_decay, schedule
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decayed_groups(self.model, detector_layer_decay_exponents(self.model), self.layer_decay)
+
+    def rate_at(self, step: int) -> float:
+        settings = self.settings
+        shape = schedules.linear_learning_rate if self.schedule == "linear" else schedules.learning_rate
+        return shape(step, settings.steps, settings.warmup, settings.peak)
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        labels = batch["target"]  # [b, h, w]
+        total = nn.functional.cross_entropy(self.model(batch["image"]), labels, ignore_index=IGNORED, reduction="sum")
+        loss: Tensor = total / (labels != IGNORED).sum().clamp(min=1)  # a crop may have no pixel that counts
         self.step_losses.append(loss.detach())
         return loss
 

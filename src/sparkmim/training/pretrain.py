@@ -10,7 +10,6 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 
 from sparkmim.commands import PretrainResult
@@ -19,7 +18,17 @@ from sparkmim.models import SparK, create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
-from sparkmim.training.loop import Plan, begun, fit, is_main_process, plan_for, say_report, settle_machine
+from sparkmim.training.loop import (
+    Plan,
+    begun,
+    fit,
+    is_main_process,
+    millions,
+    plan_for,
+    say_end,
+    say_settings,
+    settle_machine,
+)
 from sparkmim.training.module import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
 from sparkmim.training.run import RunFolder
@@ -46,7 +55,6 @@ def run_pretraining(
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     folder, main = RunFolder(settings["out"]), is_main_process()
     settings = begun(settings, defaults, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
@@ -105,19 +113,13 @@ def run_pretraining(
         plan,
         folder,
         every,
-        lambda: _say_settings(console, settings, model, len(dataset), plan),
+        lambda: say_settings(console, settings, _rows(settings, model, len(dataset), plan)),
     )
     result = PretrainResult(
         folder.path, trainer.global_step, plan.steps, monitor.epoch_loss, monitor.images_per_second, model.eval()
     )
-    if trainer.is_global_zero:
-        if result.finished:
-            console.print(f"done: loss {result.loss:.4f}; weights in {folder.weights}")
-        else:
-            console.print(f"stopped at step {result.step} of {plan.steps}; continue with --out {folder.path} --resume")
-        if skipped.count:
-            console.print(f"{skipped.count} unreadable image(s) were skipped; they are named in {folder.log}")
-        say_report(console, folder)
+    done = f"done: loss {result.loss:.4f}; weights in {folder.weights}"
+    say_end(console, folder, trainer, plan, skipped, done)
     return result
 
 
@@ -241,20 +243,13 @@ def _metadata(settings: dict[str, Any], model: SparK) -> dict[str, Any]:
     }
 
 
-def _millions(module: nn.Module) -> float:
-    """Parameters in millions."""
-    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
-
-
-def _say_settings(console: Console, settings: dict[str, Any], model: SparK, images: int, plan: Plan) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
-    table.add_column(overflow="fold")
+def _rows(settings: dict[str, Any], model: SparK, images: int, plan: Plan) -> dict[str, str]:
+    """Settings in words."""
     rate = settings["learning_rate"]
     name = settings["model"] if isinstance(settings["model"], str) else type(settings["model"]).__name__
     side = "×".join(map(str, model.image_size))
-    encoder, whole = _millions(model.encoder), _millions(model)
-    rows = {
+    encoder, whole = millions(model.encoder), millions(model)
+    return {
         "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{images:,} images at {side}, {'×'.join(map(str, model.grid))} patches of {model.patch_size}, "
         f"{settings['mask_ratio']:.0%} hidden",
@@ -263,10 +258,4 @@ def _say_settings(console: Console, settings: dict[str, Any], model: SparK, imag
         "optimiser": f"{settings['optimizer']}, rate {rate:g} per 256 = {rate * settings['batch_size'] / 256:g}, "
         f"betas {settings['beta1']} {settings['beta2']}, decay {settings['weight_decay']} to "
         f"{settings['weight_decay_end']}, clip {settings['clip_grad']}",
-        "device": f"{settings['accelerator']}, {settings['precision']}, {settings['workers']} loader workers, "
-        f"seed {settings['seed']}",
-        "run folder": str(settings["out"]),
     }
-    for key, value in rows.items():
-        table.add_row(f"[bold]{key}", value)
-    console.print(table)

@@ -353,3 +353,94 @@ def detect_recipe_named(name: str) -> DetectRecipe:
     if name not in DETECT_RECIPES:
         raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(DETECT_RECIPES)}")
     return DETECT_RECIPES[name]
+
+
+SegmentSchedule = Literal["cosine", "linear"]
+
+
+@dataclass(frozen=True)
+class SegmentRecipe:
+    """What a recipe decides; every field is an argument of `sparkmim.segment` too. The optimiser is AdamW.
+
+    Attributes:
+        epochs: passes over the data; None where `iterations` are given instead.
+        iterations: optimiser steps of the run; None where `epochs` are given instead.
+        batch_size: images per optimiser step, over all processes.
+        learning_rate: peak rate for 16 images per step; scales in proportion to the batch size.
+        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above.
+        weight_decay: constant; none on vectors.
+        warmup_iterations: optimiser steps of linear warm-up.
+        schedule: how the rate falls.
+        drop_path: stochastic depth rate; None for the network's own.
+        short_side: usual length of the shorter side in training, from which it is scaled by 0.5 to 2.
+        crop: side of the square that is cut out.
+        jitter: how much colours change (see `segmentation_transform`).
+        eval_short_side: length of the shorter side in evaluation.
+        norm: in the pyramid.
+        clip_grad: largest global gradient norm; None for any.
+    """
+
+    epochs: float | None
+    iterations: int | None
+    batch_size: int
+    learning_rate: float
+    layer_decay: float
+    weight_decay: float
+    warmup_iterations: int
+    schedule: SegmentSchedule
+    drop_path: float | None
+    short_side: int
+    crop: int
+    jitter: float
+    eval_short_side: int
+    norm: PyramidNorm
+    clip_grad: float | None
+
+
+_ADE20K = SegmentRecipe(
+    epochs=None,
+    iterations=160_000,
+    batch_size=16,
+    learning_rate=1e-4,
+    layer_decay=0.9,
+    weight_decay=0.05,
+    warmup_iterations=1500,
+    schedule="linear",
+    drop_path=0.4,
+    short_side=512,
+    crop=512,
+    jitter=0.5,
+    eval_short_side=512,
+    norm="none",
+    clip_grad=None,
+)
+"""ConvNeXt-B's for UPerNet (facebookresearch/ConvNeXt, `upernet_convnext_base_512_160k_ade20k_ss.py`; sizes and colours
+from MMSegmentation's `ade20k.py`, which it builds on). The head is another one here."""
+
+SEGMENT_DEFAULT = replace(
+    _ADE20K,
+    epochs=50,
+    iterations=None,
+    batch_size=8,
+    learning_rate=4e-4,
+    layer_decay=0.8,
+    warmup_iterations=100,
+    schedule="cosine",
+    drop_path=None,
+    jitter=0.3,
+    clip_grad=5.0,
+)
+"""For some hundred to some thousand images on one GPU; rate, layer decay and clipping as in detection."""
+
+SEGMENT_RECIPES = {"default": SEGMENT_DEFAULT, "ade20k": _ADE20K}
+
+
+def segment_recipe_named(name: str) -> SegmentRecipe:
+    """Looks a recipe up.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    if name not in SEGMENT_RECIPES:
+        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(SEGMENT_RECIPES)}")
+    return SEGMENT_RECIPES[name]

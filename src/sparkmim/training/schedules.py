@@ -27,6 +27,24 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
     return peak * (END + (1 - END) * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def linear_learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
+    """A line from the peak at the first step to 0 after the last, below which a linear warm-up starts at 0.
+
+    The polynomial schedule of power 1 that is usual in segmentation.
+
+    Args:
+        step: optimiser step, `0 … steps - 1`.
+        steps: of the whole run.
+        warmup: steps of warm-up.
+        peak: learning rate that the line starts from.
+
+    Example:
+        >>> [round(linear_learning_rate(step, 10, 2, 1.0), 2) for step in range(10)]
+        [0.0, 0.45, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1]
+    """
+    return peak * (1 - step / steps) * (min(1.0, step / warmup) if warmup else 1.0)
+
+
 def stepped_learning_rate(
     step: int, steps: int, warmup: int, peak: float, start: float, drops: Sequence[float], factor: float
 ) -> float:

@@ -7,17 +7,10 @@ from typing import Any
 
 from rich.console import Console
 
-from sparkmim.data import (
-    ARRAY_SUFFIXES,
-    ChannelStatistics,
-    channel_statistics,
-    find_images,
-    to_array,
-    to_image,
-)
+from sparkmim.data import ChannelStatistics, channel_statistics, to_array, to_image
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.decoding import UnreadableImage
-from sparkmim.data.sources import SUFFIXES
+from sparkmim.data.sources import find_items
 
 _FIRST_LOOK = 200
 """Samples that mean and deviation are measured on when a run starts without them."""
@@ -54,31 +47,20 @@ class Source:
 def open_source(data: Any, channels: int, rank: int) -> Source:
     """Finds the items of a data set.
 
-    Images of 1 or 3 channels come from image files if there are any, else from array files; signals, volumes and other
-    numbers of channels from array files. A Dataset holds arrays in the same cases as files must.
+    Files are of the kind that `find_items` chooses. A Dataset holds arrays in the same cases as files must.
 
     Raises:
         ValueError: if there is nothing to read, or it cannot be read with these channels and axes.
         FileNotFoundError: if a path does not exist.
     """
-    arrays_only = rank != 2 or channels not in (1, 3)
     if data is None:
         raise ValueError("no data given; --data names a folder of images or arrays, or a text file of paths")
     if not isinstance(data, str):
-        return Source(data, arrays_only, channels, rank)
-    paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
-    arrays = [path for path in paths if path.lower().endswith(ARRAY_SUFFIXES)]
-    images = [path for path in paths if not path.lower().endswith(ARRAY_SUFFIXES)]
-    chosen = arrays if arrays_only or not images else images
-    if not chosen:
-        kind = f"{channels} channel(s)" if rank == 2 else {1: "signals", 3: "volumes"}[rank]
-        raise ValueError(
-            f"{data} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
-            f"{', '.join(ARRAY_SUFFIXES)} files"
-        )
-    source = Source(chosen, chosen is arrays, channels, rank)
+        return Source(data, rank != 2 or channels not in (1, 3), channels, rank)
+    paths, arrays = find_items(data, channels, rank)
+    source = Source(paths, arrays, channels, rank)
     if source.arrays:
-        _look_at(chosen[0], source)
+        _look_at(paths[0], source)
     return source
 
 

@@ -16,13 +16,15 @@ import sparkmim
 from sparkmim.interop import official
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
+from sparkmim.models.segmenter import Segmenter, create_segmenter
 
 ENCODER_FILE = "encoder.safetensors"
 MODEL_FILE = "spark.safetensors"
 CLASSIFIER_FILE = "classifier.safetensors"
 DETECTOR_FILE = "detector.safetensors"
+SEGMENTER_FILE = "segmenter.safetensors"
 
-Kind = Literal["pretrained", "encoder", "classifier", "detector"]
+Kind = Literal["pretrained", "encoder", "classifier", "detector", "segmenter"]
 
 
 # Writing
@@ -70,10 +72,10 @@ class Weights:
 
     Attributes:
         path: the file.
-        kind: `pretrained`, encoder and decoder; `encoder`, that alone; `classifier`; or `detector`.
-        tensors: by name: of `SparK`, of the encoder, of the classifier, or of the detector.
-        metadata: what the file says of the model: `model`, `image_size`, `channels`, `mean`, `std`; of a classifier or
-            detector also `classes`, of a pretrained one what `SparK` needs. Foreign files say less.
+        kind: `pretrained`, encoder and decoder; `encoder`, that alone; `classifier`; `detector`; or `segmenter`.
+        tensors: by name: of `SparK`, of the encoder, of the classifier, and so on.
+        metadata: what the file says of the model: `model`, `image_size`, `channels`, `mean`, `std`; of what knows
+            classes also `classes`, of a pretrained one what `SparK` needs. Foreign files say less.
     """
 
     path: Path
@@ -85,7 +87,7 @@ class Weights:
     def encoder_tensors(self) -> dict[str, Tensor]:
         """The encoder's tensors under its own names; with a classifier's head, where the encoder has that itself."""
         prefix = ""
-        if self.kind == "detector":
+        if self.kind in ("detector", "segmenter"):
             prefix = "backbone.encoder."
         elif self.kind == "pretrained" or (self.kind == "classifier" and self.metadata.get("pooled")):
             prefix = "encoder."
@@ -158,6 +160,22 @@ class Weights:
         )  # fmt: skip
         _load(detector, self.tensors, self.path)
         return detector.eval()
+
+    def segmenter(self, model: str | nn.Module | None = None) -> Segmenter:
+        """The segmenter with these weights, in evaluation mode; arguments as for `encoder`.
+
+        Raises:
+            ValueError: if these are no weights of a segmenter, they do not fit, or no name is known.
+        """
+        if self.kind != "segmenter":
+            raise ValueError(f"{self.path} holds no segmenter; `sparkmim segment` makes one from it")
+        known = self.metadata
+        encoder = model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
+        segmenter = create_segmenter(
+            encoder, len(known["classes"]), self.channels, known["norm"], known["image_size"], known["feature_modules"]
+        )
+        _load(segmenter, self.tensors, self.path)
+        return segmenter.eval()
 
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
         """The whole model, in evaluation mode; as new where the file holds an encoder alone.
@@ -252,8 +270,8 @@ _HEADS = {"fc", "head", "classifier", "norm", "last_linear", "heads"}
 def open_weights(path: str | Path) -> Weights:
     """Opens a run folder, one of our weight files, or an original SparK file; code in a file is never run.
 
-    Of a run folder, the classifier with the best validation accuracy, averaged or not; the best detector; or what
-    pretraining gave.
+    Of a run folder, the classifier with the best validation accuracy, averaged or not; the best detector or segmenter;
+    or what pretraining gave.
 
     Raises:
         ValueError: if there is nothing to read there.
@@ -270,8 +288,8 @@ def open_weights(path: str | Path) -> Weights:
     kind: Kind = "encoder"
     if any(name.startswith("decoder.") for name in tensors) and any(name.startswith("encoder.") for name in tensors):
         kind = "pretrained"
-    elif metadata.get("task") == "detection":
-        kind = "detector"
+    elif "task" in metadata:
+        kind = "detector" if metadata["task"] == "detection" else "segmenter"
     elif "classes" in metadata:
         kind = "classifier"
     return Weights(path, kind, tensors, metadata)
@@ -280,7 +298,7 @@ def open_weights(path: str | Path) -> Weights:
 def _file_of_run(folder: Path) -> Path:
     files = [
         folder / "weights" / name.replace(".", f"{end}.")
-        for name in (CLASSIFIER_FILE, DETECTOR_FILE)
+        for name in (CLASSIFIER_FILE, DETECTOR_FILE, SEGMENTER_FILE)
         for end in ("_best", "_ema_best", "", "_ema")
     ]
     found = [file for file in files if file.is_file()]

@@ -1,0 +1,115 @@
+"""How good label maps are: intersection over union, and the share of pixels that are right."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics.classification import MulticlassConfusionMatrix
+
+from sparkmim.data.label_maps import IGNORED
+
+_AT_ONCE = 16
+"""Classes that are resized at a time, so that memory does not grow with their number."""
+
+_MOST_ROWS = 40
+"""Of a table of classes."""
+
+
+@dataclass(frozen=True)
+class SegmentationScores:
+    """How good label maps are, from 0 to 1; NaN where there is nothing to judge by.
+
+    Attributes:
+        figures: `mIoU`, the mean over the classes; `pixel_accuracy`.
+        per_class: intersection over union by the name of the class; NaN for classes that are neither there nor found,
+            which the mean leaves out.
+    """
+
+    figures: dict[str, float]
+    per_class: dict[str, float]
+
+    @property
+    def main(self) -> float:
+        """What weights are compared by."""
+        return self.figures["mIoU"]
+
+    def table(self) -> Table:
+        """Classes, many of them in several columns, and the figures below."""
+        cells = [(escape(name), _percent(value)) for name, value in self.per_class.items()]
+        columns = -(-len(cells) // _MOST_ROWS)
+        rows = -(-len(cells) // columns)
+        table = Table(box=None, padding=(0, 2, 0, 0))
+        for _ in range(columns):
+            table.add_column("class")
+            table.add_column("IoU", justify="right")
+        for row in range(rows):
+            table.add_row(*(cell for pair in cells[row::rows] for cell in pair))
+        table.add_row("[bold]mean", f"[bold]{_percent(self.figures['mIoU'])}")
+        table.add_row("pixel accuracy", _percent(self.figures["pixel_accuracy"]))
+        return table
+
+    def as_json(self) -> dict[str, Any]:
+        """For `metrics.json`: figures that are not known are null, and so are classes."""
+        known = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
+        classes = {name: None if math.isnan(value) else value for name, value in self.per_class.items()}
+        return {**known, "per_class": classes}
+
+
+def _percent(value: float) -> str:
+    return "–" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def evaluate_segmentation(
+    label_maps: Iterable[tuple[Tensor, Tensor]], classes: Sequence[str], device: torch.device | None = None
+) -> SegmentationScores:
+    """Scores label maps by the confusion of all their pixels, with the help of all processes of a distributed run.
+
+    Args:
+        label_maps: predicted and true classes, long `[H, W]` each; `IGNORED` where the truth counts for nothing.
+        classes: their names.
+        device: where to count.
+
+    Raises:
+        RuntimeError: if there is no pixel that counts.
+    """
+    confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
+    for found, truth in label_maps:
+        confusion.update(found.flatten(), truth.flatten())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ``compute`` method")  # this process may have seen no image
+        counts = confusion.compute().double().cpu()  # [classes, classes], true class by row
+    if not counts.sum():
+        raise RuntimeError("none of the validation images could be read, or all of their pixels count for nothing")
+    right = counts.diagonal()
+    overlap = right / (counts.sum(0) + counts.sum(1) - right)  # 0 / 0 is NaN
+    figures = {"mIoU": overlap.nanmean().item(), "pixel_accuracy": (right.sum() / counts.sum()).item()}
+    return SegmentationScores(figures, dict(zip(classes, overlap.tolist(), strict=True)))
+
+
+def classes_at(logits: Tensor, size: Sequence[int]) -> Tensor:
+    """The likeliest class of each pixel at another size, `[classes, h, w]` to long `[*size]`.
+
+    Logits are resized bilinearly, before the class is chosen.
+    """
+    best: Tensor | None = None
+    found = torch.zeros(tuple(size), dtype=torch.int64, device=logits.device)
+    for first in range(0, len(logits), _AT_ONCE):
+        part = logits[None, first : first + _AT_ONCE].float()
+        if tuple(part.shape[2:]) != tuple(size):
+            part = F.interpolate(part, list(size), mode="bilinear", align_corners=False)
+        value, place = part[0].max(0)  # [*size]
+        if best is None:
+            best, found = value, place
+        else:
+            found = torch.where(value > best, place + first, found)
+            best = torch.maximum(best, value)
+    return found
