@@ -33,11 +33,11 @@ import sparkmim
 from shapes import SIZE, write_part
 
 MODEL = "resnet18"
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 """Candidates, per 16 images."""
 
-BATCH = 8
-UNLABELLED, TUNING, TEST = 2000, 100, 200
+BATCH = 4
+UNLABELLED, TUNING, TEST = 2000, 60, 100
 """Pictures to pretrain on, to choose a rate on, and to score on."""
 
 _SEEDS = {"unlabelled": 0, "tuning": 1, "test": 2}
@@ -88,8 +88,8 @@ def main() -> None:
     parser.add_argument(
         "--runs", type=Path, help="folder that keeps pictures and pretraining; a temporary one otherwise"
     )
-    parser.add_argument("--annotated", type=int, default=100, help="pictures to train a detector on")
-    parser.add_argument("--steps", type=int, default=250, help="of a detector's training")
+    parser.add_argument("--annotated", type=int, default=200, help="pictures to train a detector on")
+    parser.add_argument("--steps", type=int, default=400, help="of a detector's training")
     parser.add_argument("--epochs", type=float, default=30, help="of pretraining")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)

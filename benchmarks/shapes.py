@@ -1,4 +1,4 @@
-"""Pictures of shapes on busy grounds, with boxes and masks in COCO's form: data to compare detectors on.
+"""Pictures of shapes on cloudy grounds, with boxes and masks in COCO's form: data to compare detectors on.
 
     python benchmarks/shapes.py --out shapes/ --train 400 --val 300
 
@@ -55,10 +55,8 @@ SHAPES: dict[str, Callable[[Floats, Floats], NDArray[np.bool_]]] = {
     "ring": lambda x, y: (x**2 + y**2 < 0.85) & (x**2 + y**2 > 0.3),
     "triangle": _polygon(3),
     "square": _polygon(4),
-    "hexagon": _polygon(6),
     "star": _polygon(5, 0.42),
     "cross": lambda x, y: (np.maximum(abs(x), abs(y)) < 0.9) & (np.minimum(abs(x), abs(y)) < 0.28),
-    "moon": lambda x, y: (x**2 + y**2 < 0.85) & ((x - 0.45) ** 2 + y**2 > 0.5),
 }
 """Inside or not, in coordinates from -1 to 1."""
 
@@ -85,17 +83,10 @@ def _clouds(generator: Generator, size: int) -> Floats:
 
 
 def _ground(generator: Generator) -> Floats:
-    """A cloudy mixture of two patterns, with scraps of others."""
-    mixture = _clouds(generator, SIZE)[..., None]
-    picture = mixture * _pattern(generator, SIZE) + (1 - mixture) * _pattern(generator, SIZE)
-    for _ in range(generator.integers(2, 6)):
-        height, width = generator.integers(8, 60, 2)
-        top, left = generator.integers(0, SIZE - height), generator.integers(0, SIZE - width)
-        scrap = _pattern(generator, SIZE)[:height, :width]
-        picture[top : top + height, left : left + width] = (
-            0.4 * picture[top : top + height, left : left + width] + 0.6 * scrap
-        )
-    return picture
+    """Clouds of three colours, `[128, 128, 3]` in 0…1."""
+    first, second, third = generator.uniform(0, 1, (3, 3))
+    coarse, fine = (_clouds(generator, SIZE)[..., None] for _ in range(2))
+    return coarse * first + (1 - coarse) * (fine * second + (1 - fine) * third)
 
 
 def picture(generator: Generator) -> tuple[NDArray[np.uint8], list[tuple[int, NDArray[np.bool_]]]]:
