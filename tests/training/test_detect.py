@@ -18,7 +18,7 @@ from sparkmim.cli import main
 from sparkmim.training.weights import open_weights
 
 SMALL = ["--short-sides", "[48]", "--eval-short-side", "48", "--long-side", "64", "--workers", "0",
-         "--warmup-iterations", "2", "--precision", "32-true"]  # fmt: skip
+         "--warmup-iterations", "2", "--precision", "32-true", "--regions", "16"]  # fmt: skip
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def settings(data: Path, network: str, out: Path) -> dict[str, Any]:
     return {
         "data": data, "model": network, "out": out, "epochs": 3, "batch_size": 1, "short_sides": [48],
         "eval_short_side": 48, "long_side": 64, "workers": 0, "warmup_iterations": 2, "precision": "32-true",
-        "eval_every": 3,
+        "eval_every": 3, "regions": 16,
     }  # fmt: skip
 
 
