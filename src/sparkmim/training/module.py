@@ -229,7 +229,25 @@ class ClassifyModule(ScheduledModule):
         return loss
 
 
-class SegmentModule(ScheduledModule):
+class PyramidModule(ScheduledModule):
+    """Trains what stands on a `PyramidBackbone`: layer decay in the encoder, all that is new at the full rate.
+
+    Args:
+        model: with the backbone as `backbone`.
+        settings: of the optimiser.
+        seed: of what the network draws.
+        layer_decay: share of the learning rate that each group of the encoder's layers keeps of the one above.
+    """
+
+    def __init__(self, model: nn.Module, settings: OptimizerSettings, seed: int, layer_decay: float) -> None:
+        super().__init__(model, settings, seed)
+        self.layer_decay = layer_decay
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        return decayed_groups(self.model, detector_layer_decay_exponents(self.model), self.layer_decay)
+
+
+class SegmentModule(PyramidModule):
     """Trains a segmenter of `create_segmenter` on batches of images and label maps.
 
     Args:
@@ -248,11 +266,8 @@ class SegmentModule(ScheduledModule):
         layer_decay: float,
         schedule: Literal["cosine", "linear"],
     ) -> None:
-        super().__init__(model, settings, seed)
-        self.layer_decay, self.schedule = layer_decay, schedule
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return decayed_groups(self.model, detector_layer_decay_exponents(self.model), self.layer_decay)
+        super().__init__(model, settings, seed, layer_decay)
+        self.schedule = schedule
 
     def rate_at(self, step: int) -> float:
         settings = self.settings
@@ -267,7 +282,7 @@ class SegmentModule(ScheduledModule):
         return loss
 
 
-class DetectModule(ScheduledModule):
+class DetectModule(PyramidModule):
     """Trains a detector of `create_detector` on batches of images and targets.
 
     Args:
@@ -290,12 +305,8 @@ class DetectModule(ScheduledModule):
         drops: Sequence[float],
         drop_factor: float,
     ) -> None:
-        super().__init__(model, settings, seed)
-        self.layer_decay = layer_decay
+        super().__init__(model, settings, seed, layer_decay)
         self.warmup_start, self.drops, self.drop_factor = warmup_start, drops, drop_factor
-
-    def parameter_groups(self) -> list[dict[str, Any]]:
-        return decayed_groups(self.model, detector_layer_decay_exponents(self.model), self.layer_decay)
 
     def rate_at(self, step: int) -> float:
         settings = self.settings

@@ -149,10 +149,7 @@ class Weights:
         """
         from sparkmim.models.detector import create_detector
 
-        if self.kind != "detector":
-            raise ValueError(f"{self.path} holds no detector; `sparkmim detect` makes one from it")
-        known = self.metadata
-        encoder = model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
+        encoder, known = self._encoder_within("detector", model), self.metadata
         detector = create_detector(
             encoder, len(known["classes"]), known["masks"], mean=known["mean"], std=known["std"],
             box_head=known["box_head"], norm=known["norm"], short_side=known["eval_short_side"],
@@ -167,15 +164,19 @@ class Weights:
         Raises:
             ValueError: if these are no weights of a segmenter, they do not fit, or no name is known.
         """
-        if self.kind != "segmenter":
-            raise ValueError(f"{self.path} holds no segmenter; `sparkmim segment` makes one from it")
-        known = self.metadata
-        encoder = model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
+        encoder, known = self._encoder_within("segmenter", model), self.metadata
         segmenter = create_segmenter(
             encoder, len(known["classes"]), self.channels, known["norm"], known["image_size"], known["feature_modules"]
         )
         _load(segmenter, self.tensors, self.path)
         return segmenter.eval()
+
+    def _encoder_within(self, kind: Literal["detector", "segmenter"], model: str | nn.Module | None) -> nn.Module:
+        """The network, not loaded yet, on which to build what these weights are of."""
+        if self.kind != kind:
+            command = {"detector": "detect", "segmenter": "segment"}[kind]
+            raise ValueError(f"{self.path} holds no {kind}; `sparkmim {command}` makes one from it")
+        return model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
 
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
         """The whole model, in evaluation mode; as new where the file holds an encoder alone.
