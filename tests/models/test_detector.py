@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from small_networks import PlainCNN
-from torch import Tensor, nn
+from timm.layers import DropPath
+from torch import Tensor
 from torchvision.ops.poolers import LevelMapper
 
 from sparkmim.models import Hierarchy, create_encoder
@@ -97,15 +98,6 @@ def test_the_encoder_is_the_same_module_once() -> None:
         torch.testing.assert_close(maps, Hierarchy(encoder)(images), rtol=0, atol=0)
     other = copy.deepcopy(model)
     assert other.backbone.hierarchy.encoder is other.backbone.encoder is not encoder
-
-
-def test_batchnorm_can_be_synchronised() -> None:
-    model = create_detector(create_encoder("resnet18"), 2, norm="batch", box_head="4conv1fc", **FEW)
-    before = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    converted: Any = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
-    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == before
-    assert converted.backbone.hierarchy.encoder is converted.backbone.encoder
-    assert before == 20 + 8 + 8  # the encoder; four laterals and outputs; four convolutions in each head
 
 
 def test_no_object_leaves_statistics_as_they_are() -> None:
@@ -199,6 +191,16 @@ def test_frozen_stages_stay_as_they_are(name: str, stages: int) -> None:
     learning = {name for name, tensor in encoder.named_parameters() if tensor.grad is not None}
     assert learning == {name for name, _ in encoder.named_parameters()} - frozen - unreached
     assert torch.equal(Hierarchy(encoder.eval())(images)[stages - 1], expected)
+
+
+def test_stochastic_depth_is_off_in_frozen_stages() -> None:
+    model: Any = create_detector(create_encoder("convnext_atto", drop_path=0.5), 3, masks=False, **FEW)
+    model.backbone.freeze(2)
+    encoder = model.train().backbone.encoder
+    dropping = [name for name, part in encoder.named_modules() if isinstance(part, DropPath)]
+    on = [name for name in dropping if encoder.get_submodule(name).training]
+    assert any(name.startswith("stages.1.") for name in dropping)
+    assert on == [name for name in dropping if name.startswith(("stages.2.", "stages.3."))]
 
 
 def test_stages_that_are_not_there() -> None:

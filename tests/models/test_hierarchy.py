@@ -255,10 +255,15 @@ def test_encoders_from_a_file(tmp_path: object) -> None:
         ("resnet5O", {}, "timm has no model named 'resnet5O'; did you mean .*resnet50"),
         ("torchvision/resnet5O", {}, "torchvision has no model named 'resnet5O'; did you mean torchvision/resnet50"),
         ("torchvision/resnet18", {"channels": 4}, "take 3 channels, not 4"),
-        ("vgg11", {"drop_path": 0.1}, "vgg11 has no drop path"),
-        ("torchvision/resnet18", {"drop_path": 0.1}, "has no stochastic depth"),
+        ("vgg11", {"drop_path": 0.1}, "vgg11 has no drop path; use --drop-path 0"),
+        ("torchvision/resnet18", {"drop_path": 0.1}, "has no stochastic depth; use --drop-path 0"),
     ],
 )
 def test_encoders_that_cannot_be_built(name: str, settings: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         create_encoder(name, **settings)
+
+
+@pytest.mark.parametrize("name", ["vgg11", "torchvision/resnet18"])
+def test_networks_without_drop_path_have_one_of_zero(name: str) -> None:
+    assert create_encoder(name, drop_path=0.0).state_dict().keys() == create_encoder(name).state_dict().keys()

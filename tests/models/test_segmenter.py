@@ -52,6 +52,17 @@ def test_it_learns_where_the_bright_half_is() -> None:
     assert (model(images).argmax(1) == labels).float().mean() > 0.95
 
 
+def test_all_of_it_computes_in_low_precision() -> None:
+    model = create_segmenter(create_encoder("resnet18"), 2)
+    kinds = {}
+    for name in ("backbone.encoder.layer1.0.conv1", "backbone.pyramid.layer_blocks.0.0"):
+        model.get_submodule(name).register_forward_hook(lambda _, __, out, name=name: kinds.update({name: out.dtype}))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model(torch.rand(1, 3, 64, 64)).dtype == torch.float32  # resized in full
+    assert set(kinds.values()) == {torch.bfloat16}
+    assert len(kinds) == 2
+
+
 def test_one_class_is_refused() -> None:
     with pytest.raises(ValueError, match="classes is 1; segmentation needs 2 or more"):
         create_segmenter(create_encoder("resnet18"), 1)

@@ -51,7 +51,9 @@ def _from_timm(name: str, channels: int, drop_path: float | None, classes: int |
         model: nn.Module = timm.create_model(name, **settings)
     except TypeError as error:
         if "drop_path_rate" in str(error):
-            raise ValueError(f"{name} has no drop path; leave out --drop-path") from error
+            if not drop_path:  # a recipe's value is given up so
+                return _from_timm(name, channels, None, classes)
+            raise ValueError(f"{name} has no drop path; use --drop-path 0") from error
         raise
     return model
 
@@ -73,7 +75,9 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None, classes
     except TypeError as error:
         if drop_path is None:
             raise
-        raise ValueError(f"torchvision/{name} has no stochastic depth; leave out --drop-path") from error
+        if not drop_path:
+            return _from_torchvision(name, channels, None, classes)
+        raise ValueError(f"torchvision/{name} has no stochastic depth; use --drop-path 0") from error
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Literal
 
@@ -42,8 +43,8 @@ class PyramidBackbone(nn.Module):
     Attributes:
         strides: of the levels, ascending.
         out_channels: channels of every level, the name that torchvision's detectors look for.
-        low_precision: whether this part computes in bfloat16; what stands on it gets float32, for boxes are too fine
-            for that.
+        low_precision: whether this part computes in bfloat16, whatever surrounds it; what stands on it gets float32,
+            for boxes are too fine for that.
         size_divisible: what the sizes of images must be multiples of.
 
     Raises:
@@ -106,11 +107,12 @@ class PyramidBackbone(nn.Module):
         if not stages:
             return
         others = set(self._hierarchy_of(self.encoder, stages=stages).unreached)
-        for prefix, module in self.encoder.named_modules():
-            own = dict(module.named_parameters(prefix, recurse=False))
-            for parameter in (parameter for name, parameter in own.items() if name not in others):
+        for name, parameter in self.encoder.named_parameters():
+            if name not in others:
                 parameter.requires_grad_(False)
-            if own and others.isdisjoint(own):
+        for prefix, module in self.encoder.named_modules():
+            within = {name for name, _ in module.named_parameters(prefix)}
+            if within and others.isdisjoint(within):
                 self._frozen.append(module)
         self.train(self.training)
 
@@ -118,12 +120,13 @@ class PyramidBackbone(nn.Module):
         """As usual; what is frozen stays in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
-            module.training = False  # not of its children: they are in the list, or not frozen
+            module.eval()  # with all in it, stochastic depth too
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
         """Levels `[B, 256, H / s_i, W / s_i]` of images `[B, C, H, W]`, fine to coarse, by name: "0", "1", … "pool"."""
-        with torch.autocast(images.device.type, torch.bfloat16, enabled=self.low_precision):
+        low = torch.autocast(images.device.type, torch.bfloat16) if self.low_precision else nullcontext()
+        with low:
             maps = self.hierarchy(images)[self._first :]  # [B, C_i, H / s_i, W / s_i]
             named = {str(i): norm(map_) for i, (norm, map_) in enumerate(zip(self.norms, maps, strict=True))}
             levels: dict[str, Tensor] = self.pyramid(named)
