@@ -48,7 +48,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100, help="of five images each")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
-    files, _ = find_coco(args.data)
+    files = find_coco(args.data, "train")
     begun = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         part = Path(folder) / "ten.json"

@@ -228,7 +228,7 @@ def pretrain(
         beta2: decay of its second moment; None for 0.95 with BatchNorm networks, 0.999 with others
         weight_decay: at the start
         weight_decay_end: at the end, after a cosine
-        clip_grad: largest global gradient norm
+        clip_grad: largest global gradient norm; 0 for any
         ema: decay of an average of the weights, saved beside them; 0 for none
         crop_scale: smallest share of an image that a random crop covers
         flip: how often an image is mirrored left to right; None for 0.5, or 0 for signals and volumes
@@ -371,7 +371,7 @@ def finetune(
         beta1: decay of the optimiser's first moment
         beta2: decay of its second moment
         weight_decay: constant, none on vectors
-        clip_grad: largest global gradient norm
+        clip_grad: largest global gradient norm; 0 for any
         loss: bce, a binary decision for each class, or ce
         mixup: alpha of mixup; 0 for none
         cutmix: alpha of CutMix; 0 for none
@@ -515,7 +515,7 @@ def detect(
         drop_path: stochastic depth rate, for networks that have one
         frozen_stages: of the encoder, from the first on, that stay as they are; 0 for none
         epochs: passes over the data
-        iterations: optimiser steps, instead of epochs
+        iterations: optimiser steps, whatever the batch, instead of epochs
         batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
         accumulate: batches that make up one optimiser step, to save memory
         learning_rate: peak rate of AdamW for 16 images per step; scales in proportion to batch_size
@@ -525,7 +525,7 @@ def detect(
         warmup_start: rate at the first step, as a share of the peak
         drops: when the rate is multiplied by drop_factor, as shares of the run
         drop_factor: see there
-        clip_grad: largest global gradient norm
+        clip_grad: largest global gradient norm; 0 for any
         short_sides: lengths in pixels of the shorter side in training, one drawn for each image
         long_side: of the longer side at most; the shorter one gives way
         eval_short_side: length of the shorter side in evaluation
@@ -660,7 +660,8 @@ def segment(
         val_images: folder of the images to validate on, if not that in data
         val_labels: folder of their label maps
         classes: text file of their names, one a line, if not classes.txt in data; without, they are counted
-        ignore: value in label maps of pixels that count for nothing; None for that of the weights, or 255
+        ignore: value in label maps of pixels that count for nothing; None for 255 or, with eval_only, what the
+            segmenter was trained with
         reduce_labels: 0 stands for such pixels too, and other values for the class before them, as in ADE20K
         eval_only: score the segmenter in weights, and train nothing
         predict: images or folders to segment, instead of training; label maps and pictures are written to out
@@ -669,7 +670,7 @@ def segment(
         drop_path: stochastic depth rate, for networks that have one
         frozen_stages: of the encoder, from the first on, that stay as they are; 0 for none
         epochs: passes over the data
-        iterations: optimiser steps, instead of epochs
+        iterations: optimiser steps, whatever the batch, instead of epochs
         batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
         accumulate: batches that make up one optimiser step, to save memory
         learning_rate: peak rate of AdamW for 16 images per step; scales in proportion to batch_size
@@ -677,7 +678,7 @@ def segment(
         weight_decay: constant, none on vectors
         warmup_iterations: optimiser steps of linear warm-up
         schedule: how the rate falls after that: cosine or linear
-        clip_grad: largest global gradient norm
+        clip_grad: largest global gradient norm; 0 for any
         short_side: usual length in pixels of the shorter side in training, scaled by 0.5 to 2 for each image
         crop: side in pixels of the square that is cut out
         flip: how often an image is mirrored left to right

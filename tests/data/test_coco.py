@@ -21,7 +21,6 @@ from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.coco import (
     CocoImages,
     check_coco,
-    check_same_categories,
     collate_detection,
     find_coco,
     mask_of,
@@ -60,22 +59,23 @@ def test_names_in_use_are_found(tmp_path: Path, file: str, folder: str) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("{}")
         (tmp_path / folder.format(part)).mkdir(parents=True, exist_ok=True)
-    train, val = find_coco(tmp_path)
-    assert train == (tmp_path / file.format("train"), tmp_path / folder.format("train"))
-    assert val is not None
+    val = find_coco(tmp_path, "val")
+    assert find_coco(tmp_path, "train") == (tmp_path / file.format("train"), tmp_path / folder.format("train"))
     assert val.images == tmp_path / folder.format(part)
 
 
 def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder"):
-        find_coco(tmp_path / "nowhere")
+        find_coco(tmp_path / "nowhere", "train")
     with pytest.raises(FileNotFoundError, match=r"no annotations to train on.*instances_train2017\.json"):
-        find_coco(tmp_path)
+        find_coco(tmp_path, "train")
     file, folder = write_coco(tmp_path, TWO)
-    assert find_coco(tmp_path) == ((file, folder), None)
+    assert find_coco(tmp_path, "train") == (file, folder)
+    with pytest.raises(FileNotFoundError, match=r"no annotations to validate on.*instances_val2017\.json"):
+        find_coco(tmp_path, "val")
     shutil.rmtree(folder)
     with pytest.raises(FileNotFoundError, match="no folder of images for instances_train2017.json: none of train2017/"):
-        find_coco(tmp_path)
+        find_coco(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="there is no folder of images"):
         open_coco(file, folder)
 
@@ -324,11 +324,15 @@ def test_missing_files_and_other_sizes_are_unreadable(tmp_path: Path) -> None:
 
 def test_categories_of_validation_must_be_those_of_training(tmp_path: Path) -> None:
     train = open_coco(*write_coco(tmp_path / "a", TWO))
-    fewer = open_coco(*write_coco(tmp_path / "b", TWO[1:2], categories=[{"id": 3, "name": "cat"}]))
-    check_same_categories(train, fewer)
+    some = [{"id": 12, "name": "owl"}, {"id": 3, "name": "cat"}]
+    fewer = open_coco(*write_coco(tmp_path / "b", TWO[:2], categories=some))
+    assert fewer[0][1]["labels"].tolist() == [2, 1]
+    fewer.take_categories(train.category_ids, train.classes, train.annotations)
+    assert (fewer.category_ids, fewer.classes) == (train.category_ids, train.classes)
+    assert fewer[0][1]["labels"].tolist() == train[0][1]["labels"].tolist() == [3, 1]
     other = open_coco(*write_coco(tmp_path / "c", TWO[1:2], categories=[{"id": 3, "name": "cow"}]))
-    with pytest.raises(ValueError, match=r"1 category that .* cow \(id 3\)"):
-        check_same_categories(train, other)
+    with pytest.raises(ValueError, match=r"1 category that .*a/annotations.* does not have .* cow \(id 3\)"):
+        other.take_categories(train.category_ids, train.classes, train.annotations)
 
 
 # Transforms

@@ -49,19 +49,22 @@ def test_parts_are_found_by_usual_names(tmp_path: Path, train: str, val: str | N
         if name is not None:
             (tmp_path / "images" / name).mkdir(parents=True)
             (tmp_path / labels / name).mkdir(parents=True)
-    found = find_segmentation(tmp_path)
-    assert found[0] == (tmp_path / "images" / train, tmp_path / labels / train)
-    assert found[1] == (None if val is None else (tmp_path / "images" / val, tmp_path / labels / val))
+    assert find_segmentation(tmp_path, "train") == (tmp_path / "images" / train, tmp_path / labels / train)
+    if val is None:
+        with pytest.raises(FileNotFoundError, match="holds no images to validate on: there is no images/val/"):
+            find_segmentation(tmp_path, "val")
+    else:
+        assert find_segmentation(tmp_path, "val") == (tmp_path / "images" / val, tmp_path / labels / val)
 
 
 def test_folders_that_are_not_there(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="there is no folder .*nowhere"):
-        find_segmentation(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="holds no images for segmentation: there is neither images/train/"):
-        find_segmentation(tmp_path)
+        find_segmentation(tmp_path / "nowhere", "train")
+    with pytest.raises(FileNotFoundError, match="holds no images to train on: there is no images/train/"):
+        find_segmentation(tmp_path, "train")
     (tmp_path / "images" / "train").mkdir(parents=True)
     with pytest.raises(FileNotFoundError, match="no label maps for images/train/: none of labels/train/, annotations/"):
-        find_segmentation(tmp_path)
+        find_segmentation(tmp_path, "train")
     with pytest.raises(FileNotFoundError, match="there is no folder of label maps"):
         part(tmp_path)
 
@@ -231,6 +234,14 @@ def test_a_single_class(tmp_path: Path, values: list[list[int]], message: str) -
     one_map(tmp_path, np.array(values, np.uint8))
     with pytest.raises(ValueError, match=message):
         check_segmentation([part(tmp_path)])
+
+
+def test_a_part_in_which_nothing_counts(tmp_path: Path) -> None:
+    root = write_shapes(tmp_path)
+    for file in (root / "labels" / "val").rglob("*.png"):
+        write_label_map(file, np.full_like(np.array(Image.open(file)), 255))
+    with pytest.raises(ValueError, match="labels/val: every pixel of every label map counts for nothing"):
+        check_segmentation([part(root), part(root, "val")])
 
 
 def test_no_images(tmp_path: Path) -> None:

@@ -177,6 +177,20 @@ def test_incomplete_ground_truth_is_completed(tmp_path: Path) -> None:
     assert scores.figures["segm/APs"] == pytest.approx(1)  # 200 and 400 pixels
 
 
+@pytest.mark.parametrize("box", [None, [1, 2, 3], [1, 1, None, 5], ["1", 1, 5, 5], [1, 1, math.nan, 5]])
+def test_annotations_without_a_box_are_left_out(tmp_path: Path, box: Any) -> None:
+    """As in training; with a mask, they still count for masks."""
+    whole = [annotation(10, 3, (4, 4, 20, 20)), annotation(10, 3, (30, 20, 16, 16), iscrowd=None)]
+    strange = annotation(10, 3, (2, 30, 10, 10)) | {"bbox": box, "area": None}
+    file, folder = write_coco(tmp_path, [*whole, strange, strange | {"segmentation": None}])
+    data = open_coco(file, folder)
+    found = coco_results(output_of(data[0][1]), 10, (HEIGHT, WIDTH), (HEIGHT, WIDTH), data.category_ids)
+    assert len(found) == 2
+    scores = evaluate_coco(file, found)
+    assert scores.figures["bbox/AP"] == pytest.approx(1)
+    assert scores.figures["segm/AR100"] == pytest.approx(2 / 3)
+
+
 def test_outputs_become_results() -> None:
     from pycocotools import mask as tools
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def test_commands(
     assert not torch.equal(encoder["body.0.weight"], before["body.0.weight"])
 
     main(["detect", "--data", str(data), "--weights", "det/weights/detector.safetensors", "--eval-only",
-          "--out", "scored", "--workers", "0"])  # fmt: skip
+          "--out", "scored", "--precision", "32-true"])  # fmt: skip
     scored = json.loads((tmp_path / "scored" / "metrics.json").read_text())
     assert scored["bbox/AP"] == pytest.approx(trained["bbox/AP"], abs=1e-9)
     assert scored["segm/AP"] == pytest.approx(trained["segm/AP"], abs=1e-9)
@@ -115,9 +116,59 @@ def test_boxes_alone(data: Path, network: str, tmp_path: Path) -> None:
     assert {"detector", "detector_ema"} <= files
 
 
+def test_validation_may_have_fewer_categories(data: Path, network: str, tmp_path: Path) -> None:
+    """Detections of the other one count for nothing, when it is trained and when it is scored."""
+    file = data / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    for part in ("categories", "annotations"):
+        content[part] = [entry for entry in content[part] if entry.get("category_id", entry["id"]) != 7]
+    file.write_text(json.dumps(content))
+    trained = sparkmim.detect(**settings(data, network, tmp_path / "run") | {"epochs": 1})
+    (data / "annotations" / "instances_train2017.json").unlink()  # not needed to score
+    shutil.rmtree(data / "train2017")
+    known: dict[str, Any] = {"data": data, "weights": tmp_path / "run", "eval_only": True, "precision": "32-true"}
+    scored = sparkmim.detect(**known, out=tmp_path / "scored")
+    assert scored.figures == pytest.approx(trained.figures, nan_ok=True)
+    found = json.loads((tmp_path / "scored" / "detections.json").read_text())
+    assert {detection["category_id"] for detection in found} <= {3, 7, 12}
+    content["categories"].append({"id": 8, "name": "cow"})
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"1 category that .*detector.* does not have .* cow \(id 8\)"):
+        sparkmim.detect(**known, out=tmp_path / "other")
+
+
+def test_a_detector_is_used_as_asked(data: Path, network: str, tmp_path: Path) -> None:
+    """Sizes, colours and masks other than those of training; images without masks."""
+    sparkmim.detect(**settings(data, network, tmp_path / "run") | {"iterations": 1, "epochs": None})
+    known: dict[str, Any] = {"data": data, "weights": tmp_path / "run", "eval_only": True}
+    change = {"eval_short_side": 96, "long_side": 130, "mean": [0.1] * 3, "std": [0.2] * 3, "masks": False}
+    scored = sparkmim.detect(**known, **change, out=tmp_path / "other", precision="bf16-mixed")
+    model: Any = scored.model
+    assert (model.transform.min_size, model.transform.max_size) == ((96,), 130)
+    assert (model.transform.image_mean, model.transform.image_std) == ([0.1] * 3, [0.2] * 3)
+    assert model.backbone.low_precision
+    assert "segm/AP" not in scored.figures
+    assert "segmentation" not in json.loads((tmp_path / "other" / "detections.json").read_text())[0]
+    file = data / "annotations" / "instances_val2017.json"
+    content = json.loads(file.read_text())
+    for entry in content["annotations"]:
+        del entry["segmentation"]
+    file.write_text(json.dumps(content))
+    boxes = sparkmim.detect(**known, out=tmp_path / "boxes", precision="32-true")
+    assert "bbox/AP" in boxes.figures
+    assert "segm/AP" not in boxes.figures
+    plain: Any = boxes.model
+    assert not plain.backbone.low_precision
+    sparkmim.detect(**settings(data, network, tmp_path / "plain") | {"iterations": 1, "epochs": None, "masks": False})
+    with pytest.raises(ValueError, match="finds boxes alone; leave out --masks"):
+        sparkmim.detect(**known | {"weights": tmp_path / "plain"}, masks=True, out=tmp_path / "none")
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"iterations": 5}, "epochs 3 and iterations 5 both say how long to train"),
+        ({"clip_grad": -1.0}, "clip_grad is -1.0; it must be 0 or more"),
         ({"model": None}, "no model given; --model names the network"),
         ({"data": None}, "there are no images to train on; name them as --annotations and --images"),
         ({"annotations": "a.json"}, "annotations and images go together"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import math
 import os
 import pickle
 import warnings
@@ -24,7 +25,7 @@ from torchvision import tv_tensors
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size, strict_pillow
 from sparkmim.data.findings import Findings, counted, few
-from sparkmim.data.labelled import TRAIN_NAMES, VAL_NAMES
+from sparkmim.data.labelled import PART_NAMES, Part
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
@@ -64,35 +65,22 @@ class CocoFiles(NamedTuple):
     images: Path
 
 
-def find_coco(root: str | Path) -> tuple[CocoFiles, CocoFiles | None]:
-    """The two parts of a data set, for training and validation, by the names that are in use.
+def find_coco(root: str | Path, part: Part) -> CocoFiles:
+    """A part of a data set, to train or to validate on, by the names that are in use.
 
     - COCO's own: `annotations/instances_train2017.json` and `train2017/`, of any year or none; also
       `annotations/train.json`, and the images in `images/train2017/`, `images/train/` or, all of them, `images/`;
     - a folder per part with a JSON file and the images in it: `train/_annotations.coco.json`.
 
-    `val`, `valid`, `validation` and `test` are names of the second part, in this order.
-
-    Returns:
-        The files to train on, and to validate on; None where there are none.
+    `val`, `valid`, `validation` and `test` are names of what is validated on, in this order.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no annotation file for training, or no images for one.
+        FileNotFoundError: if there is no such folder, no annotation file of this part, or no images for it.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    train = _find_part(root, TRAIN_NAMES)
-    if train is None:
-        raise FileNotFoundError(
-            f"{root} holds no annotations to train on: there is neither annotations/instances_train2017.json, nor "
-            "annotations/train.json, nor train/_annotations.coco.json; name the file and the folder of images"
-        )
-    return train, _find_part(root, VAL_NAMES)
-
-
-def _find_part(root: Path, names: Sequence[str]) -> CocoFiles | None:
-    for name in names:
+    for name in PART_NAMES[part]:
         found = [
             file
             for folder in (root / "annotations", root)
@@ -102,8 +90,8 @@ def _find_part(root: Path, names: Sequence[str]) -> CocoFiles | None:
         ]  # fmt: skip
         if found:
             file = found[0]
-            part = file.stem.removeprefix("instances_").removesuffix("_coco")
-            folders = [root / part, root / name, root / "images" / part, root / "images" / name, root / "images"]
+            stem = file.stem.removeprefix("instances_").removesuffix("_coco")
+            folders = [root / stem, root / name, root / "images" / stem, root / "images" / name, root / "images"]
             images = next((folder for folder in folders if folder.is_dir()), None)
             if images is None:
                 looked = ", ".join(dict.fromkeys(f"{folder.relative_to(root)}/" for folder in folders))
@@ -112,10 +100,22 @@ def _find_part(root: Path, names: Sequence[str]) -> CocoFiles | None:
         inside = sorted((root / name).glob("*.json"))
         if inside:
             return CocoFiles(inside[0], root / name)
-    return None
+    raise FileNotFoundError(
+        f"{root} holds no annotations to {'train' if part == 'train' else 'validate'} on: there is neither "
+        f"annotations/instances_{part}2017.json, nor annotations/{part}.json, nor {part}/_annotations.coco.json; name "
+        "the file and the folder of images"
+    )
 
 
 # What they say
+
+
+def box_of(annotation: Mapping[str, Any]) -> list[float]:
+    """The box of an annotation: left, top, width, height; four times NaN where there is none of four numbers."""
+    box = annotation.get("bbox")
+    if isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box):
+        return box
+    return [math.nan] * 4
 
 
 def mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Any:
@@ -266,6 +266,29 @@ class CocoImages(Dataset[Any]):
         height, width = self.sizes[place].tolist()
         return decode_annotated(self.path(place), (height, width), self.annotations.name)
 
+    def take_categories(self, category_ids: Sequence[int], classes: Sequence[str], of: str | Path) -> None:
+        """Counts labels as another set or a detector does, of whose categories these images may have some only.
+
+        Args:
+            category_ids: ascending; label 1 is the first of them from now on.
+            classes: their names.
+            of: whose they are, for the message.
+
+        Raises:
+            ValueError: if there is a category here that is not there, or has another name there.
+        """
+        known = dict(zip(category_ids, classes, strict=True))
+        own = list(zip(self.category_ids, self.classes, strict=True))
+        other = [f"{name} (id {number})" for number, name in own if known.get(number) != name]
+        if other:
+            raise ValueError(
+                f"{self.annotations} has {counted(len(other), 'category', 'categories')} that {of} does not have by "
+                f"that id and name: {few(other)}"
+            )
+        places = np.array([0, *(category_ids.index(number) + 1 for number in self.category_ids)], np.int64)
+        self._labels: npt.NDArray[np.int64] = places[self._labels]
+        self.category_ids, self.classes = list(category_ids), list(classes)
+
     def _masks(self, mine: slice, height: int, width: int) -> Tensor:
         if mine.start == mine.stop:
             return torch.zeros((0, height, width), dtype=torch.uint8)
@@ -318,7 +341,7 @@ class CocoImages(Dataset[Any]):
         places = np.array([place_of.get(record.get("image_id"), -1) for record in records], np.int64)
         labels = np.array([label_of.get(record.get("category_id"), 0) for record in records], np.int64)
         crowd = np.array([bool(record.get("iscrowd", 0)) for record in records], bool)
-        given = np.array([_numbers(record.get("bbox")) for record in records], np.float64).reshape(-1, 4)
+        given = np.array([box_of(record) for record in records], np.float64).reshape(-1, 4)
 
         left_out = "; left out"
         keep = places >= 0
@@ -449,25 +472,6 @@ def check_coco(data: CocoImages) -> list[str]:
     return Findings(fatal, notes).check(data.annotations)
 
 
-def check_same_categories(train: CocoImages, val: CocoImages) -> None:
-    """Makes sure that a detector trained on one set can be scored on another.
-
-    Raises:
-        ValueError: if the second set has a category that the first lacks, or has under another name.
-    """
-    known = dict(zip(train.category_ids, train.classes, strict=True))
-    other = [
-        f"{name} (id {number})"
-        for number, name in zip(val.category_ids, val.classes, strict=True)
-        if known.get(number) != name
-    ]
-    if other:
-        raise ValueError(
-            f"{val.annotations} has {counted(len(other), 'category', 'categories')} that {train.annotations} does not "
-            f"have by that id and name: {few(other)}"
-        )
-
-
 def _missing(data: CocoImages) -> list[str]:
     """Names of files that do not exist; each folder is listed once."""
     by_folder: dict[str, list[str]] = defaultdict(list)
@@ -486,12 +490,6 @@ def _missing(data: CocoImages) -> list[str]:
 
 def _whole(value: Any) -> int:
     return int(value) if isinstance(value, int | float) and value >= 1 else 0
-
-
-def _numbers(box: Any) -> list[float]:
-    if isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box):
-        return box
-    return [np.nan] * 4
 
 
 def _note(notes: list[str], which: npt.NDArray[np.bool_], word: str, what: str, words: str | None = None) -> None:

@@ -28,7 +28,7 @@ from sparkmim.data.decoding import (
     strict_pillow,
 )
 from sparkmim.data.findings import Findings, counted, few
-from sparkmim.data.labelled import TRAIN_NAMES, VAL_NAMES
+from sparkmim.data.labelled import PART_NAMES, Part
 from sparkmim.data.sources import SUFFIXES, find_images, find_items
 
 T = TypeVar("T")
@@ -58,39 +58,29 @@ class SegmentationFiles(NamedTuple):
     labels: Path
 
 
-def find_segmentation(root: str | Path) -> tuple[SegmentationFiles | None, SegmentationFiles | None]:
-    """The two parts of a data set, for training and validation, by the names that are in use.
+def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
+    """A part of a data set, to train or to validate on, by the names that are in use.
 
     `images/train/` and `labels/train/`, or `training`; and `images/val/` and `labels/val/`, or `valid`, `validation`,
     `test`. Instead of `labels/`, `annotations/` (as ADE20K has it) or `masks/`.
 
-    Returns:
-        The files to train on, and to validate on; None where there are none.
-
     Raises:
-        FileNotFoundError: if there is no such folder, neither part, or no label maps for one.
+        FileNotFoundError: if there is no such folder, no images of this part, or no label maps for them.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
         raise FileNotFoundError(f"there is no folder {root}")
-    train, val = _find_part(root, TRAIN_NAMES), _find_part(root, VAL_NAMES)
-    if train is None and val is None:
+    name = next((name for name in PART_NAMES[part] if (root / "images" / name).is_dir()), None)
+    if name is None:
         raise FileNotFoundError(
-            f"{root} holds no images for segmentation: there is neither images/train/ nor images/val/, nor these under "
-            "another usual name; name the folders of images and of label maps"
+            f"{root} holds no images to {'train' if part == 'train' else 'validate'} on: there is no images/{part}/, "
+            "nor this under another usual name; name the folders of images and of label maps"
         )
-    return train, val
-
-
-def _find_part(root: Path, names: Sequence[str]) -> SegmentationFiles | None:
-    part = next((name for name in names if (root / "images" / name).is_dir()), None)
-    if part is None:
-        return None
-    labels = next((root / folder / part for folder in LABEL_FOLDERS if (root / folder / part).is_dir()), None)
+    labels = next((root / folder / name for folder in LABEL_FOLDERS if (root / folder / name).is_dir()), None)
     if labels is None:
-        looked = ", ".join(f"{folder}/{part}/" for folder in LABEL_FOLDERS)
-        raise FileNotFoundError(f"{root} has no label maps for images/{part}/: none of {looked} exists")
-    return SegmentationFiles(root / "images" / part, labels)
+        looked = ", ".join(f"{folder}/{name}/" for folder in LABEL_FOLDERS)
+        raise FileNotFoundError(f"{root} has no label maps for images/{name}/: none of {looked} exists")
+    return SegmentationFiles(root / "images" / name, labels)
 
 
 def read_class_names(file: str | Path) -> list[str]:
@@ -313,8 +303,8 @@ def check_segmentation(
     """Looks for everything that can be wrong with data, in every label map and the header of every image.
 
     Fatal are images without label map, label maps without image, of another size, of colours instead of class numbers,
-    or unreadable; values that are no class; no images; a single class. Progress is shown on stderr if that is a
-    terminal.
+    or unreadable; values that are no class; no images, or none with a class; a single class. Progress is shown on
+    stderr if that is a terminal.
 
     Args:
         parts: to train and to validate on, or one of them.
@@ -341,6 +331,9 @@ def check_segmentation(
             f"there is {only} alone, but segmentation needs 2 or more classes, the background being one; pixels of "
             f"{parts[0].ignore} count for nothing unless ignore is another value"
         )
+    for part, classes in zip(parts, seen, strict=True):
+        if not classes and not every.fatal:
+            every.fatal.append(f"{part.files.labels}: every pixel of every label map counts for nothing")
     without = [name for number, name in enumerate(listed) if number not in seen[0]]
     if without:
         every.notes.append(f"{counted(len(without), 'class', 'classes')} without a pixel in {parts[0].files.labels}: "

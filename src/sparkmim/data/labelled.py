@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -19,6 +19,11 @@ from sparkmim.data.sources import SUFFIXES, find_images
 TRAIN_NAMES = ("train", "training")
 VAL_NAMES = ("val", "valid", "validation", "test", "testing")
 """Folder names of a split; of several, the first that is there."""
+
+Part = Literal["train", "val"]
+"""What a data set is split into: images to train on, and to validate on."""
+
+PART_NAMES: dict[Part, tuple[str, ...]] = {"train": TRAIN_NAMES, "val": VAL_NAMES}
 
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "class", "category", "target")

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.table import Table
 from torch import Tensor
 
-from sparkmim.data.coco import category_names, coco_tools, mask_of, quiet_tools, read_coco
+from sparkmim.data.coco import box_of, category_names, coco_tools, mask_of, quiet_tools, read_coco
 
 Kind = Literal["bbox", "segm"]
 
@@ -69,8 +69,9 @@ def evaluate_coco(
 
     The ground truth is taken as it is, crowds and degenerate boxes included. Where pycocotools would fail, it is
     completed: an annotation without a mask counts, for `segm`, as a crowd as large as its box, on which detections are
-    neither right nor wrong; areas and flags that are missing are filled in. For `segm`, an object is as large as its
-    mask, as in Detectron2 and MMDetection.
+    neither right nor wrong; areas and flags that are missing are filled in. What has no box of four numbers, and
+    for `segm` no mask either, is left out. For `segm`, an object is as large as its mask, as in Detectron2 and
+    MMDetection.
 
     Args:
         ground_truth: an annotation file, or its content.
@@ -142,19 +143,20 @@ def coco_results(
     ]
     if "masks" in output:
         for result, mask in zip(results, output["masks"], strict=True):  # one at a time: photos may be large
-            result["segmentation"] = _encode(_resize(mask.detach(), size) > 0.5)
+            result["segmentation"] = _encode(mask_at(mask.detach(), size))
     return results
 
 
-def _resize(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    if mask.shape[-2:] == size:
-        return mask[0]
-    return F.interpolate(mask[None].float(), size, mode="bilinear", align_corners=False)[0, 0]
+def mask_at(mask: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where a mask of probabilities `[1, h, w]` is above 0.5 when it is resized to `size`: bool `[H, W]` on the CPU."""
+    if mask.shape[-2:] != size:
+        mask = F.interpolate(mask[None].float(), size, mode="bilinear", align_corners=False)[0]
+    return (mask[0] > 0.5).cpu()
 
 
 def _encode(mask: Tensor) -> dict[str, Any]:
     """Run-length encoding of a bool mask `[h, w]`."""
-    encoded = coco_tools("mask").encode(np.asfortranarray(mask.cpu().numpy().astype(np.uint8)))
+    encoded = coco_tools("mask").encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
@@ -181,13 +183,16 @@ def _truth(content: Mapping[str, Any], kind: Kind) -> list[dict[str, Any]]:
     for given in content["annotations"]:
         if given.get("image_id") not in sizes:
             continue
-        # pycocotools takes the id 0 for "unmatched", and annotations of the same id for one
-        annotation = {"iscrowd": 0, **given, "id": len(truth) + 1}
-        box = given.get("bbox") or [0, 0, 0, 0]
+        box = box_of(given)
         left, top, right, bottom = box[0], box[1], box[0] + box[2], box[1] + box[3]
         height, width = sizes[given["image_id"]]
-        mask = mask_of(given, height, width) if kind == "segm" or "area" not in given else None
-        if "area" not in given:
+        area = given.get("area")
+        mask = mask_of(given, height, width) if kind == "segm" or not isinstance(area, int | float) else None
+        if not all(map(math.isfinite, box)) and (kind == "bbox" or mask is None):
+            continue
+        # pycocotools takes the id 0 for "unmatched", and annotations of the same id for one
+        annotation = {**given, "id": len(truth) + 1, "iscrowd": int(bool(given.get("iscrowd")))}
+        if not isinstance(area, int | float):
             annotation["area"] = box[2] * box[3] if mask is None else _area(mask, height, width)
         if kind == "segm":
             annotation["segmentation"] = mask or [[left, top, right, top, right, bottom, left, bottom]]

@@ -122,7 +122,7 @@ class Monitor(StepCallback):
             )
             raise NonFiniteLoss(
                 f"the loss became {loss.item()} at step {step} with learning rate {rate:.3g}; {good}. "
-                "Lower --learning-rate, or raise --warmup-epochs"
+                "Lower --learning-rate, or make the warm-up longer"
             )
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:

@@ -19,20 +19,20 @@ from sparkmim.data.coco import (
     CocoFiles,
     CocoImages,
     check_coco,
-    check_same_categories,
     collate_detection,
     find_coco,
     open_coco,
 )
 from sparkmim.data.detection import detection_resize, detection_transform
-from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco
+from sparkmim.data.labelled import Part
+from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco, mask_at
 from sparkmim.evaluation.predict import own_module
 from sparkmim.models import create_encoder
 from sparkmim.models.detector import create_detector
 from sparkmim.training import downstream, weights
 from sparkmim.training.downstream import Scorer
 from sparkmim.training.loader import one_by_one
-from sparkmim.training.loop import Plan, begun, network_text, settle_machine
+from sparkmim.training.loop import Plan, begun, network_text, plan_for, settle_machine
 from sparkmim.training.module import DetectModule
 from sparkmim.training.recipes import detect_recipe_named
 from sparkmim.training.run import RunFolder
@@ -63,7 +63,7 @@ def run_detection(settings: dict[str, Any], defaults: dict[str, Any], callbacks:
     train, val = open_parts(settings)
     for part in (train, val):
         downstream.say_notes(console, _notes(part))
-    check_same_categories(train, val)
+    val.take_categories(train.category_ids, train.classes, train.annotations)
     if settings["masks"] is None:
         settings["masks"] = train.has_masks
 
@@ -71,7 +71,7 @@ def run_detection(settings: dict[str, Any], defaults: dict[str, Any], callbacks:
     model = build_model(settings, len(train.classes), start)
     transform = detection_transform(settings["short_sides"], settings["long_side"], settings["flip"], settings["crop"])
     dataset = TargetDataset(train, transform, settings["seed"])
-    plan = downstream.plan_of(settings, batch_is_free, len(dataset))
+    plan = plan_for(settings, batch_is_free, len(dataset))
     module = DetectModule(
         model,
         downstream.adamw(settings, plan),
@@ -112,7 +112,7 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
     return settings
 
 
-def open_parts(settings: dict[str, Any], wanted: Sequence[str] = ("train", "val")) -> list[CocoImages]:
+def open_parts(settings: dict[str, Any], wanted: Sequence[Part] = ("train", "val")) -> list[CocoImages]:
     """Images to train on, and to validate on.
 
     Raises:
@@ -244,24 +244,39 @@ def _scores_of(images: CocoImages, found: list[dict[str, Any]], masks: bool) -> 
 # Using a detector
 
 
+def opened(settings: dict[str, Any]) -> tuple[Any, Weights, dict[str, Any], torch.device, Path]:
+    """The detector, its weights, settings in force, the device, and the folder to write into.
+
+    Raises:
+        ValueError: if masks are asked of a detector that has none.
+    """
+    found, device, out = downstream.opened_for_use(settings, "detector")
+    model: Any = found.detector(own_module(settings["model"])).to(device)
+    if settings["masks"] and not found.metadata["masks"]:
+        raise ValueError(f"{found.path} finds boxes alone; leave out --masks")
+    settings = dict(settings)
+    downstream.fill_from_weights(settings, found, ("mean", "std", "eval_short_side", "long_side"))
+    settle_machine(settings)
+    prepares = model.transform
+    prepares.min_size, prepares.max_size = (settings["eval_short_side"],), settings["long_side"]
+    prepares.image_mean, prepares.image_std = list(settings["mean"]), list(settings["std"])
+    model.backbone.low_precision = settings["precision"] == "bf16-mixed"
+    if settings["masks"] is False:
+        model.roi_heads.mask_predictor = None  # and so the others are not called
+    return model, found, settings, device, out
+
+
 def score_detector(settings: dict[str, Any], console: Console) -> DetectResult:
     """Scores a detector on the validation images; writes `metrics.json` and `detections.json`."""
-    opened, device, out = downstream.opened_for_use(settings, "detector")
-    model = opened.detector(own_module(settings["model"])).to(device)
-    val = open_parts({**settings, "masks": opened.metadata["masks"]}, ("val",))[0]
+    model, detector_weights, settings, device, out = opened(settings)
+    masks = bool(model.roi_heads.has_mask())
+    (val,) = open_parts({**settings, "masks": None if masks else False}, ("val",))
     downstream.say_notes(console, _notes(val))
-    unknown = [name for name in val.classes if name not in opened.metadata["classes"]]
-    if unknown or val.category_ids != [
-        number
-        for number, name in zip(opened.metadata["category_ids"], opened.metadata["classes"], strict=True)
-        if name in val.classes
-    ]:
-        raise ValueError(
-            f"{val.annotations} has other categories than {opened.path}: {', '.join(unknown) or 'the ids differ'}"
-        )
-    val.category_ids = list(opened.metadata["category_ids"])
-    found = detections_of(model, val, range(len(val)), settings["workers"] or 0, device)
-    scores = _scores_of(val, found, bool(opened.metadata["masks"]))
+    val.take_categories(
+        detector_weights.metadata["category_ids"], detector_weights.metadata["classes"], detector_weights.path
+    )
+    found = detections_of(model, val, range(len(val)), settings["workers"], device)
+    scores = _scores_of(val, found, masks)
     downstream.say_scores(console, out, scores)
     (out / "detections.json").write_text(json.dumps(found) + "\n")
     return DetectResult(out, 0, 0, scores.figures, model)
@@ -270,9 +285,8 @@ def score_detector(settings: dict[str, Any], console: Console) -> DetectResult:
 @torch.no_grad()
 def predict_detections(settings: dict[str, Any], console: Console) -> DetectResult:
     """Draws what a detector finds on images, and lists it in COCO's format in `detections.json`."""
-    opened, device, out = downstream.opened_for_use(settings, "detector")
-    model = opened.detector(own_module(settings["model"])).to(device)
-    known = opened.metadata
+    model, detector_weights, settings, device, out = opened(settings)
+    known = detector_weights.metadata
     transform = _resizing(model)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -305,7 +319,7 @@ def _at_size(output: dict[str, Tensor], seen: Tensor, size: tuple[int, int]) -> 
     found = {name: output[name][sure] for name in output}
     found["boxes"] = found["boxes"] * scale
     if "masks" in found and len(found["masks"]):
-        found["masks"] = nn.functional.interpolate(found["masks"], size, mode="bilinear", align_corners=False)
+        found["masks"] = torch.stack([mask_at(mask, size)[None] for mask in found["masks"]])  # bool [n, 1, H, W]
     return found
 
 
@@ -316,7 +330,7 @@ def _rows(settings: dict[str, Any], model: nn.Module, train: CocoImages, val: Co
         "model": f"{'Mask' if settings['masks'] else 'Faster'} R-CNN on {network_text(settings, model)}; box head "
         f"{settings['box_head']}, norm {settings['norm']}",
         "data": f"{len(train):,} images of {len(train.classes)} classes, {len(val):,} for validation",
-        "length": f"batch {plan.batch_size}, {settings['epochs']:g} epochs, {plan.steps:,} steps in all",
+        "length": downstream.length_text(plan),
         "optimiser": downstream.optimizer_text(settings, plan),
         "sizes": f"shorter side {min(short)}…{max(short)}, longer at most {settings['long_side']}; validation "
         f"{settings['eval_short_side']}",

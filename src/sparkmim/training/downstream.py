@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sparkmim.data import SkipLog, UnreadableImage, collate
+from sparkmim.data.labelled import Part
 from sparkmim.evaluation.features import Preparation, device_named
 from sparkmim.evaluation.predict import images_source
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, StepCallback
-from sparkmim.training.loop import Plan, fit, is_main_process, plan_for, say_end, say_settings
+from sparkmim.training.loop import Plan, fit, is_main_process, say_end, say_settings
 from sparkmim.training.module import OptimizerSettings, ScheduledModule
 from sparkmim.training.run import RunFolder
 from sparkmim.training.weights import Weights, open_weights
@@ -44,15 +45,20 @@ DRAWN = 4
 
 
 def fill_from_recipe(settings: dict[str, Any], recipe: Any, from_scratch: bool) -> None:
-    """Fills what was left to a recipe, a dataclass; of `epochs` and `iterations`, one is None."""
+    """Fills what was left to a recipe, a dataclass; of `epochs` and `iterations`, one is None.
+
+    Raises:
+        ValueError: if both are given.
+    """
     if from_scratch and settings["layer_decay"] is None:
         settings["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
-    if settings["epochs"] is not None:
-        settings["iterations"] = None
-    elif settings["iterations"] is None:
-        settings["iterations"] = recipe.iterations
+    lengths = "epochs", "iterations"
+    given = [name for name in lengths if settings[name] is not None]
+    if len(given) == 2:
+        both = " and ".join(f"{name} {settings[name]}" for name in given)
+        raise ValueError(f"{both} both say how long to train; give one, and null for the other")
     for field in fields(recipe):
-        if settings.get(field.name) is None:
+        if settings.get(field.name) is None and not (given and field.name in lengths):
             settings[field.name] = getattr(recipe, field.name)
 
 
@@ -85,6 +91,9 @@ def check_ranges(settings: dict[str, Any], above_zero: Sequence[str]) -> None:
                  "iterations", *above_zero):  # fmt: skip
         if settings[name] is not None and settings[name] <= 0:
             raise ValueError(f"{name} is {settings[name]}; it must be above 0")
+    for name in ("weight_decay", "warmup_iterations", "clip_grad"):
+        if settings[name] < 0:
+            raise ValueError(f"{name} is {settings[name]}; it must be 0 or more")
     if not 0 < settings["layer_decay"] <= 1:
         raise ValueError(f"layer_decay is {settings['layer_decay']}; it is a factor above 0, at most 1 (none)")
     if not 0 <= settings["ema"] < 1:
@@ -96,7 +105,7 @@ F = TypeVar("F", bound=NamedTuple)
 
 def parts_named(
     settings: dict[str, Any], kind: Callable[..., F], pair: tuple[str, str],
-    find: Callable[[Any], tuple[F | None, F | None]], wanted: Sequence[str],
+    find: Callable[[Any, Part], F], wanted: Sequence[Part],
 ) -> list[F]:  # fmt: skip
     """Where the parts of a data set are, by the arguments that name them, or else in the folder `data`.
 
@@ -104,33 +113,30 @@ def parts_named(
         settings: with `data`, both names of `pair`, and both after `val_`.
         kind: makes the files of a part of two paths.
         pair: names of the arguments for these paths.
-        find: looks a folder through for the parts to train and to validate on.
-        wanted: `train`, `val` or both.
+        find: looks a folder through for a part.
+        wanted: which parts.
 
     Raises:
         ValueError: if a part is not named, or half of it.
         FileNotFoundError: if it does not exist.
     """
-    found: tuple[F | None, F | None] = (None, None) if settings["data"] is None else find(settings["data"])
     parts = []
-    for part, files, prefix, what in zip(
-        ("train", "val"), found, ("", "val_"), ("train on", "validate on"), strict=True
-    ):
-        if part not in wanted:
-            continue
-        first, second = (prefix + name for name in pair)
+    for part in wanted:
+        first, second = (f"val_{name}" if part == "val" else name for name in pair)
         named = settings[first], settings[second]
         if any(named):
             if not all(named):
                 raise ValueError(f"{first} and {second} go together; give both, or neither")
-            files = kind(Path(named[0]), Path(named[1]))
-        if files is None:
+            parts.append(kind(Path(named[0]), Path(named[1])))
+        elif settings["data"] is not None:
+            parts.append(find(settings["data"], part))
+        else:
+            verb = "train" if part == "train" else "validate"
             first, second = (name.replace("_", "-") for name in (first, second))
             raise ValueError(
-                f"there are no images to {what}; name them as --{first} and --{second}, or the folder of both parts as "
-                "--data"
+                f"there are no images to {verb} on; name them as --{first} and --{second}, or the folder of both parts "
+                "as --data"
             )
-        parts.append(files)
     return parts
 
 
@@ -139,13 +145,6 @@ def say_notes(console: Console, notes: Sequence[str]) -> None:
     for note in notes:
         console.print("[yellow]note:[/] ", end="")
         console.print(note, markup=False)
-
-
-def plan_of(settings: dict[str, Any], batch_is_free: bool, images: int) -> Plan:
-    """As `plan_for`; `iterations` may be given instead of `epochs`, of the recipe's batch or of the one given."""
-    if settings["iterations"] is not None:
-        settings["epochs"] = settings["iterations"] / (images // min(settings["batch_size"], images))
-    return plan_for(settings, batch_is_free, images)
 
 
 def adamw(settings: dict[str, Any], plan: Plan) -> OptimizerSettings:
@@ -160,6 +159,11 @@ def adamw(settings: dict[str, Any], plan: Plan) -> OptimizerSettings:
         steps=plan.steps,
         warmup=min(settings["warmup_iterations"], plan.steps - 1),
     )
+
+
+def length_text(plan: Plan) -> str:
+    """How long it is, in words."""
+    return f"batch {plan.batch_size}, {plan.steps / plan.steps_per_epoch:.4g} epochs, {plan.steps:,} steps in all"
 
 
 def optimizer_text(settings: dict[str, Any], plan: Plan) -> str:

@@ -209,7 +209,7 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
     for name in ("epochs", "batch_size", "learning_rate", "accumulate", "save_minutes", "log_every", "eval_every"):
         if settings[name] <= 0:
             raise ValueError(f"{name} is {settings[name]}; it must be above 0")
-    for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs"):
+    for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "clip_grad"):
         if settings[name] < 0:
             raise ValueError(f"{name} is {settings[name]}; it must be 0 or more")
     for name in ("smoothing", "ema"):
@@ -298,7 +298,8 @@ def recipe_rows(settings: dict[str, Any]) -> dict[str, str]:
         "length": f"batch {settings['batch_size']}, {settings['epochs']:g} epochs, warm-up "
         f"{settings['warmup_epochs']:g}",
         "optimiser": f"{settings['optimizer']}, rate {settings['learning_rate']:g} per 256, layer decay "
-        f"{settings['layer_decay']:g}, weight decay {settings['weight_decay']:g}, clip {settings['clip_grad']}",
+        f"{settings['layer_decay']:g}, weight decay {settings['weight_decay']:g}, clip "
+        f"{settings['clip_grad'] or 'none'}",
         "loss": f"{settings['loss']}, mixup {settings['mixup']:g}, cutmix {settings['cutmix']:g}, smoothing "
         f"{settings['smoothing']:g}",
         "regularisation": f"drop path {dropped}, EMA {settings['ema']:g}",

@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,10 +18,13 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
+from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from sparkmim.data import SkipLog, collate
+from sparkmim.models.pyramid import RegionBatchNorm
 from sparkmim.training.loader import StepBatchSampler, make_loader
 from sparkmim.training.module import ScheduledModule
 from sparkmim.training.run import RunFolder, environment, log_to
@@ -89,7 +93,7 @@ def has_bfloat16(accelerator: str) -> bool:
 
 
 def plan_for(settings: dict[str, Any], batch_is_free: bool, images: int) -> Plan:
-    """Settles the batch size and counts steps.
+    """Settles the batch size and counts steps, by `epochs` or, where there are some, `iterations`.
 
     Raises:
         ValueError: if the batch size cannot be met.
@@ -99,7 +103,7 @@ def plan_for(settings: dict[str, Any], batch_is_free: bool, images: int) -> Plan
     batch_size = batch_size_for(settings["batch_size"], batch_is_free, images, world_size, parts)
     settings["batch_size"] = batch_size
     steps_per_epoch = images // batch_size
-    steps = max(1, round(settings["epochs"] * steps_per_epoch))
+    steps = settings.get("iterations") or max(1, round(settings["epochs"] * steps_per_epoch))
     return Plan(world_size, devices, parts, batch_size, steps_per_epoch, steps)
 
 
@@ -215,9 +219,7 @@ def fit(
             max_steps=plan.steps,
             max_epochs=-1,
             accumulate_grad_batches=plan.parts,
-            gradient_clip_val=settings["clip_grad"],
             use_distributed_sampler=False,
-            sync_batchnorm=plan.world_size > 1 and settings["accelerator"] == "cuda",
             logger=TensorBoardLogger(folder.path, name="tensorboard", version=""),
             callbacks=list(callbacks),
             enable_checkpointing=False,
@@ -241,14 +243,49 @@ def fit(
         loader = make_loader(
             dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda", collate_fn=collate_fn
         )
+        over_gpus = plan.world_size > 1 and settings["accelerator"] == "cuda"
         try:
             checkpoint = folder.checkpoint if settings["resume"] else None
-            trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+            with synchronised_batch_norm(module) if over_gpus else nullcontext():
+                trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
         finally:
             gc.collect()  # lets go of the loader's iterator, and with it of the workers
             log.removeHandler(handler)
             handler.close()
     return trainer
+
+
+@contextmanager
+def synchronised_batch_norm(module: nn.Module) -> Iterator[None]:
+    """Has BatchNorm compute its statistics over all processes, for as long as the context lasts.
+
+    Torch's own conversion makes plain `SyncBatchNorm` of every subclass, and so drops the activation that is part of
+    timm's. Here modules stay the same objects, whatever else refers to them. A subclass that computes in some other way
+    is left alone, and said to be.
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    others: set[str] = set()
+    for part in module.modules():
+        kind = type(part)
+        if not isinstance(part, _BatchNorm) or isinstance(part, nn.SyncBatchNorm):
+            continue
+        if kind.forward in (_BatchNorm.forward, RegionBatchNorm.forward):
+            synchronised: type[_BatchNorm] = nn.SyncBatchNorm
+        elif kind.forward is BatchNormAct2d.forward:
+            synchronised = SyncBatchNormAct
+        else:
+            others.add(kind.__name__)
+            continue
+        changed.append((part, kind))
+        part.__class__ = synchronised
+        part.process_group = None  # type: ignore[assignment]  # of all processes
+    if others:
+        log.warning("statistics of %s are not synchronised: each GPU computes its own", ", ".join(sorted(others)))
+    try:
+        yield
+    finally:
+        for part, kind in changed:
+            part.__class__ = kind
 
 
 def network_text(settings: dict[str, Any], model: nn.Module) -> str:

@@ -27,14 +27,14 @@ from sparkmim.training.layer_decay import detector_layer_decay_exponents, layer_
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How the weights are moved, with absolute learning rates and counts in optimiser steps."""
+    """How the weights are moved, with absolute learning rates and counts in optimiser steps; without clipping at 0."""
 
     optimizer: str
     peak: float
     betas: tuple[float, float]
     weight_decay: float
     weight_decay_end: float
-    clip_grad: float | None
+    clip_grad: float
     steps: int
     warmup: int
 
@@ -124,8 +124,7 @@ class ScheduledModule(pl.LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        limit = self.settings.clip_grad
-        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, torch.inf if limit is None else limit)
+        self.grad_norm = torch.nn.utils.clip_grad_norm_(parameters, self.settings.clip_grad or torch.inf)
 
 
 def decayed_groups(model: nn.Module, exponents: Mapping[str, int], layer_decay: float) -> list[dict[str, Any]]:

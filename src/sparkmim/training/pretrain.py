@@ -149,10 +149,11 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     for name in ("data", "init_weights"):
         if isinstance(settings[name], Path):
             settings[name] = str(settings[name])
-    for name, low in (("epochs", 0), ("batch_size", 0), ("learning_rate", 0), ("clip_grad", 0), ("accumulate", 0),
-                      ("save_minutes", 0), ("log_every", 0)):  # fmt: skip
-        if settings[name] <= low:
-            raise ValueError(f"{name} is {settings[name]}; it must be above {low}")
+    for name in ("epochs", "batch_size", "learning_rate", "accumulate", "save_minutes", "log_every"):
+        if settings[name] <= 0:
+            raise ValueError(f"{name} is {settings[name]}; it must be above 0")
+    if settings["clip_grad"] < 0:
+        raise ValueError(f"clip_grad is {settings['clip_grad']}; it must be 0 (none) or more")
     if settings["optimizer"] not in ("lamb", "adamw"):
         raise ValueError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
     for name in ("mean", "std"):
@@ -257,5 +258,5 @@ def _rows(settings: dict[str, Any], model: SparK, images: int, plan: Plan) -> di
         f"{plan.steps:,} steps in all",
         "optimiser": f"{settings['optimizer']}, rate {rate:g} per 256 = {rate * settings['batch_size'] / 256:g}, "
         f"betas {settings['beta1']} {settings['beta2']}, decay {settings['weight_decay']} to "
-        f"{settings['weight_decay_end']}, clip {settings['clip_grad']}",
+        f"{settings['weight_decay_end']}, clip {settings['clip_grad'] or 'none'}",
     }

@@ -119,7 +119,7 @@ class FinetuneRecipe:
         crop_scale: smallest share of the image's area that a random crop covers.
         eval_crop: share of the shorter side that the centre crop covers in evaluation; 0 to resize the whole image.
         image_size: of the images; None for that of the pretrained weights.
-        clip_grad: largest global gradient norm; None for any.
+        clip_grad: largest global gradient norm; 0 for any.
     """
 
     epochs: int
@@ -141,7 +141,7 @@ class FinetuneRecipe:
     crop_scale: float
     eval_crop: float
     image_size: int | None
-    clip_grad: float | None
+    clip_grad: float
 
 
 _CONVNEXT = FinetuneRecipe(
@@ -164,7 +164,7 @@ _CONVNEXT = FinetuneRecipe(
     crop_scale=0.08,
     eval_crop=0.95,
     image_size=224,
-    clip_grad=None,
+    clip_grad=0.0,
 )
 _CONVNEXT_L = replace(_CONVNEXT, epochs=200, warmup_epochs=10, learning_rate=1e-4, weight_decay=0.02, drop_path=0.5)
 _RESNET = replace(
@@ -250,7 +250,7 @@ class DetectRecipe:
         box_head: four convolutions and a linear layer, or two linear layers.
         norm: in the pyramid and between the convolutions of the heads.
         regions: of each image that the heads learn from.
-        clip_grad: largest global gradient norm; None for any.
+        clip_grad: largest global gradient norm; 0 for any.
     """
 
     epochs: float | None
@@ -271,7 +271,7 @@ class DetectRecipe:
     box_head: BoxHead
     norm: PyramidNorm
     regions: int
-    clip_grad: float | None
+    clip_grad: float
 
 
 _RESNET50_1X = DetectRecipe(
@@ -293,7 +293,7 @@ _RESNET50_1X = DetectRecipe(
     box_head="4conv1fc",
     norm="batch",
     regions=512,
-    clip_grad=None,
+    clip_grad=0.0,
 )
 """`downstream_d2/configs/coco_R_50_FPN_CONV_1x_moco_adam.yaml` of the original; the rest is Detectron2's default."""
 
@@ -377,7 +377,7 @@ class SegmentRecipe:
         jitter: how much colours change (see `segmentation_transform`).
         eval_short_side: length of the shorter side in evaluation.
         norm: in the pyramid.
-        clip_grad: largest global gradient norm; None for any.
+        clip_grad: largest global gradient norm; 0 for any.
     """
 
     epochs: float | None
@@ -394,7 +394,7 @@ class SegmentRecipe:
     jitter: float
     eval_short_side: int
     norm: PyramidNorm
-    clip_grad: float | None
+    clip_grad: float
 
 
 _ADE20K = SegmentRecipe(
@@ -412,7 +412,7 @@ _ADE20K = SegmentRecipe(
     jitter=0.5,
     eval_short_side=512,
     norm="none",
-    clip_grad=None,
+    clip_grad=0.0,
 )
 """ConvNeXt-B's for UPerNet (facebookresearch/ConvNeXt, `upernet_convnext_base_512_160k_ade20k_ss.py`; sizes and colours
 from MMSegmentation's `ade20k.py`, which it builds on). The head is another one here."""

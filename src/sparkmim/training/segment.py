@@ -22,6 +22,7 @@ from sparkmim.data.label_maps import (
     open_segmentation,
     read_class_names,
 )
+from sparkmim.data.labelled import Part
 from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
 from sparkmim.evaluation.predict import own_module
 from sparkmim.evaluation.segmentation import SegmentationScores, classes_at, evaluate_segmentation
@@ -30,7 +31,7 @@ from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.training import downstream, weights
 from sparkmim.training.downstream import Scorer
 from sparkmim.training.loader import one_by_one
-from sparkmim.training.loop import Plan, begun, network_text, settle_machine
+from sparkmim.training.loop import Plan, begun, network_text, plan_for, settle_machine
 from sparkmim.training.module import SegmentModule
 from sparkmim.training.recipes import segment_recipe_named
 from sparkmim.training.run import RunFolder
@@ -76,7 +77,7 @@ def run_segmentation(
         settings["jitter"], train.arrays,
     )  # fmt: skip
     dataset = TargetDataset(train, transform, settings["seed"])
-    plan = downstream.plan_of(settings, batch_is_free, len(dataset))
+    plan = plan_for(settings, batch_is_free, len(dataset))
     module = SegmentModule(
         model, downstream.adamw(settings, plan), settings["seed"], settings["layer_decay"], settings["schedule"]
     )
@@ -128,7 +129,7 @@ def settle_colours(settings: dict[str, Any], train: SegmentationImages) -> None:
             raise ValueError(f"{name} has {len(settings[name])} value(s) for {channels} channel(s)")
 
 
-def open_parts(settings: dict[str, Any], wanted: Sequence[str] = ("train", "val")) -> list[SegmentationImages]:
+def open_parts(settings: dict[str, Any], wanted: Sequence[Part] = ("train", "val")) -> list[SegmentationImages]:
     """Images to train on, and to validate on.
 
     Raises:
@@ -335,7 +336,7 @@ def _rows(
     return {
         "model": f"Panoptic FPN's head on {network_text(settings, model)}; norm {settings['norm']}",
         "data": f"{len(train):,} images of {len(classes)} classes, {len(val):,} for validation",
-        "length": f"batch {plan.batch_size}, {settings['epochs']:g} epochs, {plan.steps:,} steps in all",
+        "length": downstream.length_text(plan),
         "optimiser": f"{downstream.optimizer_text(settings, plan)}, then {settings['schedule']}",
         "sizes": f"shorter side 0.5 to 2 times {settings['short_side']}, crops of {settings['crop']}; validation "
         f"{settings['eval_short_side']}",

@@ -162,7 +162,10 @@ def _summary(record: Record) -> str:
 
 def _epochs(record: Record) -> str:
     epochs = record.curves.get("epoch")
-    return "" if epochs is None else f"{epochs.values[-1]:.4g} of {record.settings['epochs']:g} epochs"
+    if epochs is None:
+        return ""
+    whole = record.settings["epochs"]
+    return f"{epochs.values[-1]:.4g} epochs" if whole is None else f"{epochs.values[-1]:.4g} of {whole:g} epochs"
 
 
 def _duration(seconds: float) -> str:
@@ -386,8 +389,9 @@ _GROUPS = {
         "decoder", "decoder_width", "drop_path",
     ),
     "Optimisation": (
-        "recipe", "epochs", "batch_size", "accumulate", "optimizer", "learning_rate", "layer_decay", "warmup_epochs",
-        "beta1", "beta2", "weight_decay", "weight_decay_end", "clip_grad", "loss", "ema", "seed",
+        "recipe", "epochs", "iterations", "batch_size", "accumulate", "optimizer", "learning_rate", "layer_decay",
+        "warmup_epochs", "warmup_iterations", "beta1", "beta2", "weight_decay", "weight_decay_end", "clip_grad",
+        "loss", "ema", "seed",
     ),
     "Machine and files": (
         "out", "accelerator", "devices", "num_nodes", "precision", "channels_last", "workers", "save_minutes",

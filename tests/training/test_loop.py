@@ -1,0 +1,113 @@
+"""What the trainings share: BatchNorm over processes, how long a run is, and clipping."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from sparkmim.models import create_encoder
+from sparkmim.models.detector import create_detector
+from sparkmim.models.pyramid import RegionBatchNorm
+from sparkmim.training.downstream import fill_from_recipe
+from sparkmim.training.loop import plan_for, synchronised_batch_norm
+from sparkmim.training.module import OptimizerSettings, ScheduledModule
+from sparkmim.training.recipes import detect_recipe_named
+
+# BatchNorm over processes
+
+
+@pytest.mark.parametrize("name", ["resnet18", "regnetx_002", "efficientnet_b0"])
+def test_synchronised_networks_compute_the_same(name: str) -> None:
+    """Activations within timm's BatchNorm included, and the modules are themselves again afterwards."""
+    torch.manual_seed(0)
+    model = create_encoder(name, drop_path=0.0).train()
+    twin, images = copy.deepcopy(model), torch.rand(2, 3, 64, 64)
+    kinds = {part: type(part) for part in model.modules()}
+    norms = sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
+    with synchronised_batch_norm(model):
+        assert sum(isinstance(part, nn.SyncBatchNorm) for part in model.modules()) == norms > 0
+        torch.testing.assert_close(model(images), twin(images), rtol=0, atol=0)
+        torch.testing.assert_close(model.eval()(images), twin.eval()(images), rtol=0, atol=0)
+    assert {part: type(part) for part in model.modules()} == kinds
+    for (key, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), key
+
+
+def test_a_detector_is_synchronised_and_what_is_frozen_stays_frozen() -> None:
+    model: Any = create_detector(create_encoder("resnet18"), 2, norm="batch", box_head="4conv1fc")
+    model.backbone.freeze(1)
+    assert sum(isinstance(part, RegionBatchNorm) for part in model.modules()) == 8 + 8  # pyramid; a head each
+    with synchronised_batch_norm(model):
+        synchronised = [part for part in model.modules() if isinstance(part, nn.SyncBatchNorm)]
+        assert len(synchronised) == 20 + 8 + 8
+        model.eval()
+        model.train()
+        assert not model.backbone.encoder.bn1.training
+        assert sum(not part.training for part in synchronised) == 1 + 4  # the stem; two blocks
+
+
+class ScaledNorm(nn.BatchNorm2d):
+    """Computes in a way of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_norms_of_another_kind_are_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = nn.Sequential(ScaledNorm(3), nn.BatchNorm2d(3))
+    with caplog.at_level(logging.WARNING, "sparkmim"), synchronised_batch_norm(model):
+        assert [type(part) for part in model] == [ScaledNorm, nn.SyncBatchNorm]
+    assert "statistics of ScaledNorm are not synchronised" in caplog.text
+
+
+# How long
+
+
+def length(**given: Any) -> dict[str, Any]:
+    """Settings, as far as they say how long a run is."""
+    nothing = {"epochs": None, "iterations": None, "layer_decay": None, "batch_size": None}
+    return {**nothing, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "accumulate": 1, **given}
+
+
+@pytest.mark.parametrize("more", [{}, {"batch_size": 8}, {"devices": 8}, {"accumulate": 3}])
+def test_iterations_are_steps_whatever_the_batch(more: dict[str, Any]) -> None:
+    settings = length(iterations=1000, **more)
+    fill_from_recipe(settings, detect_recipe_named("default"), False)
+    assert settings["epochs"] is None
+    plan = plan_for(settings, "batch_size" not in more, 120)
+    assert plan.steps == 1000
+    assert plan.batch_size == settings["batch_size"]
+
+
+def test_epochs_go_before_the_iterations_of_a_recipe() -> None:
+    settings = length(epochs=2.5, batch_size=16)
+    fill_from_recipe(settings, detect_recipe_named("resnet50_1x"), False)
+    assert settings["iterations"] is None
+    assert plan_for(settings, False, 160).steps == 25
+    settings = length()
+    fill_from_recipe(settings, detect_recipe_named("resnet50_1x"), False)
+    assert (settings["epochs"], settings["iterations"]) == (None, 90_000)
+
+
+def test_two_lengths_are_one_too_many() -> None:
+    with pytest.raises(ValueError, match="epochs 3 and iterations 100 both say how long to train; give one"):
+        fill_from_recipe(length(epochs=3, iterations=100), detect_recipe_named("default"), False)
+
+
+# Clipping
+
+
+@pytest.mark.parametrize(("limit", "expected"), [(0.0, 5.0), (1.0, 1.0), (9.0, 5.0)])
+def test_gradients_are_clipped_unless_the_limit_is_0(limit: float, expected: float) -> None:
+    model = nn.Linear(2, 1, bias=False)
+    model.weight.grad = torch.tensor([[3.0, 4.0]])
+    rest: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.0, "weight_decay_end": 0.0, "warmup": 0}
+    module = ScheduledModule(model, OptimizerSettings("adamw", 0.1, clip_grad=limit, steps=1, **rest), seed=0)
+    module.configure_gradient_clipping(torch.optim.SGD(model.parameters(), 0.1))
+    assert module.grad_norm == 5
+    assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
