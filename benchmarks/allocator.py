@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparkmim
+from encoder import processor
 from sparkmim.training.loop import keep_freed_memory
 
 
@@ -88,7 +89,7 @@ def main() -> None:
     Console().print(table)
     if args.json:
         known = {"model": args.model, "image_size": args.image_size, "batch_size": args.batch_size,
-                 "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+                 "machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
         args.json.write_text(json.dumps({**known, "rows": rows}, indent=2) + "\n")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision import transforms
 
+from encoder import processor
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD, PretrainDataset, decode, find_images, pretrain_transform
 
 
@@ -119,7 +119,7 @@ def main() -> None:
             "torch": torch.__version__,
             "torchvision": torchvision.__version__,
             "pillow": pillow_version,
-            "machine": platform.processor() or platform.machine(),
+            "machine": processor(),
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 
 import sparkmim
+from encoder import processor
 from sparkmim.data.coco import find_coco, read_coco
 
 IMAGES = 10
@@ -62,7 +62,7 @@ def main() -> None:
     report = {
         "command": "python " + " ".join(sys.argv), "model": args.model, "steps": result.step,
         "bbox/AP": result.figures["bbox/AP"], "segm/AP": result.figures["segm/AP"],
-        "seconds": time.perf_counter() - begun, "torch": torch.__version__, "machine": platform.machine(),
+        "seconds": time.perf_counter() - begun, "torch": torch.__version__, "machine": processor(),
         "threads": torch.get_num_threads(),
     }  # fmt: skip
     print(json.dumps(report, indent=1))

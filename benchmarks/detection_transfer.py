@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
 import sys
 import tempfile
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparkmim
+from encoder import processor
 from shapes import SIZE, write_part
 
 MODEL = "resnet18"
@@ -131,7 +131,7 @@ def main() -> None:
         report = {
             "command": "python " + " ".join(sys.argv), "annotated": args.annotated, "steps": args.steps,
             "pretraining_epochs": args.epochs, "pictures": counts, "seconds": time.perf_counter() - begun,
-            "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows,
+            "torch": torch.__version__, "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import sys
 import tempfile
 import time
@@ -24,6 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import sparkmim
+from encoder import processor
 from sparkmim.data import decode, eval_transform, find_images
 from sparkmim.evaluation import knn_accuracy, pooled_features
 from sparkmim.models import Hierarchy, create_encoder
@@ -111,7 +111,7 @@ def main() -> None:
     if args.json:
         report = {
             "command": "python " + " ".join(sys.argv), "epochs": args.epochs, "batch_size": args.batch_size,
-            "torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows,
+            "torch": torch.__version__, "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import platform
 import statistics
 import sys
 import tempfile
@@ -32,6 +31,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import sparkmim
+from encoder import processor
 from sparkmim.data import Labelled, decode, eval_transform, open_labelled
 from sparkmim.evaluation import pooled_features
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
@@ -226,7 +226,7 @@ def main() -> None:
             "command": "python " + " ".join(sys.argv), "pretraining_epochs": args.epochs, "steps": STEPS,
             "pretraining_seconds": pretraining, "seconds": pretraining + time.perf_counter() - begun,
             "torch": torch.__version__,
-            "machine": platform.machine(), "threads": torch.get_num_threads(), "rows": rows,
+            "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

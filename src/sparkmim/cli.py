@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
@@ -113,7 +113,8 @@ def build_parser() -> ArgumentParser:
 def main(argv: list[str] | None = None) -> None:
     """Runs a command. A mistake of the user's is one line on stderr and status 2; an interrupted run ends with 130."""
     parser = build_parser()
-    config = parser.parse_args(_spelled_as_arguments(sys.argv[1:] if argv is None else argv))
+    words = _spelled_as_arguments(sys.argv[1:] if argv is None else argv)
+    config = parser.parse_args(words)
     arguments = config[config.command]
     arguments.pop("config", None)
     if config.command in _PICTURES and arguments.out is None:
@@ -121,7 +122,7 @@ def main(argv: list[str] | None = None) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
-        result = COMMANDS[config.command](**vars(arguments))
+        result = COMMANDS[config.command](**_given(vars(arguments), words))
     except (ValueError, FileNotFoundError, RuntimeError) as error:
         if not _is_ours(error):
             raise
@@ -156,6 +157,13 @@ def main(argv: list[str] | None = None) -> None:
         return
     if not result.finished:
         raise SystemExit(130)
+
+
+def _given(arguments: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Arguments but for those that were left at their defaults, so that a run that is resumed knows them apart."""
+    defaults = {name: parameter.default for name, parameter in inspect.signature(COMMANDS[words[0]]).parameters.items()}
+    flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
+    return {name: value for name, value in arguments.items() if name in flags or value != defaults[name]}
 
 
 def _say_evaluation(result: Any) -> None:

@@ -5,11 +5,33 @@ Nothing heavy is imported before a function runs; `sparkmim --help` is built fro
 
 from __future__ import annotations
 
+import functools
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_given: ContextVar[frozenset[str]] = ContextVar("_given")
+"""Names of the arguments of a training that are no defaults: a run that is resumed takes the others from its folder."""
+
+
+def _told_what_is_given(function: Callable[P, R]) -> Callable[P, R]:
+    """Has a function find in `_given` what it was called with."""
+
+    @functools.wraps(function)
+    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+        token = _given.set(frozenset(kwargs))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _given.reset(token)
+
+    return told
 
 
 @dataclass
@@ -152,6 +174,7 @@ class EmbedResult:
     unreadable: list[str]
 
 
+@_told_what_is_given
 def pretrain(
     *,
     data: str | Any | None = None,
@@ -208,7 +231,7 @@ def pretrain(
             Dataset
         out: run folder; must be new or empty unless resuming
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
-        recipe: default (thousands of images, one machine) or paper (ImageNet at 224)
+        recipe: default (thousands of images, one machine), paper (ImageNet at 224) or paper_384 (with image_size 384)
         image_size: side in pixels, or one size per axis: [height, width], [length] of signals, [depth, height, width]
         patch_size: side of a patch, a multiple of the network's total stride; None for that stride
         channels: image channels; other than 1 or 3 for arrays only
@@ -260,8 +283,7 @@ def pretrain(
     settings.pop("callbacks")
     from sparkmim.training.pretrain import run_pretraining
 
-    assert pretrain.__kwdefaults__ is not None
-    return run_pretraining(settings, pretrain.__kwdefaults__, callbacks)
+    return run_pretraining(settings, _given.get(), callbacks)
 
 
 @dataclass
@@ -290,6 +312,7 @@ class FinetuneResult:
         return self.step >= self.steps
 
 
+@_told_what_is_given
 def finetune(
     *,
     data: str | Any | None = None,
@@ -410,8 +433,7 @@ def finetune(
     settings.pop("callbacks")
     from sparkmim.training.finetune import run_finetuning
 
-    assert finetune.__kwdefaults__ is not None
-    return run_finetuning(settings, finetune.__kwdefaults__, callbacks)
+    return run_finetuning(settings, _given.get(), callbacks)
 
 
 @dataclass
@@ -438,6 +460,7 @@ class DetectResult:
         return self.step >= self.steps
 
 
+@_told_what_is_given
 def detect(
     *,
     data: str | Path | None = None,
@@ -562,8 +585,7 @@ def detect(
     settings.pop("callbacks")
     from sparkmim.training.detect import run_detection
 
-    assert detect.__kwdefaults__ is not None
-    return run_detection(settings, detect.__kwdefaults__, callbacks)
+    return run_detection(settings, _given.get(), callbacks)
 
 
 @dataclass
@@ -590,6 +612,7 @@ class SegmentResult:
         return self.step >= self.steps
 
 
+@_told_what_is_given
 def segment(
     *,
     data: str | Path | None = None,
@@ -713,8 +736,7 @@ def segment(
     settings.pop("callbacks")
     from sparkmim.training.segment import run_segmentation
 
-    assert segment.__kwdefaults__ is not None
-    return run_segmentation(settings, segment.__kwdefaults__, callbacks)
+    return run_segmentation(settings, _given.get(), callbacks)
 
 
 def evaluate(

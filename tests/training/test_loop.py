@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
+import functools
 import logging
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from sparkmim.models import create_encoder
+from sparkmim import cli
+from sparkmim.models import SparK, create_encoder
 from sparkmim.models.detector import create_detector
 from sparkmim.models.pyramid import RegionBatchNorm
 from sparkmim.training.downstream import fill_from_recipe
-from sparkmim.training.loop import plan_for, synchronised_batch_norm
-from sparkmim.training.module import OptimizerSettings, ScheduledModule
+from sparkmim.training.loop import plan_for, resumed, synchronised_batch_norm
+from sparkmim.training.module import OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
 from sparkmim.training.recipes import detect_recipe_named
+
+OPTIMIZER = OptimizerSettings("adamw", 0.1, (0.9, 0.999), 0.05, 0.05, clip_grad=0.0, steps=1, warmup=0)
 
 # BatchNorm over processes
 
@@ -65,6 +71,39 @@ def test_norms_of_another_kind_are_left_alone_and_named(caplog: pytest.LogCaptur
     assert "statistics of ScaledNorm are not synchronised" in caplog.text
 
 
+# Resuming
+
+SAVED = {"model": "resnet18", "flip": 0.0, "accumulate": 4, "workers": 3, "precision": "bf16-mixed", "out": "there"}
+
+
+def test_what_is_given_holds_even_where_it_is_the_default() -> None:
+    """And what is left open does not."""
+    settings = {**SAVED, "out": "run", "resume": True, "accumulate": 1, "workers": 2, "precision": "auto"}
+    found = resumed(settings, {"out", "resume", "precision", "workers"}, SAVED, {"out", "resume", "workers"})
+    assert found == {**SAVED, "out": "run", "resume": True, "workers": 2}
+    assert resumed(settings, {"out", "resume"}, SAVED, {"out", "resume", "workers"})["workers"] == 3
+    with pytest.raises(ValueError, match="other settings: accumulate is 4 there and 1 here; leave them out"):
+        resumed(settings, {"out", "resume", "accumulate"}, SAVED, {"out", "resume"})
+
+
+def test_the_command_line_tells_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: dict[str, Any] = {}
+
+    def pretrain(
+        *, data: str | None = None, workers: int | None = None, flip: float = 0.5, resume: bool = False
+    ) -> Any:
+        """Stands for the command of this name."""
+
+    def recorded(**given: Any) -> Any:
+        called.update(given)
+        return argparse.Namespace(finished=True)
+
+    functools.update_wrapper(recorded, pretrain)
+    monkeypatch.setitem(cli.COMMANDS, "pretrain", recorded)
+    cli.main(["pretrain", "--resume", "--flip", "0.5", "--data=null"])
+    assert called == {"resume": True, "flip": 0.5, "data": None}
+
+
 # How long
 
 
@@ -99,6 +138,28 @@ def test_two_lengths_are_one_too_many() -> None:
         fill_from_recipe(length(epochs=3, iterations=100), detect_recipe_named("default"), False)
 
 
+# What decays
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "torchvision/convnext_tiny"])
+def test_layer_scale_does_not_decay(name: str) -> None:
+    """Whatever its shape; and neither do biases, norms and mask tokens."""
+    model = SparK(create_encoder(name), image_size=64, decoder_width=32)
+    module = PretrainModule(model, OPTIMIZER, seed=0)
+    names = {parameter: key for key, parameter in model.named_parameters()}
+    groups = module.parameter_groups()
+    decaying = {names[parameter] for group in groups if group["weight_decay"] for parameter in group["params"]}
+    scales = {key for key in names.values() if key.endswith((".gamma", ".layer_scale"))}
+    assert len(scales) >= 12
+    assert decaying == {
+        key for parameter, key in names.items() if parameter.ndim > 1 and key not in scales and "mask_token" not in key
+    }
+    exponents = dict.fromkeys((key for key, _ in model.encoder.named_parameters()), 0)
+    of_classes = [group for group in decayed_groups(model.encoder, exponents, 0.7) if group["weight_decay"]]
+    found = {names[parameter] for group in of_classes for parameter in group["params"]}
+    assert found == {key for key in decaying if key.startswith("encoder.")}
+
+
 # Clipping
 
 
@@ -106,8 +167,7 @@ def test_two_lengths_are_one_too_many() -> None:
 def test_gradients_are_clipped_unless_the_limit_is_0(limit: float, expected: float) -> None:
     model = nn.Linear(2, 1, bias=False)
     model.weight.grad = torch.tensor([[3.0, 4.0]])
-    rest: dict[str, Any] = {"betas": (0.9, 0.999), "weight_decay": 0.0, "weight_decay_end": 0.0, "warmup": 0}
-    module = ScheduledModule(model, OptimizerSettings("adamw", 0.1, clip_grad=limit, steps=1, **rest), seed=0)
+    module = ScheduledModule(model, replace(OPTIMIZER, clip_grad=limit), seed=0)
     module.configure_gradient_clipping(torch.optim.SGD(model.parameters(), 0.1))
     assert module.grad_norm == 5
     assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)

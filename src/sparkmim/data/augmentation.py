@@ -137,7 +137,7 @@ def eval_transform(
         return stretched
     if not 0 < crop <= 1:
         raise ValueError(f"crop is {crop}; it is a share, above 0 and at most 1")
-    shorter = round(max(image_size) / crop)
+    shorter = int(max(image_size) / crop)  # rounded down, as in timm
     resize = v2.Resize(shorter, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     transform: Transform = v2.Compose([resize, v2.CenterCrop(image_size), *_to_float(mean, std)])
     return transform

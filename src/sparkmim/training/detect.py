@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,12 @@ MAY_CHANGE = downstream.MAY_CHANGE | {"annotations", "val_annotations"}
 """Arguments that a resumed run may be given anew: they change no result."""
 
 
-def run_detection(settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]) -> DetectResult:
+def run_detection(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> DetectResult:
     """Runs `sparkmim.detect`.
 
     Args:
-        settings: its arguments, as given.
-        defaults: its arguments' defaults.
+        settings: its arguments.
+        given: names of those that are no defaults.
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
@@ -56,7 +56,7 @@ def run_detection(settings: dict[str, Any], defaults: dict[str, Any], callbacks:
         return predict_detections(settings, console)
     if settings["eval_only"]:
         return score_detector(settings, console)
-    settings = begun(settings, defaults, RunFolder(settings["out"]), MAY_CHANGE)
+    settings = begun(settings, given, RunFolder(settings["out"]), MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
     settings = in_force(settings, start)

@@ -32,7 +32,7 @@ from sparkmim.training.weights import Weights, open_weights
 log = logging.getLogger("sparkmim")
 
 MAY_CHANGE = {
-    "data", "images", "val_images", "out", "workers", "devices", "accelerator", "num_nodes", "accumulate",
+    "data", "images", "val_images", "out", "workers", "devices", "accelerator", "num_nodes",
     "save_minutes", "log_every", "max_unreadable", "resume", "weights",
 }  # fmt: skip
 """Arguments that a resumed run may be given anew: they change no result."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,25 +51,23 @@ from sparkmim.visualize.confusion import draw_confusion
 log = logging.getLogger("sparkmim")
 
 MAY_CHANGE = {
-    "data", "val_data", "out", "workers", "devices", "accelerator", "num_nodes", "accumulate", "save_minutes",
+    "data", "val_data", "out", "workers", "devices", "accelerator", "num_nodes", "save_minutes",
     "log_every", "max_unreadable", "resume", "weights",
 }  # fmt: skip
 """Arguments that a resumed run may be given anew: they change no result."""
 
 
-def run_finetuning(
-    settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]
-) -> FinetuneResult:
+def run_finetuning(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> FinetuneResult:
     """Runs `sparkmim.finetune`.
 
     Args:
-        settings: its arguments, as given.
-        defaults: its arguments' defaults.
+        settings: its arguments.
+        given: names of those that are no defaults.
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
     folder, main = RunFolder(settings["out"]), is_main_process()
-    settings = begun(settings, defaults, folder, MAY_CHANGE)
+    settings = begun(settings, given, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
     settings = in_force(settings, start)

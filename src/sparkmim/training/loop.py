@@ -56,7 +56,8 @@ class Plan:
 
 def is_main_process() -> bool:
     """Whether this process speaks for all; known before any of them is started."""
-    return os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0")) == "0"
+    ranks = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
 
 def settle_machine(settings: dict[str, Any]) -> None:
@@ -133,16 +134,14 @@ def devices_for(settings: dict[str, Any]) -> tuple[int, int | str]:
     return int(devices) * settings["num_nodes"], int(devices)
 
 
-def begun(
-    settings: dict[str, Any], defaults: dict[str, Any], folder: RunFolder, may_change: Set[str]
-) -> dict[str, Any]:
+def begun(settings: dict[str, Any], given: Set[str], folder: RunFolder, may_change: Set[str]) -> dict[str, Any]:
     """The settings of a run that starts in a new folder, or goes on in its own.
 
     Raises:
         ValueError: if the folder holds something else, or what was given does not agree with what stands there.
     """
     if settings["resume"]:
-        settings = resumed(settings, defaults, folder.read_config(), may_change)
+        settings = resumed(settings, given, folder.read_config(), may_change)
         if not folder.checkpoint.is_file():
             raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
     elif is_main_process():
@@ -150,9 +149,7 @@ def begun(
     return settings
 
 
-def resumed(
-    settings: dict[str, Any], defaults: dict[str, Any], saved: dict[str, Any], may_change: Set[str]
-) -> dict[str, Any]:
+def resumed(settings: dict[str, Any], given: Set[str], saved: dict[str, Any], may_change: Set[str]) -> dict[str, Any]:
     """The saved settings; what was given now must agree with them, or be free to change.
 
     Raises:
@@ -160,19 +157,20 @@ def resumed(
     """
     objects = set(saved.get("from_python") or ())  # these are given again
     free = may_change | objects
-    clash = [
-        name
-        for name in settings
-        if name not in free and settings[name] != defaults.get(name) and not _same(settings[name], saved.get(name))
-    ]
+    given = {name for name in given if not _is_open(settings[name])}
+    clash = [name for name in settings if name in given - free and not _same(settings[name], saved.get(name))]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
         raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
-    given = {name: settings[name] for name in free if name in settings and settings[name] != defaults.get(name)}
-    for name in sorted(objects - given.keys()):
+    for name in sorted(objects - given):
         raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
     saved = {name: value for name, value in saved.items() if name in settings}
-    return {**saved, **given, "out": settings["out"], "resume": True}
+    return {**saved, **{name: settings[name] for name in given & free}, "out": settings["out"], "resume": True}
+
+
+def _is_open(given: Any) -> bool:
+    """Whether a value leaves the decision to others."""
+    return given is None or (isinstance(given, str) and given == "auto")
 
 
 def _same(given: Any, saved: Any) -> bool:

@@ -24,6 +24,9 @@ from sparkmim.models.classifier import head_of
 from sparkmim.training import schedules
 from sparkmim.training.layer_decay import detector_layer_decay_exponents, layer_decay_exponents
 
+LAYER_SCALES = (".gamma", ".layer_scale")
+"""Ends of their names in timm and torchvision, which holds them as `[C, 1, 1]`; they do not decay."""
+
 
 @dataclass(frozen=True)
 class OptimizerSettings:
@@ -133,7 +136,7 @@ def decayed_groups(model: nn.Module, exponents: Mapping[str, int], layer_decay: 
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        key = exponents[name], parameter.ndim > 1 and not name.endswith((".bias", ".gamma"))
+        key = exponents[name], parameter.ndim > 1 and not name.endswith((".bias", *LAYER_SCALES))
         group = groups.setdefault(key, {"params": [], "weight_decay": float(key[1]), "scale": layer_decay ** key[0]})
         group["params"].append(parameter)
     return list(groups.values())
@@ -148,8 +151,9 @@ class PretrainModule(ScheduledModule):
         return set(self.model.unreached_parameters)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        tokens = [name for name, _ in self.model.named_parameters() if name.endswith("mask_token")]
-        groups: list[dict[str, Any]] = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=tokens)
+        ends = ("mask_token", *LAYER_SCALES)
+        spared = [name for name, _ in self.model.named_parameters() if name.endswith(ends)]
+        groups: list[dict[str, Any]] = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=spared)
         return groups
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -38,25 +38,23 @@ from sparkmim.training.weights import open_weights
 log = logging.getLogger("sparkmim")
 
 MAY_CHANGE = {
-    "data", "out", "workers", "devices", "accelerator", "num_nodes", "accumulate", "save_minutes", "log_every",
+    "data", "out", "workers", "devices", "accelerator", "num_nodes", "save_minutes", "log_every",
     "picture_every", "max_unreadable", "resume", "init_weights",
 }  # fmt: skip
 """Arguments that a resumed run may be given anew: they change no result."""
 
 
-def run_pretraining(
-    settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]
-) -> PretrainResult:
+def run_pretraining(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> PretrainResult:
     """Runs `sparkmim.pretrain`.
 
     Args:
-        settings: its arguments, as given.
-        defaults: its arguments' defaults.
+        settings: its arguments.
+        given: names of those that are no defaults.
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
     folder, main = RunFolder(settings["out"]), is_main_process()
-    settings = begun(settings, defaults, folder, MAY_CHANGE)
+    settings = begun(settings, given, folder, MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     settings = in_force(settings)
 
@@ -139,7 +137,7 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
     ):  # fmt: skip
         if settings[name] is None:
             settings[name] = getattr(recipe, name)
-    if settings["drop_path"] is None and settings["recipe"] == "paper" and isinstance(settings["model"], str):
+    if settings["drop_path"] is None and settings["recipe"].startswith("paper") and isinstance(settings["model"], str):
         settings["drop_path"] = PAPER_DROP_PATH.get(settings["model"])
     for name in ("mean", "std", "feature_modules"):
         if settings[name] is not None:

@@ -76,7 +76,10 @@ few steps need a higher rate than the paper's, at which AdamW is as good as LAMB
 features than one of 64 after the same epochs, and as good ones in the same time.
 """
 
-RECIPES = {"default": DEFAULT, "paper": PAPER}
+PAPER_384 = replace(PAPER, batch_size=2048, learning_rate=4e-4, mask_ratio=0.75)
+"""The same at 384²."""
+
+RECIPES = {"default": DEFAULT, "paper": PAPER, "paper_384": PAPER_384}
 
 PAPER_DROP_PATH = {
     "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10, "resnet200": 0.15,

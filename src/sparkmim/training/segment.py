@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -47,14 +47,12 @@ PAIR = ("images", "labels")
 """Arguments that name a part of the data."""
 
 
-def run_segmentation(
-    settings: dict[str, Any], defaults: dict[str, Any], callbacks: Sequence[pl.Callback]
-) -> SegmentResult:
+def run_segmentation(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> SegmentResult:
     """Runs `sparkmim.segment`.
 
     Args:
-        settings: its arguments, as given.
-        defaults: its arguments' defaults.
+        settings: its arguments.
+        given: names of those that are no defaults.
         callbacks: further Lightning callbacks.
     """
     console = Console(stderr=True)
@@ -62,7 +60,7 @@ def run_segmentation(
         return predict_label_maps(settings, console)
     if settings["eval_only"]:
         return score_segmenter(settings, console)
-    settings = begun(settings, defaults, RunFolder(settings["out"]), MAY_CHANGE)
+    settings = begun(settings, given, RunFolder(settings["out"]), MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
     settings = in_force(settings, start)
