@@ -8,7 +8,8 @@ annotated pictures, and scored on the test pictures. Both starts have the same c
 no layer decay. Pictures are those of `shapes.py`; the detector is Faster R-CNN, whose steps are quicker than those of
 Mask R-CNN.
 
-The pictures and the pretraining run are kept in `--runs`, and taken from there when they are complete.
+With `--runs`, what an interrupted benchmark has done is kept there, and the same command goes on with it; other
+settings need another folder.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import logging
 import statistics
 import sys
 import tempfile
-import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,42 +53,40 @@ def part(folder: Path, name: str, count: int, seed: int) -> dict[str, Path]:
     return {"annotations": file, "images": folder / name}
 
 
-def pretrained(folder: Path, images: Path, epochs: float) -> Path:
-    """The run folder of a pretraining, which is done or gone on with if it is not complete."""
-    run = folder / "pretrained"
+def complete(run: Path, train: Callable[..., Any], settings: dict[str, Any]) -> None:
+    """Trains what is missing in a run folder: all, the rest after an interruption, or nothing."""
     resume = (run / "checkpoints" / "last.ckpt").is_file()
-    if not resume or not (run / "weights" / "spark.safetensors").is_file():
-        settings = {"out": run, "resume": True} if resume else {
-            "data": images, "out": run, "model": MODEL, "image_size": SIZE, "decoder_width": 256, "batch_size": 64,
-            "epochs": epochs, "warmup_epochs": epochs / 10, "workers": 0, "picture_every": 0,
-        }  # fmt: skip
-        if not sparkmim.pretrain(**settings).finished:
-            raise SystemExit(130)
-    return run
+    if not train(out=run, **({"resume": True} if resume else settings)).finished:
+        raise SystemExit(130)
+
+
+def pretrain(run: Path, images: Path, epochs: float) -> None:
+    settings = {
+        "data": images, "model": MODEL, "image_size": SIZE, "decoder_width": 256, "batch_size": 64, "epochs": epochs,
+        "warmup_epochs": epochs / 10, "workers": 0, "picture_every": 0,
+    }  # fmt: skip
+    complete(run, sparkmim.pretrain, settings)
 
 
 def score(
-    start: str, train: dict[str, Path], judged: dict[str, Path], rate: float, steps: int, seed: int
-) -> dict[str, float]:
+    run: Path, start: dict[str, Any], train: dict[str, Path], judged: dict[str, Path], rate: float, steps: int,
+    seed: int,
+) -> dict[str, float]:  # fmt: skip
     """COCO's figures of a detector, in percent."""
-    scratch = {"model": MODEL, "weights": "none"}
-    with tempfile.TemporaryDirectory() as folder:
-        result = sparkmim.detect(
-            **train, val_annotations=judged["annotations"], val_images=judged["images"], out=f"{folder}/run",
-            **(scratch if start == "none" else {"weights": start}), masks=False, iterations=steps, batch_size=BATCH,
-            learning_rate=rate, layer_decay=1.0, warmup_iterations=steps // 10, short_sides=[SIZE],
-            eval_short_side=SIZE, long_side=2 * SIZE, regions=16, eval_every=10_000, workers=0, seed=seed,
-        )  # fmt: skip
-    if not result.finished:
-        raise SystemExit(130)
-    return {name: 100 * result.figures[f"bbox/{name}"] for name in ("AP", "AP50")}
+    settings = {
+        **start, **train, "val_annotations": judged["annotations"], "val_images": judged["images"], "masks": False,
+        "iterations": steps, "batch_size": BATCH, "learning_rate": rate, "layer_decay": 1.0,
+        "warmup_iterations": steps // 10, "short_sides": [SIZE], "eval_short_side": SIZE, "long_side": 2 * SIZE,
+        "regions": 16, "eval_every": 10_000, "workers": 0, "seed": seed,
+    }  # fmt: skip
+    complete(run, sparkmim.detect, settings)
+    figures = json.loads((run / "metrics.json").read_text())
+    return {name: 100 * figures[f"bbox/{name}"] for name in ("AP", "AP50")}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--runs", type=Path, help="folder that keeps pictures and pretraining; a temporary one otherwise"
-    )
+    parser.add_argument("--runs", type=Path, help="folder that keeps pictures and runs; a temporary one otherwise")
     parser.add_argument("--annotated", type=int, default=200, help="pictures to train a detector on")
     parser.add_argument("--steps", type=int, default=400, help="of a detector's training")
     parser.add_argument("--epochs", type=float, default=30, help="of pretraining")
@@ -97,25 +96,30 @@ def main() -> None:
     logging.getLogger("sparkmim").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=UserWarning)
 
-    begun = time.perf_counter()
     folder = args.runs or Path(tempfile.mkdtemp())
     counts = {"unlabelled": UNLABELLED, "tuning": TUNING, "test": TEST}
     parts = {name: part(folder, name, count, _SEEDS[name]) for name, count in counts.items()}
     training = [
         part(folder, f"train{seed}", args.annotated, _FIRST_TRAINING_SEED + seed) for seed in range(args.seeds + 1)
     ]
-    run = pretrained(folder, parts["unlabelled"]["images"], args.epochs)
+    pretrain(folder / "pretrained", parts["unlabelled"]["images"], args.epochs)
 
     rows: list[dict[str, Any]] = []
-    for name, start in (("scratch", "none"), ("pretrained", str(run))):
+    starts = {"scratch": {"model": MODEL, "weights": "none"}, "pretrained": {"weights": folder / "pretrained"}}
+    for name, start in starts.items():
         tried = []
         for rate in RATES:
-            tried.append({"learning_rate": rate, **score(start, training[0], parts["tuning"], rate, args.steps, 0)})
+            run = folder / f"{name}-tuning-{rate:g}"
+            tried.append(
+                {"learning_rate": rate, **score(run, start, training[0], parts["tuning"], rate, args.steps, 0)}
+            )
             print(json.dumps({"start": name, "tuning": tried[-1]}), flush=True)
         best = max(tried, key=lambda row: row["AP"])
         scores = []
         for seed in range(1, args.seeds + 1):
-            scores.append(score(start, training[seed], parts["test"], best["learning_rate"], args.steps, seed))
+            run = folder / f"{name}-test-{seed}"
+            rate = best["learning_rate"]
+            scores.append(score(run, start, training[seed], parts["test"], rate, args.steps, seed))
             print(json.dumps({"start": name, "test": scores[-1]}), flush=True)
         rows.append({"start": name, "tried": tried, "chosen": best, "scores": scores})
 
@@ -130,7 +134,7 @@ def main() -> None:
     if args.json:
         report = {
             "command": "python " + " ".join(sys.argv), "annotated": args.annotated, "steps": args.steps,
-            "pretraining_epochs": args.epochs, "pictures": counts, "seconds": time.perf_counter() - begun,
+            "pretraining_epochs": args.epochs, "pictures": counts,
             "torch": torch.__version__, "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1) + "\n")
