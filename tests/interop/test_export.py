@@ -15,14 +15,17 @@ import torch
 import torchvision
 import yaml
 from hub_server import running_hub
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
+from torchvision.transforms.v2.functional import pil_to_tensor
 
 import sparkmim
 from originals import PUBLISHED, original_file
 from processes import run
 from sparkmim.cli import main
+from sparkmim.data import eval_transform
 from sparkmim.interop import official
 from sparkmim.interop.export import SUFFIXES
 from sparkmim.models import SparK, create_classifier, create_encoder
@@ -517,6 +520,64 @@ def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
     with torch.no_grad():
         one, other = spark.eval()(images(), visible), back(images(), visible)
     torch.testing.assert_close(one.loss, other.loss)
+
+
+def test_shallower_stages_have_no_original_form(tmp_path: Path) -> None:
+    spark = SparK("resnet18", image_size=64, decoder_width=32, stages=2)
+    known = {"model": "resnet18", "image_size": [64, 64], "patch_size": 8, "decoder": "spark", "decoder_width": 32,
+             "stages": 2, "channels": 3}  # fmt: skip
+    save(spark, tmp_path / "run" / "weights", known)
+    with pytest.raises(ValueError, match=r"at stride 32, but this was trained at stride 8 \(--stages\)"):
+        sparkmim.export(weights=tmp_path / "run", format="spark", out=tmp_path / "spark.pth")
+
+
+class Hourglass(nn.Module):
+    """A network of the user's own with parts that are called as those of a `SparK` model are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.ReLU(), nn.Conv2d(8, 16, 2, 2), nn.ReLU())
+        self.decoder = nn.Sequential(nn.Conv2d(16, 16, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))
+
+
+def test_parts_called_encoder_and_decoder(tmp_path: Path) -> None:
+    network = Hourglass()
+    known = {"model": None, "image_size": [32, 32], "channels": 3}
+    write(network, tmp_path / "encoder.safetensors", known)
+    opened = open_weights(tmp_path / "encoder.safetensors")
+    assert opened.kind == "encoder"
+    assert torch.equal(opened.encoder(Hourglass()).decoder[0].weight, network.decoder[0].weight)
+    whole = SparK(network, image_size=32, decoder_width=16)
+    save(whole, tmp_path / "run" / "weights", {**known, "decoder_width": 16})
+    assert open_weights(tmp_path / "run").kind == "pretrained"
+
+
+def test_a_module_that_is_given_stays_as_it_is(tmp_path: Path) -> None:
+    network = timm.create_model("resnet18", num_classes=0).train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    sparkmim.export(weights=encoder_file(tmp_path, "resnet18"), format="timm", out=tmp_path / "a.pth", model=network)
+    assert network.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.parametrize(("crop", "mode", "size"), [(None, "squash", 64), (0.875, "center", 64)])
+def test_the_hub_prepares_images_as_validation_did(
+    tmp_path: Path, crop: float | None, mode: str, size: int
+) -> None:  # fmt: skip
+    weights = encoder_file(tmp_path, "resnet18")
+    known = {**open_weights(weights).metadata, "crop": crop, "image_size": [size, size]}
+    write(open_weights(weights).encoder(), weights, known)
+    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
+    network = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
+    config = timm.data.resolve_model_data_config(network)
+    assert config["crop_mode"] == mode
+    wide = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (32, 1, 3)))  # 32×128, a ramp
+    seen = timm.data.create_transform(**config)(wide)[0]  # [64, 64]
+    ours = eval_transform((size, size), crop=crop)(pil_to_tensor(wide))[0]
+    assert (seen - ours).abs().max() < 0.1
 
 
 # Networks of the user's own: in every format, under the names that they have

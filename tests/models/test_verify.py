@@ -28,6 +28,34 @@ def test_networks_of_other_ranks() -> None:
     assert verify_encoder(PlainCNN()).exact
 
 
+class Reducing(nn.Module):
+    """Reductions over all that is visible, and in spellings of long ago."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList([nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 6, 3, 2, 1)])
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv in self.convs:
+            x = conv(x)
+            if self.kind == "all":
+                x = x - x.mean() + torch.max(x)
+            elif self.kind == "channels last":
+                x = x - x.permute(0, 2, 3, 1).sum() / 100
+            elif self.kind == "logsumexp":
+                x = x - x.logsumexp((2, 3), keepdim=True)
+            else:
+                x = x / (x.var((2, 3), False, True) + 1e-3).sqrt()
+        return x
+
+
+@pytest.mark.parametrize("kind", ["all", "channels last", "logsumexp", "var"])
+def test_reductions(kind: str) -> None:
+    result = verify_encoder(Reducing(kind))
+    assert result.exact, result.message
+
+
 def test_the_network_is_left_alone() -> None:
     encoder = PlainCNN().eval()
     before = {name: tensor.clone() for name, tensor in encoder.state_dict().items()}

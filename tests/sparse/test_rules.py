@@ -463,6 +463,23 @@ POSITIONAL: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] =
 }  # fmt: skip
 
 
+NAMED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
+    "conv2d": (lambda x: F.conv2d(input=x, weight=torch.ones(1, 3, 1, 1).double()), lambda x: x.sum(1, True)),
+    "mean": (lambda x: torch.mean(input=x, dim=(2, 3)), lambda x: x.mean((2, 3))),
+    "flatten": (lambda x: torch.flatten(input=x, start_dim=2).mean(2), lambda x: x.mean((2, 3))),
+    "pixel_unshuffle": (
+        lambda x: F.pixel_unshuffle(x, downscale_factor=2).mean((2, 3)),
+        lambda x: F.pixel_unshuffle(x, 2).mean((2, 3))),
+}  # fmt: skip
+
+
+@BOTH
+@pytest.mark.parametrize("spelling", NAMED)
+def test_arguments_by_name(spelling: str, visible: Tensor) -> None:
+    function, reference = NAMED[spelling]
+    agree(function, visible, (2, 2), reference=reference)
+
+
 @BOTH
 @pytest.mark.parametrize("spelling", POSITIONAL)
 def test_variance_with_positional_arguments(spelling: str, visible: Tensor) -> None:

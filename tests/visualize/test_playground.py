@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -124,6 +125,10 @@ def test_models_must_fit(tmp_path: Path, network: str) -> None:
     first, second = run_of(tmp_path / "a", network), run_of(tmp_path / "b", network, patch=16)
     with pytest.raises(ValueError, match=r"has 2×3 patches on 32×48 pixels, but .* 4×6 on 32×48"):
         Playground([Reconstructor(first), Reconstructor(second)])
+    grey = Reconstructor(first)
+    grey.preparation = replace(grey.preparation, channels=1)
+    with pytest.raises(ValueError, match=r"takes images of 1 channel\(s\), but .* of 3; only models"):
+        Playground([Reconstructor(first), grey])
 
 
 def test_samples(playground: Playground, photos: Path) -> None:
@@ -147,6 +152,21 @@ events = app.config["dependencies"]
 assert len(events) >= 7
 assert all(event["api_visibility"] == "private" for event in events if event["outputs"])
 assert not app.analytics_enabled
+# What a visitor calls himself is no path, and old pictures go.
+import os, types
+folder, outside = Path({str(tmp_path)!r}) / "kept", Path({str(tmp_path)!r}) / "victim.png"
+folder.mkdir()
+outside.write_text("mine")
+old = folder / "old.png"
+old.write_text("")
+os.utime(old, (0, 0))
+app = build_app(Playground([Reconstructor({str(run_of(tmp_path / "b", network))!r})]), [{str(photo)!r}], folder)
+by_name = {{function.fn.__name__: function.fn for function in app.fns.values() if function.fn}}
+visitor = types.SimpleNamespace(session_hash="../victim")
+by_name["start"](0.5, visitor)
+assert not old.exists() and len(list(folder.iterdir())) == 1
+by_name["leave"](visitor)
+assert outside.read_text() == "mine" and not list(folder.iterdir())
 """
     done = run([sys.executable, "-c", script], tmp_path)
     assert done.returncode == 0, done.stderr

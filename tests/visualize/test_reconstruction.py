@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import nn
 
 import sparkmim
 from sparkmim.cli import main
@@ -144,6 +145,27 @@ def test_grey_images_and_volumes_and_signals(tmp_path: Path, photos: Path) -> No
         assert result.pasted.shape == (1, 1, *shown)
         assert (tmp_path / f"{name}.png").is_file()
         assert result.visible.shape[2:] == tuple(side // 8 for side in size)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_signals_keep_their_units(tmp_path: Path, known: bool) -> None:
+    """Whether the weights know their mean and deviation, or these are measured; errors colour what is hidden."""
+    net = nn.Sequential(
+        nn.Sequential(nn.Conv1d(2, 8, 4, 4), nn.ReLU()), nn.Sequential(nn.Conv1d(8, 8, 2, 2), nn.ReLU())
+    )
+    colours = {"mean": [100.0, 1.0], "std": [5.0, 0.1]} if known else {"mean": None, "std": None}
+    model = sparkmim.SparK(net, image_size=64, decoder_width=16, channels=2)
+    settings = {"model": None, "image_size": [64], "patch_size": 8, "decoder_width": 16, "channels": 2, **colours}
+    weights.save(model, tmp_path / "run" / "weights", settings)
+    signal = np.stack([np.linspace(90, 110, 64), np.linspace(0.9, 1.1, 64)]).astype(np.float32)  # [C, length]
+    np.save(tmp_path / "signal.npy", signal)
+    result = sparkmim.reconstruct(
+        weights=tmp_path / "run", model=net, images=str(tmp_path / "signal.npy"), out=tmp_path / "plain.png"
+    )
+    np.testing.assert_allclose(result.inputs[0], signal.T, rtol=1e-4)
+    seen = np.repeat(result.visible[0, 0], 8)
+    np.testing.assert_allclose(result.pasted[0, 0][seen], signal.T[seen], rtol=1e-4)
+    assert len(result.figure(errors=True).axes) == len(result.figure().axes) + 1  # the colour bar
 
 
 @pytest.mark.parametrize(

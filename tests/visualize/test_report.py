@@ -219,7 +219,10 @@ def test_an_event_file_that_was_cut_off(run: Path) -> None:
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
-    page = Page(write_report(write_run(tmp_path / "run")))
+    run = write_run(tmp_path / "run")
+    (run / "evaluation").mkdir()
+    (run / "evaluation" / "of_something_else.json").write_text('[{"protocol": 1, "rows": 2}]')
+    page = Page(write_report(run))
     page.check_that_it_asks_for_nothing()
     assert page.headings == ["Settings"]
     assert "at step 0" in page.text

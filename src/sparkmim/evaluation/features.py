@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -104,16 +104,22 @@ class Preparation:
             raise ValueError(f"crop is {crop}; it is a share of the image, at most 1, or 0 to resize it whole")
         return cls(tuple(size), weights.channels, known.get("mean"), known.get("std"), crop or None)
 
+    def settled(self, source: Source) -> Preparation:
+        """With mean and std, where they are unknown: ImageNet's for images, those of the source for arrays."""
+        if self.mean is not None and self.std is not None:
+            return self
+        if source.arrays:
+            found = source.statistics()
+            return replace(self, mean=found.mean, std=found.std)
+        mean, std = normalisation(self.channels)
+        return replace(self, mean=mean, std=std)
+
     def transform(self, source: Source) -> Callable[[Any], Tensor]:
-        """From what `source` reads to float32 `[C, *image_size]`; where mean and std are unknown, by ImageNet's for
-        images, and by those of the source for arrays."""
-        mean, std = self.mean, self.std
-        if mean is None or std is None:
-            if source.arrays:
-                found = source.statistics()
-                mean, std = found.mean, found.std
-            else:
-                mean, std = normalisation(self.channels)
+        """From what `source` reads to float32 `[C, *image_size]`, normalised as `settled` says."""
+        known = self.settled(source)
+        mean, std = known.mean, known.std
+        assert mean is not None
+        assert std is not None
         if source.arrays:
             return WholeArray(self.image_size, mean, std)
         height, width = self.image_size

@@ -87,6 +87,7 @@ def _config(network: Network, name: str) -> dict[str, Any]:
 
     known = network.weights.metadata
     size, channels = known.get("image_size", [224, 224]), network.weights.channels
+    crop = known.get("crop", 0.95)
     source = None if network.is_own else timm.models.get_pretrained_cfg(name)
     pretrained: dict[str, Any] = {
         "tag": "sparkmim",
@@ -94,8 +95,8 @@ def _config(network: Network, name: str) -> dict[str, Any]:
         "input_size": [channels, *size],
         "fixed_input_size": False,
         "interpolation": "bicubic",
-        "crop_pct": known.get("crop", 0.95) or 1.0,
-        "crop_mode": "center",
+        "crop_pct": crop or 1.0,
+        "crop_mode": "center" if crop else "squash",  # the whole image, resized
         "num_classes": len(network.classes or ()),
     }
     for key in ("mean", "std"):

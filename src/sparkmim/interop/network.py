@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparkmim.evaluation.predict import own_module
 from sparkmim.models.classifier import PooledClassifier, encoder_of
 from sparkmim.training.weights import Weights, open_weights, tensors_of
 
@@ -124,7 +125,7 @@ def open_network(path: str | Path, model: str | nn.Module | None = None) -> Netw
     Raises:
         ValueError: if there are no weights, they do not fit, or no name is known.
     """
-    weights = open_weights(path)
+    weights, model = open_weights(path), own_module(model)
     module = weights.classifier(model) if weights.kind == "classifier" else weights.encoder(model)
     name = model if isinstance(model, str) else getattr(model, "default_cfg", {}).get("architecture")
     name = str(name or weights.metadata.get("model") or "")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.interop.network import Network, convnext_name, linear_weights, without_head
+from sparkmim.models import Hierarchy
 
 _CONVNEXT = {"conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
 _DENSIFY = {"norm": "densify_norms", "project": "densify_projs", "mask_token": "mask_tokens"}
@@ -70,6 +71,15 @@ def original_file(network: Network) -> dict[str, Any]:
         raise ValueError(
             f"the original SparK hides patches of the network's stride, {2**blocks}, not of {known['patch_size']}; "
             "export the encoder alone (its file encoder.safetensors)"
+        )
+    names = known.get("feature_modules")
+    if (
+        known.get("stages")
+        and (stride := Hierarchy(network.module, channels, image_size=size, feature_modules=names).stride) != 2**blocks
+    ):
+        raise ValueError(
+            f"the original SparK rebuilds from the deepest map, at stride {stride}, but this was trained at stride "
+            f"{2**blocks} (--stages); export the encoder alone (its file encoder.safetensors)"
         )
     given = {f"sparse_encoder.sp_cnn.{key}": tensor for key, tensor in encoder.items()}
     given |= {

@@ -19,9 +19,14 @@ _SEE_ZEROS = {"conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2
 _PER_SAMPLE = {"group_norm", "instance_norm"}
 _ADAPTIVE = {"adaptive_avg_pool1d": "mean", "adaptive_avg_pool2d": "mean", "adaptive_avg_pool3d": "mean",
              "adaptive_max_pool1d": "amax", "adaptive_max_pool2d": "amax", "adaptive_max_pool3d": "amax"}  # fmt: skip
-_REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1,
-           "norm": 2, "vector_norm": 2, "linalg_vector_norm": 2}  # fmt: skip
+_REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1, "logsumexp": 1,
+           "nanmean": 1, "nansum": 1, "norm": 2, "vector_norm": 2, "linalg_vector_norm": 2}  # fmt: skip
 """Reductions, and at which position their axes stand."""
+
+_OVER_ALL = {"mean", "sum", "amax", "amin", "max", "min", "nansum"}
+"""Reductions that go over everything where no axes are given."""
+
+_MOMENTS = {"var", "std", "var_mean", "std_mean"}
 
 
 class MaskedDense(TorchFunctionMode):
@@ -79,8 +84,15 @@ class MaskedDense(TorchFunctionMode):
 
     def _is_map(self, x: Tensor) -> bool:
         """Whether spatial axes stand side by side somewhere."""
-        places = range(1, x.ndim - self.rank + 1)
-        return any(self.mask_of(x, range(first, first + self.rank)) is not None for first in places)
+        return self._visible(x) is not x
+
+    def _visible(self, x: Tensor) -> Tensor:
+        """The values of a map at visible positions, `[positions, …]`; what is no map as it is."""
+        for first in range(x.ndim - self.rank, 0, -1):  # where they mostly stand
+            axes = list(range(first, first + self.rank))
+            if (mask := self.mask_of(x, axes)) is not None:
+                return x.movedim(axes, list(range(1, 1 + self.rank)))[mask]
+        return x
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -90,11 +102,16 @@ class MaskedDense(TorchFunctionMode):
         x = args[0] if args and isinstance(args[0], Tensor) else None
         if x is None:
             return func(*args, **kwargs)
+        if name in _OVER_ALL and len(args) == 1 and not kwargs:
+            return func(self._visible(x))
         if name in _REDUCE and (axes := _axes(x, name, args, kwargs)):
             mask, spatial = self.mask_among(x, axes)
             if mask is None:
                 return func(*args, **kwargs)
             position = _REDUCE[name]
+            if name in _MOMENTS and len(args) > position + 1:
+                kwargs["unbiased"] = args[position + 1]  # an old spelling, (dim, unbiased, keepdim)
+                args = (*args[: position + 1], *args[position + 2 :])
             kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
             given = args[position + 1] if len(args) > position + 1 else False
             keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", given))

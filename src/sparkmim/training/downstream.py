@@ -22,6 +22,7 @@ from sparkmim.data import SkipLog, UnreadableImage, collate
 from sparkmim.data.labelled import Part
 from sparkmim.evaluation.features import Preparation, device_named
 from sparkmim.evaluation.predict import images_source
+from sparkmim.files import replacing
 from sparkmim.training import weights
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, StepCallback
 from sparkmim.training.loop import Plan, fit, is_main_process, say_end, say_settings
@@ -274,7 +275,8 @@ def known_figures(scores: Scores) -> dict[str, float]:
 
 def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes `metrics.json`."""
-    (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n")
+    with replacing(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def train_scored(

@@ -93,7 +93,8 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(dict(settings), sort_keys=False)
         note = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
-        self.config.write_text(note + text)
+        with replacing(self.config) as partial:
+            partial.write_text(note + text)
 
     def write_environment(self, found: Mapping[str, Any], resumed: bool) -> None:
         """Notes what a run starts in; after what it started in before, if it is resumed."""

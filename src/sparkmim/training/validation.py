@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sparkmim.data import LabelledDataset, collate
+from sparkmim.files import replacing
 from sparkmim.training.callbacks import Ema, StepCallback
 from sparkmim.training.loader import leave_signals_to_the_parent
 from sparkmim.training.module import ScheduledModule
@@ -207,4 +208,5 @@ class Validator(StepCallback):
             **{f"best_{name}": scores.as_json(classes) for name, scores in self.best.items()},
             "history": self.history,
         }
-        (folder / "metrics.json").write_text(json.dumps(content, indent=1) + "\n")
+        with replacing(folder / "metrics.json") as partial:
+            partial.write_text(json.dumps(content, indent=1) + "\n")

@@ -287,8 +287,8 @@ def open_weights(path: str | Path) -> Weights:
     else:
         tensors, metadata = official.read(path)
     kind: Kind = "encoder"
-    if any(name.startswith("decoder.") for name in tensors) and any(name.startswith("encoder.") for name in tensors):
-        kind = "pretrained"
+    if any(name.startswith(("decoder.", "densify.")) and name.endswith("mask_token") for name in tensors):
+        kind = "pretrained"  # a network of the user's own may have parts called encoder and decoder too
     elif "task" in metadata:
         kind = "detector" if metadata["task"] == "detection" else "segmenter"
     elif "classes" in metadata:

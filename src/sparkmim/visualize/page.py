@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,13 +45,24 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
     """
     names = _labels([model.path for model in playground.models])
 
+    def picture_of(request: gr.Request) -> Path:
+        # The name comes from the visitor, who may send anything, such as a path.
+        return folder / f"{hashlib.sha256(str(request.session_hash).encode()).hexdigest()}.png"
+
+    def forget_old() -> None:
+        for file in folder.glob("*.png"):
+            with suppress(OSError):  # another visitor's request may delete it first
+                if time.time() - file.stat().st_mtime > FORGET:
+                    file.unlink()
+
     def refused(error: Refused) -> Any:
         gr.Warning(str(error), duration=8, title="Not possible")
         return (gr.skip(),) * len(shown)
 
     def render(session: Session, request: gr.Request) -> Any:
         view = playground.view(session)
-        file = folder / f"{request.session_hash}.png"
+        file = picture_of(request)
+        forget_old()
         strip(view).save(file)
         return (
             session,
@@ -94,7 +108,7 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
             return refused(error)
 
     def leave(request: gr.Request) -> None:
-        (folder / f"{request.session_hash}.png").unlink(missing_ok=True)
+        picture_of(request).unlink(missing_ok=True)
 
     with gr.Blocks(title="sparkmim playground", analytics_enabled=False, delete_cache=(FORGET, FORGET)) as app:
         gr.Markdown(

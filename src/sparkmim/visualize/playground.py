@@ -100,6 +100,12 @@ class Playground:
                     f"but {self.models[0].path} {_times(self.grid)} on {_times(self.size)}; only models of the same "
                     "patches can be compared under one mask"
                 )
+            if model.preparation.channels != self.models[0].preparation.channels:
+                raise ValueError(
+                    f"{model.path} takes images of {model.preparation.channels} channel(s), but "
+                    f"{self.models[0].path} of {self.models[0].preparation.channels}; only models of the same images "
+                    "can be compared"
+                )
 
     @property
     def grid(self) -> tuple[int, ...]:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
 from torch import Tensor
 
 from sparkmim.commands import ReconstructResult
@@ -23,7 +25,6 @@ from sparkmim.visualize.pictures import (
     ACCENT,
     CONTRAST,
     HIDDEN,
-    Tones,
     at_pixels,
     check_picture,
     middle_slice,
@@ -32,7 +33,7 @@ from sparkmim.visualize.pictures import (
     to_array,
     write_picture,
 )
-from sparkmim.visualize.shown import read_shown
+from sparkmim.visualize.shown import Shown, read_shown
 from sparkmim.visualize.tiles import shortened
 
 if TYPE_CHECKING:
@@ -151,15 +152,15 @@ def run_reconstruction(settings: Mapping[str, Any]) -> ReconstructResult:
     rebuilt = [reconstructor(shown.images, visible[:, place]) for place in range(visible.shape[1])]
 
     size = shown.images.shape[2:]
-    inputs = _shown(shown.images, shown.tones)
+    inputs = _shown(shown.images, shown)
     grey = np.float32(HIDDEN if len(grid) > 1 else np.nan)  # of a signal, a gap in the curve
     seen = [middle_slice(at_pixels(visible[:, place], size)).movedim(1, -1).numpy() for place in range(len(rebuilt))]
     result = ReconstructResult(
         names=shown.names,
         inputs=inputs,
         masked=np.stack([np.where(of_mask, inputs, grey) for of_mask in seen], axis=1),
-        predicted=np.stack([_shown(of_mask.predicted, shown.tones) for of_mask in rebuilt], axis=1),
-        pasted=np.stack([_shown(of_mask.pasted, shown.tones) for of_mask in rebuilt], axis=1),
+        predicted=np.stack([_shown(of_mask.predicted, shown) for of_mask in rebuilt], axis=1),
+        pasted=np.stack([_shown(of_mask.pasted, shown) for of_mask in rebuilt], axis=1),
         visible=visible.numpy(),
         errors=np.stack([of_mask.errors.cpu().numpy() for of_mask in rebuilt], axis=1),
         unreadable=shown.unreadable,
@@ -170,11 +171,12 @@ def run_reconstruction(settings: Mapping[str, Any]) -> ReconstructResult:
     return result
 
 
-def _shown(images: Tensor, tones: Tones) -> Any:
-    """Normalised `[B, C, *S]` to RGB in 0…1, `[B, H, W, 3]`; of signals, `[B, length, C]` as they are."""
+def _shown(images: Tensor, shown: Shown) -> Any:
+    """Normalised `[B, C, *S]` to RGB in 0…1, `[B, H, W, 3]`; of signals, to `[B, length, C]` in the data's units."""
     if images.ndim == 3:
-        return images.detach().cpu().float().permute(0, 2, 1).contiguous().numpy()
-    return to_array(tones(images))
+        values = images.detach().cpu().float().permute(0, 2, 1)  # [B, length, C]
+        return (values * torch.tensor(shown.preparation.std) + torch.tensor(shown.preparation.mean)).numpy()
+    return to_array(shown.tones(images))
 
 
 # Drawing
@@ -197,10 +199,10 @@ def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Fig
 
     Args:
         result: of `sparkmim.reconstruct`.
-        errors: adds the error of each hidden patch as a heat map.
+        errors: adds the error of each hidden patch as a heat map, or behind the curve.
     """
     if result.inputs.ndim == 3:
-        return _draw_signals(result)
+        return _draw_signals(result, errors)
     rows = [row for image in range(len(result.names)) for row in _rows(result, image, errors)]
     per_image = len(rows) // len(result.names)
     height, width = result.inputs.shape[1:3]
@@ -209,7 +211,6 @@ def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Fig
         len(rows) * (_CELL * height / width + 0.2) + 0.3,
         layout="constrained",
     )
-    worst = max(1.0, float(np.quantile(result.errors[~result.visible], 0.98)))
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     heat: Any = None
     for of_row, cells in zip(axes, rows, strict=True):
@@ -220,15 +221,24 @@ def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Fig
                 show_picture(place, cell.picture, cell.title, cell.note)
             else:
                 place.set_facecolor("#ececec")  # visible patches have no error
-                heat = show_heat(place, cell.picture, cell.title, worst)
+                heat = show_heat(place, cell.picture, cell.title, _worst(result))
     for image, name in enumerate(result.names):
         axes[image * per_image, 0].set_ylabel(shortened(Path(name).name, 24), fontsize=8, parse_math=False)
     if heat is not None:
-        bar = figure.colorbar(heat, ax=axes, fraction=0.03, aspect=30, pad=0.01, extend="max", extendfrac=0.02)
-        bar.set_label("error of a patch, in units of its variance", fontsize=8)
-        bar.ax.tick_params(labelsize=7, length=0)
-        bar.outline.set_visible(False)
+        _add_bar(figure, heat, axes)
     return figure
+
+
+def _worst(result: ReconstructResult) -> float:
+    """The error at which colours end."""
+    return max(1.0, float(np.quantile(result.errors[~result.visible], 0.98)))
+
+
+def _add_bar(figure: Figure, heat: Any, axes: Any) -> None:
+    bar = figure.colorbar(heat, ax=axes, fraction=0.03, aspect=30, pad=0.01, extend="max", extendfrac=0.02)
+    bar.set_label("error of a patch, in units of its variance", fontsize=8)
+    bar.ax.tick_params(labelsize=7, length=0)
+    bar.outline.set_visible(False)
 
 
 def _rows(result: ReconstructResult, image: int, errors: bool) -> list[list[_Cell]]:
@@ -270,8 +280,9 @@ def show_heat(axes: Any, values: Any, title: str, worst: float) -> Any:
     return axes.imshow(np.ma.masked_invalid(values), cmap="inferno", vmin=0, vmax=worst, interpolation="nearest")
 
 
-def _draw_signals(result: ReconstructResult) -> Figure:
+def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
     """A panel per signal and mask: the first channel as it is, and what is rebuilt where it is hidden."""
+    heat = ScalarMappable(Normalize(0, _worst(result)), "YlOrRd")
     masks, length = result.visible.shape[1], result.inputs.shape[1]
     count = len(result.names) * masks
     figure = new_figure(8.0, 1.5 * count + 0.5, layout="constrained")
@@ -281,7 +292,8 @@ def _draw_signals(result: ReconstructResult) -> Figure:
         image, mask = divmod(place, masks)
         hidden = ~result.visible[image, mask]
         for patch in np.flatnonzero(hidden):
-            axes.axvspan(patch * block, (patch + 1) * block, color="#ececec", linewidth=0)
+            colour = heat.to_rgba(result.errors[image, mask, patch], alpha=0.5) if errors else "#ececec"
+            axes.axvspan(patch * block, (patch + 1) * block, color=colour, linewidth=0)
         rebuilt = np.where(np.repeat(hidden, block), result.predicted[image, mask, :, 0], np.nan)
         axes.plot(result.inputs[image, :, 0], color=ACCENT, linewidth=1, label="signal")
         axes.plot(rebuilt, color=CONTRAST, linewidth=1, label="rebuilt where hidden")
@@ -289,6 +301,8 @@ def _draw_signals(result: ReconstructResult) -> Figure:
         axes.set_title(f"{name}, loss {result.losses[image, mask]:.3f}", fontsize=9, parse_math=False)
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0)
+    if errors:
+        _add_bar(figure, heat, panels)
     handles = panels[0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure

@@ -119,7 +119,7 @@ class Record:
             _messages(folder.log),
             _read_json(folder.environment) or [],
             _read_json(folder.path / "metrics.json"),
-            [evaluation for evaluation in found if {"protocol", "rows"} <= set(evaluation)],
+            [each for each in found if isinstance(each, dict) and {"protocol", "rows"} <= set(each)],
         )
 
     @property

@@ -23,12 +23,14 @@ class Shown:
         names: of them.
         tones: that undo the normalisation.
         unreadable: path and reason of each that was left out.
+        preparation: how they were made ready, with mean and std.
     """
 
     images: Tensor
     names: list[str]
     tones: Tones
     unreadable: list[str]
+    preparation: Preparation
 
     @property
     def pixels(self) -> Any:
@@ -46,6 +48,7 @@ def read_shown(images: Any, preparation: Preparation, limit: int, device: torch.
     if limit < 1:
         raise ValueError(f"limit is {limit}; it must be above 0")
     source = images_source(images, preparation)
+    preparation = preparation.settled(source)
     found: list[Tensor] = []
     names: list[str] = []
     unreadable: list[str] = []
@@ -59,7 +62,7 @@ def read_shown(images: Any, preparation: Preparation, limit: int, device: torch.
     if not found:
         raise ValueError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
     tones = tones_of(preparation, source.arrays)
-    return Shown(torch.cat(found)[:limit], names[:limit], tones, unreadable)
+    return Shown(torch.cat(found)[:limit], names[:limit], tones, unreadable, preparation)
 
 
 def tones_of(preparation: Preparation, arrays: bool = False) -> Tones:

@@ -75,8 +75,9 @@ def _interpolate(
 
 
 @register_rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
-def _shuffle(func: Callable[..., Any], x: PackedTensor, factor: int) -> Tensor:
+def _shuffle(func: Callable[..., Any], x: PackedTensor, *factors: int, **named: int) -> Tensor:
     """Every position's channels, or every small block of positions, on its own."""
+    (factor,) = (*factors, *named.values())  # upscale_factor, downscale_factor or groups
     if x.axes != tuple(range(2, 2 + x.patches.rank)) or (x.patches.rank == 1 and "pixel" in func.__name__):
         raise UnsupportedOperation(f"`{func.__name__}` of a masked map {list(dense_shape(x))} with channels not second")
     if func.__name__ == "pixel_unshuffle" and any(size % factor for size in block_of(x)):
