@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from PIL import Image
 from processes import Cli, run
 
 torch.set_num_threads(1)  # tests run side by side
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; commands are to hear Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NETWORK = """
 from torch import nn
