@@ -87,7 +87,7 @@ def test_every_step(
     assert (opened.kind, opened.model) == ("detector", model)
 
     main(["detect", "--data", str(coco), "--weights", "run/weights/detector.safetensors", "--eval-only", "--out",
-          "scores", "--workers", "0"])  # fmt: skip
+          "scores", "--workers", "0", "--precision", "32-true"])  # fmt: skip
     scored = json.loads(Path("scores/metrics.json").read_text())
     for name in ("bbox/AP", "segm/AP"):
         assert scored[name] == pytest.approx(trained[name], abs=1e-6)

@@ -44,7 +44,7 @@ def test_recipes_print_the_papers_settings(name: str) -> None:
     assert recipe.image_size == size
     assert recipe_rows(vars(recipe)) == {
         "length": f"batch {batch}, {epochs} epochs, warm-up {warmup}",
-        "optimiser": f"{optimizer}, rate {rate:g} per 256, layer decay {layers:g}, weight decay {decay:g}, clip None",
+        "optimiser": f"{optimizer}, rate {rate:g} per 256, layer decay {layers:g}, weight decay {decay:g}, clip none",
         "loss": f"{loss}, mixup {mixup:g}, cutmix 1, smoothing 0.1",
         "regularisation": f"drop path {drop:g}, EMA {ema:g}",
         "augmentation": f"{augment}, crops from 0.08, erasing 0.25, repeated {repeats} time(s); validation {whole}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -205,7 +206,8 @@ def test_the_recipe_for_ade20k() -> None:
     recipe = SEGMENT_RECIPES["ade20k"]
     assert (recipe.iterations, recipe.warmup_iterations, recipe.batch_size, recipe.crop) == (160_000, 1500, 16, 512)
     assert (recipe.learning_rate, recipe.weight_decay, recipe.layer_decay, recipe.drop_path) == (1e-4, 0.05, 0.9, 0.4)
-    given = {**sparkmim.segment.__kwdefaults__, "out": "run", "model": "resnet18", "recipe": "ade20k", "norm": "batch"}
+    defaults = {name: each.default for name, each in inspect.signature(sparkmim.segment).parameters.items()}
+    given = {**defaults, "out": "run", "model": "resnet18", "recipe": "ade20k", "norm": "batch"}
     settled = in_force(given, None)
     assert (settled["schedule"], settled["norm"], settled["epochs"]) == ("linear", "batch", None)
     assert settled["layer_decay"] == 1.0  # from scratch, all layers must learn

@@ -256,6 +256,7 @@ def test_files_of_the_original_form(photos: Path, tmp_path: Path) -> None:
     original = {f"sparse_encoder.sp_cnn.{name}": value for name, value in encoder.state_dict().items()}
     original["dense_decoder.dec.0.up_sample.weight"] = torch.zeros(8, 8, 4, 4)
     original["dense_decoder.proj.weight"] = torch.zeros(3, 8, 1, 1)
+    original["mask_tokens.0"] = torch.zeros(1, 512, 1, 1)
     torch.save({"module": original}, tmp_path / "original.pth")
     weights.write(encoder, tmp_path / "ours.safetensors", {"model": "resnet18"})
     one, other = (
