@@ -34,3 +34,12 @@ def test_features_do_not_depend_on_the_batch_or_the_mode() -> None:
     assert hierarchy.training
     assert whole.shape == (4, hierarchy.channels[-1])
     torch.testing.assert_close(whole, pooled_features(hierarchy, images.split(1)), rtol=1e-4, atol=1e-5)
+
+
+def test_small_temperatures_do_not_overflow() -> None:
+    """The nearest decides, as with one neighbour."""
+    generator = torch.Generator().manual_seed(0)
+    bank, queries = torch.randn(30, 5, generator=generator), torch.randn(12, 5, generator=generator)
+    labels = torch.randint(0, 4, (30,), generator=generator)
+    nearest = knn_predict(bank, labels, queries, k=1)
+    assert torch.equal(knn_predict(bank, labels, queries, k=7, temperature=1e-4), nearest)

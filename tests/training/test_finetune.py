@@ -51,6 +51,18 @@ def test_recipes_print_the_papers_settings(name: str) -> None:
     }
 
 
+def test_a_network_in_evaluation_mode_is_trained(tmp_path: Path) -> None:
+    """As it comes out of another run: statistics of BatchNorm move from the first step on."""
+    network = create_encoder("resnet18").eval()
+    before = network.bn1.running_mean.clone()
+    data = [(torch.rand(3, 64, 64), 0) for _ in range(8)]
+    settings: dict[str, Any] = {"image_size": 64, "decoder_width": 32, "workers": 0, "picture_every": 0}
+    result = sparkmim.pretrain(
+        data=data, model=network, out=tmp_path / "run", epochs=1, batch_size=4, warmup_epochs=0, **settings
+    )
+    assert not torch.equal(result.model.encoder.bn1.running_mean, before)
+
+
 class Images:
     """Two classes told apart by their brightness, 16×16."""
 

@@ -29,7 +29,9 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temp
     for part in torch.split(queries, max(1, _SIMILARITIES // len(bank))):
         similarity, nearest = (part @ bank.t()).topk(min(k, len(bank)), dim=1)  # [m, k]
         votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(1, labels[nearest], (similarity / temperature).exp())
+        votes.scatter_add_(
+            1, labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp()
+        )  # of the nearest: 1
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)
 

@@ -33,8 +33,7 @@ class ChannelLayerNorm(nn.LayerNorm):
 class Densify(nn.Module):
     """Turns one sparse feature map into a dense one of the decoder's width.
 
-    Normalises the visible positions, puts a learned token at the masked ones, and projects. The projection starts as
-    PyTorch has it, as in the original.
+    Normalises the visible positions, puts a learned token at the masked ones, and projects.
 
     Args:
         channels: channels `C` of the map.
@@ -52,7 +51,7 @@ class Densify(nn.Module):
             self.norm = _BATCH_NORM[rank](channels)
         elif norm == "layer":
             self.norm = ChannelLayerNorm(channels, eps=1e-6)
-        self.mask_token = _mask_token(channels, rank)
+        self.mask_token = nn.Parameter(torch.zeros(1, channels, *(1,) * rank))
         self.project: nn.Module = nn.Identity()
         if not deepest or channels != width:
             kernel = 1 if deepest else 3
@@ -220,7 +219,7 @@ class FCMAEDecoder(nn.Module):
             raise ValueError(f"decoder_width {width} must be above 0; the paper's is 512")
         self.stride, self.rank = stride, rank
         self.project = _CONV[rank](channels_in, width, 1)
-        self.mask_token = _mask_token(width, rank)
+        self.mask_token = nn.Parameter(torch.zeros(1, width, *(1,) * rank))
         self.block = ConvNeXtBlock(width, rank)
         self.head = _CONV[rank](width, channels * stride**rank, 1)
 
@@ -232,18 +231,14 @@ class FCMAEDecoder(nn.Module):
         return from_patches(patches, x.shape[2:], (self.stride,) * self.rank)
 
 
-def _mask_token(channels: int, rank: int) -> nn.Parameter:
-    """Learned, `[1, C, 1, …]`; a normal at first, cut at one deviation."""
-    token = torch.empty(1, channels, *(1,) * rank)
-    return nn.Parameter(nn.init.trunc_normal_(token, std=0.02, a=-0.02, b=0.02))
-
-
 def initialise(module: nn.Module) -> None:
-    """The paper's initialisation of the decoder."""
+    """The paper's initialisation of everything but the encoder."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             nn.init.trunc_normal_(part.weight, std=0.02)
         elif isinstance(part, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
+        elif isinstance(part, Densify | FCMAEDecoder):
+            nn.init.trunc_normal_(part.mask_token, std=0.02, a=-0.02, b=0.02)
         if isinstance(getattr(part, "bias", None), nn.Parameter):
             nn.init.zeros_(part.bias)  # type: ignore[arg-type]

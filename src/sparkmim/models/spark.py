@@ -122,6 +122,7 @@ class SparK(nn.Module):
                 deepest = stride == hierarchy.stride
                 self.densify.append(Densify(width_in, self.decoder.width_at(stride), norm, deepest, rank))
         initialise(self.decoder)
+        initialise(self.densify)
 
     @property
     def hierarchy(self) -> Hierarchy:

@@ -242,6 +242,7 @@ def fit(
             dataset, sampler, settings["workers"], pin_memory=settings["accelerator"] == "cuda", collate_fn=collate_fn
         )
         over_gpus = plan.world_size > 1 and settings["accelerator"] == "cuda"
+        module.train()  # Lightning leaves it as it is, and what was loaded is in evaluation mode
         try:
             checkpoint = folder.checkpoint if settings["resume"] else None
             with synchronised_batch_norm(module) if over_gpus else nullcontext():
