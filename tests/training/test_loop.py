@@ -79,7 +79,8 @@ SAVED = {"model": "resnet18", "flip": 0.0, "accumulate": 4, "workers": 3, "preci
 def test_what_is_given_holds_even_where_it_is_the_default() -> None:
     """And what is left open does not."""
     settings = {**SAVED, "out": "run", "resume": True, "accumulate": 1, "workers": 2, "precision": "auto"}
-    found = resumed(settings, {"out", "resume", "precision", "workers"}, SAVED, {"out", "resume", "workers"})
+    given = {"out", "resume", "precision", "workers", "callbacks"}
+    found = resumed(settings, given, SAVED, {"out", "resume", "workers"})
     assert found == {**SAVED, "out": "run", "resume": True, "workers": 2}
     assert resumed(settings, {"out", "resume"}, SAVED, {"out", "resume", "workers"})["workers"] == 3
     with pytest.raises(ValueError, match="other settings: accumulate is 4 there and 1 here; leave them out"):

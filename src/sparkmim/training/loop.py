@@ -157,7 +157,7 @@ def resumed(settings: dict[str, Any], given: Set[str], saved: dict[str, Any], ma
     """
     objects = set(saved.get("from_python") or ())  # these are given again
     free = may_change | objects
-    given = {name for name in given if not _is_open(settings[name])}
+    given = {name for name in given & settings.keys() if not _is_open(settings[name])}  # callbacks are no setting
     clash = [name for name in settings if name in given - free and not _same(settings[name], saved.get(name))]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
