@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from matplotlib.cm import ScalarMappable
-from matplotlib.colors import Normalize
+from matplotlib.colors import LinearSegmentedColormap, Normalize
 from torch import Tensor
 
 from sparkmim.commands import ReconstructResult
@@ -282,7 +282,8 @@ def show_heat(axes: Any, values: Any, title: str, worst: float) -> Any:
 
 def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
     """A panel per signal and mask: the first channel as it is, and what is rebuilt where it is hidden."""
-    heat = ScalarMappable(Normalize(0, _worst(result)), "YlOrRd")
+    greys = LinearSegmentedColormap.from_list("errors", ["#f4f4f4", "#9a9a9a"])  # on which both curves can be seen
+    heat = ScalarMappable(Normalize(0, _worst(result)), greys)
     masks, length = result.visible.shape[1], result.inputs.shape[1]
     count = len(result.names) * masks
     figure = new_figure(8.0, 1.5 * count + 0.5, layout="constrained")
@@ -292,7 +293,7 @@ def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
         image, mask = divmod(place, masks)
         hidden = ~result.visible[image, mask]
         for patch in np.flatnonzero(hidden):
-            colour = heat.to_rgba(result.errors[image, mask, patch], alpha=0.5) if errors else "#ececec"
+            colour = heat.to_rgba(result.errors[image, mask, patch]) if errors else "#ececec"
             axes.axvspan(patch * block, (patch + 1) * block, color=colour, linewidth=0)
         rebuilt = np.where(np.repeat(hidden, block), result.predicted[image, mask, :, 0], np.nan)
         axes.plot(result.inputs[image, :, 0], color=ACCENT, linewidth=1, label="signal")
