@@ -449,7 +449,7 @@ def test_global_pooling_of_flattened_maps(spelling: str, visible: Tensor) -> Non
     agree(function, visible, (2, 2), reference=reference)
 
 
-POSITIONAL: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
+SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
     "var(dim, unbiased)": (lambda x: x.var((2, 3), False), lambda x: x.var((2, 3), unbiased=False)),
     "var(dim, unbiased, keepdim)": (
         lambda x: x.var((2, 3), False, True), lambda x: x.var((2, 3), unbiased=False, keepdim=True)),
@@ -460,30 +460,20 @@ POSITIONAL: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] =
     "var_mean(dim, unbiased, keepdim)": (
         lambda x: torch.var_mean(x, (2, 3), False, True),
         lambda x: torch.var_mean(x, dim=(2, 3), unbiased=False, keepdim=True)),
-}  # fmt: skip
-
-
-NAMED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = {
-    "conv2d": (lambda x: F.conv2d(input=x, weight=torch.ones(1, 3, 1, 1).double()), lambda x: x.sum(1, True)),
-    "mean": (lambda x: torch.mean(input=x, dim=(2, 3)), lambda x: x.mean((2, 3))),
-    "flatten": (lambda x: torch.flatten(input=x, start_dim=2).mean(2), lambda x: x.mean((2, 3))),
-    "pixel_unshuffle": (
+    "conv2d(input=)": (lambda x: F.conv2d(input=x, weight=torch.ones(1, 3, 1, 1).double()), lambda x: x.sum(1, True)),
+    "mean(input=)": (lambda x: torch.mean(input=x, dim=(2, 3)), lambda x: x.mean((2, 3))),
+    "flatten(input=)": (lambda x: torch.flatten(input=x, start_dim=2).mean(2), lambda x: x.mean((2, 3))),
+    "pixel_unshuffle(downscale_factor=)": (
         lambda x: F.pixel_unshuffle(x, downscale_factor=2).mean((2, 3)),
         lambda x: F.pixel_unshuffle(x, 2).mean((2, 3))),
 }  # fmt: skip
 
 
 @BOTH
-@pytest.mark.parametrize("spelling", NAMED)
-def test_arguments_by_name(spelling: str, visible: Tensor) -> None:
-    function, reference = NAMED[spelling]
-    agree(function, visible, (2, 2), reference=reference)
-
-
-@BOTH
-@pytest.mark.parametrize("spelling", POSITIONAL)
-def test_variance_with_positional_arguments(spelling: str, visible: Tensor) -> None:
-    function, reference = POSITIONAL[spelling]
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_spellings_of_arguments(spelling: str, visible: Tensor) -> None:
+    """By place, as they were once, and by name."""
+    function, reference = SPELLINGS[spelling]
     agree(function, visible, (2, 2), reference=reference)
 
 

@@ -25,7 +25,7 @@ from torchvision import tv_tensors
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size, strict_pillow
 from sparkmim.data.findings import Findings, counted, few
-from sparkmim.data.labelled import PART_NAMES, Part
+from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
@@ -101,7 +101,7 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
         if inside:
             return CocoFiles(inside[0], root / name)
     raise FileNotFoundError(
-        f"{root} holds no annotations to {'train' if part == 'train' else 'validate'} on: there is neither "
+        f"{root} holds no annotations to {PURPOSE[part]}: there is neither "
         f"annotations/instances_{part}2017.json, nor annotations/{part}.json, nor {part}/_annotations.coco.json; name "
         "the file and the folder of images"
     )

@@ -28,7 +28,7 @@ from sparkmim.data.decoding import (
     strict_pillow,
 )
 from sparkmim.data.findings import Findings, counted, few
-from sparkmim.data.labelled import PART_NAMES, Part
+from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 from sparkmim.data.sources import SUFFIXES, find_images, find_items
 
 T = TypeVar("T")
@@ -73,7 +73,7 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
     name = next((name for name in PART_NAMES[part] if (root / "images" / name).is_dir()), None)
     if name is None:
         raise FileNotFoundError(
-            f"{root} holds no images to {'train' if part == 'train' else 'validate'} on: there is no images/{part}/, "
+            f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, "
             "nor this under another usual name; name the folders of images and of label maps"
         )
     labels = next((root / folder / name for folder in LABEL_FOLDERS if (root / folder / name).is_dir()), None)

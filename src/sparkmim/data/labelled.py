@@ -16,14 +16,17 @@ from torch.utils.data import Subset
 
 from sparkmim.data.sources import SUFFIXES, find_images
 
-TRAIN_NAMES = ("train", "training")
-VAL_NAMES = ("val", "valid", "validation", "test", "testing")
-"""Folder names of a split; of several, the first that is there."""
-
 Part = Literal["train", "val"]
 """What a data set is split into: images to train on, and to validate on."""
 
-PART_NAMES: dict[Part, tuple[str, ...]] = {"train": TRAIN_NAMES, "val": VAL_NAMES}
+PART_NAMES: dict[Part, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "valid", "validation", "test", "testing"),
+}
+"""Folder names of each; of several, the first that is there."""
+
+PURPOSE: dict[Part, str] = {"train": "train on", "val": "validate on"}
+"""What each is for, in sentences."""
 
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "class", "category", "target")
@@ -147,8 +150,8 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
     if root.is_file():
         return _of_table(root)
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    train = next((folders[name] for name in TRAIN_NAMES if name in folders), None)
-    val = next((folders[name] for name in VAL_NAMES if name in folders), None)
+    train = next((folders[name] for name in PART_NAMES["train"] if name in folders), None)
+    val = next((folders[name] for name in PART_NAMES["val"] if name in folders), None)
     if train is not None:
         return _of_folder(train), None if val is None else _of_folder(val, fewest=1)
     return _of_folder(root), None
@@ -198,7 +201,7 @@ def _of_table(file: Path) -> tuple[Labelled, Labelled | None]:
         return every, None
     splits = [(row[columns["split"]] or "").strip().lower() for row in rows]
     parts = []
-    for wanted in (TRAIN_NAMES, VAL_NAMES):
+    for wanted in PART_NAMES.values():
         name = next((name for name in wanted if name in splits), None)
         parts.append(None if name is None else every.take([i for i, split in enumerate(splits) if split == name]))
     train, val = parts

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sparkmim.data import SkipLog, UnreadableImage, collate
-from sparkmim.data.labelled import Part
+from sparkmim.data.labelled import PURPOSE, Part
 from sparkmim.evaluation.features import Preparation, device_named
 from sparkmim.evaluation.predict import images_source
 from sparkmim.files import replacing
@@ -132,11 +132,10 @@ def parts_named(
         elif settings["data"] is not None:
             parts.append(find(settings["data"], part))
         else:
-            verb = "train" if part == "train" else "validate"
             first, second = (name.replace("_", "-") for name in (first, second))
             raise ValueError(
-                f"there are no images to {verb} on; name them as --{first} and --{second}, or the folder of both parts "
-                "as --data"
+                f"there are no images to {PURPOSE[part]}; name them as --{first} and --{second}, or the folder of "
+                "both parts as --data"
             )
     return parts
 
