@@ -76,6 +76,7 @@ def test_commands(
     assert "Mask R-CNN on" in said
     assert "from pre" in said
     assert "report:" in said
+    assert ">Detection<" in (tmp_path / "det" / "report.html").read_text()
     trained = json.loads((tmp_path / "det" / "metrics.json").read_text())
     opened = open_weights(tmp_path / "det")
     assert opened.kind == "detector"

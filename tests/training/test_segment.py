@@ -96,6 +96,7 @@ def test_commands(
     said = capsys.readouterr().err
     for words in ("Panoptic FPN's head on", "from pre", "layer decay 0.8", "pixel accuracy", "bar", "report:"):
         assert words in said
+    assert ">Segmentation<" in (tmp_path / "seg" / "report.html").read_text()
     opened = open_weights(tmp_path / "seg")
     assert opened.kind == "segmenter"
     assert opened.path.name == "segmenter_best.safetensors"

@@ -121,8 +121,12 @@ def _section(title: str, content: str) -> str:
     return f"<section>\n<h2>{title}</h2>\n{content}\n</section>\n" if content else ""
 
 
+_KINDS = {"box_head": "Detection", "reduce_labels": "Segmentation", "layer_decay": "Fine-tuning"}
+"""Kinds of training, by a setting that those further down and pretraining do not have."""
+
+
 def _kind(record: Record) -> str:
-    return "Fine-tuning" if "layer_decay" in record.settings else "Pretraining"
+    return next((kind for setting, kind in _KINDS.items() if setting in record.settings), "Pretraining")
 
 
 def _network(record: Record) -> str:
@@ -149,7 +153,8 @@ def _summary(record: Record) -> str:
     if loss := record.curves.get("loss"):
         entries.append(("Loss, first to last", f"{loss.values[0]:.4g} → {loss.values[-1]:.4g}", ""))
     if speed := record.curves.get("images_per_second"):
-        entries.append(("Images per second", f"{statistics.median(speed.values):,.0f}", "median"))
+        median = statistics.median(speed.values)
+        entries.append(("Images per second", f"{median:,.0f}" if median >= 10 else f"{median:.2g}", "median"))
     if record.seconds is not None:
         entries.append(("Duration", _duration(record.seconds), ""))
     entries.append(("Devices", *_devices(record)))
