@@ -1,4 +1,4 @@
-"""Does it pay that training on CPUs keeps freed memory? `sparkmim.training.loop.keep_freed_memory`, with and without.
+"""Does it pay that training on CPUs keeps freed memory? `sparkmim.machine.keep_freed_memory`, with and without.
 
     python benchmarks/allocator.py --json benchmarks/results/allocator.json
 
@@ -21,7 +21,7 @@ from rich.table import Table
 
 import sparkmim
 from encoder import processor
-from sparkmim.training.loop import keep_freed_memory
+from sparkmim.machine import keep_freed_memory
 
 
 def measure(model: str, size: int, batch: int, half: bool, keep: bool, steps: int) -> dict[str, float]:

@@ -35,8 +35,8 @@ from encoder import processor
 from sparkmim.data import Labelled, decode, eval_transform, open_labelled
 from sparkmim.evaluation import pooled_features
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
+from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_encoder
-from sparkmim.training.weights import open_weights
 
 MODEL = str(Path(__file__).parents[1] / "examples" / "small_cnn.py") + ":small_cnn"
 SIZE = 32

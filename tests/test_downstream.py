@@ -25,8 +25,8 @@ from originals import original_file
 from processes import run
 from sparkmim.cli import main
 from sparkmim.interop.export import SUFFIXES
-from sparkmim.visualize.playground import Playground
-from sparkmim.visualize.reconstruction import Reconstructor
+from sparkmim.visualize.playground_session import Playground
+from sparkmim.visualize.reconstruct import Reconstructor
 
 ROOT = Path(__file__).parent.parent
 

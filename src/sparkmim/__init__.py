@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sparkmim._version import __version__
+
 if TYPE_CHECKING:
     from sparkmim.commands import detect as detect
     from sparkmim.commands import embed as embed
@@ -26,10 +28,9 @@ if TYPE_CHECKING:
     from sparkmim.commands import statistics as statistics
     from sparkmim.commands import verify as verify
     from sparkmim.commands import weights as weights
+    from sparkmim.interop.weights import load
     from sparkmim.models import SparK as SparK
-    from sparkmim.training.weights import load as load
 
-__version__ = "0.1.0"
 
 _HOME = {
     "SparK": "sparkmim.models",
@@ -50,7 +51,7 @@ _HOME = {
     "reconstruct": "sparkmim.commands",
     "report": "sparkmim.commands",
     "segment": "sparkmim.commands",
-    "load": "sparkmim.training.weights",
+    "load": "sparkmim.interop.weights",
 }
 
 __all__ = [

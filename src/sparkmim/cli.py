@@ -13,7 +13,9 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from sparkmim import __version__, commands
+from sparkmim import commands, results
+from sparkmim._version import __version__
+from sparkmim.errors import UserError
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
@@ -123,9 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)
     try:
         result = COMMANDS[config.command](**_given(vars(arguments), words))
-    except (ValueError, FileNotFoundError, RuntimeError) as error:
-        if not _is_ours(error):
-            raise
+    except UserError as error:
         print(f"sparkmim {config.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
@@ -168,15 +168,13 @@ def _given(arguments: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
 
 def _say_evaluation(result: Any) -> None:
     """A table of accuracies, or a line on what was written, on stdout; what was left out, on stderr."""
-    if isinstance(result, commands.EvaluationResult):
+    if isinstance(result, results.EvaluationResult):
         from rich.console import Console
 
-        from sparkmim.evaluation.evaluate import table_of
-
-        Console().print(table_of(result))
+        Console().print(result.table())
         if result.out is not None:
             print(f"details in {result.out}", file=sys.stderr)
-    elif isinstance(result, commands.PredictResult):
+    elif isinstance(result, results.PredictResult):
         print(f"{result.out}: {result.images:,} images classified")
     else:
         print(f"{result.out}: float32 {list(result.shape)}, stage {result.stage}")
@@ -187,11 +185,11 @@ def _say_evaluation(result: Any) -> None:
 
 def _say_picture(result: Any) -> None:
     """Where the picture is, with the numbers that it shows, on stdout; what was left out, on stderr."""
-    if isinstance(result, commands.ReconstructResult):
+    if isinstance(result, results.ReconstructResult):
         losses = result.losses.reshape(len(result.names), -1).mean(1)
         for name, loss in zip(result.names, losses, strict=True):
             print(f"{name}: loss {loss:.4f}")
-    elif isinstance(result, commands.VanishingResult):
+    elif isinstance(result, results.VanishingResult):
         print(f"share of positions that are not zero after {', '.join(map(str, result.layers))} layers:")
         for shape, shares in result.shares.items():
             for kind, of_layers in shares.items():
@@ -199,12 +197,12 @@ def _say_picture(result: Any) -> None:
         print(f"distance to the whole image, of the image and each stage of {result.network}:")
         for kind, distances in result.distances.items():
             print(f"  {kind}: " + ", ".join(f"{distance:.3f}" for distance in distances))
-    elif isinstance(result, commands.NeighborsResult):
+    elif isinstance(result, results.NeighborsResult):
         for query, found, cosines in zip(result.queries, result.neighbors, result.similarities, strict=True):
             print(query)
             for path, cosine in zip(found, cosines, strict=True):
                 print(f"  {cosine:.3f}  {path}")
-    elif isinstance(result, commands.FeaturesResult):
+    elif isinstance(result, results.FeaturesResult):
         for stage, share in result.explained.items():
             print(f"stage {stage}: three directions hold {share:.0%} of the variance")
     print(f"picture: {result.out}")
@@ -219,12 +217,3 @@ def _say_statistics(found: Any) -> None:
         print(f"--{name} '[{', '.join(f'{value:.6g}' for value in getattr(found, name))}]'")
     skipped = f"; {len(found.unreadable)} unreadable, the first: {found.unreadable[0]}" if found.unreadable else ""
     print(f"of {found.samples:,} samples{skipped}", file=sys.stderr)
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the sentence was written for the user: raised by this package, not below it."""
-    traceback = error.__traceback__
-    while traceback is not None and traceback.tb_next is not None:
-        traceback = traceback.tb_next
-    module = "" if traceback is None else str(traceback.tb_frame.f_globals.get("__name__", ""))
-    return module.split(".")[0] == "sparkmim"

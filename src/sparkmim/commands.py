@@ -6,175 +6,53 @@ Nothing heavy is imported before a function runs; `sparkmim --help` is built fro
 from __future__ import annotations
 
 import functools
-import io
+import inspect
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
+
+from sparkmim.arguments import check_arguments
+from sparkmim.results import (
+    DetectResult,
+    EmbedResult,
+    EvaluationResult,
+    ExportResult,
+    FeaturesResult,
+    FinetuneResult,
+    NeighborsResult,
+    PredictResult,
+    PretrainResult,
+    ReconstructResult,
+    ReportResult,
+    SegmentResult,
+    VanishingResult,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
 _given: ContextVar[frozenset[str]] = ContextVar("_given")
-"""Names of the arguments of a training that are no defaults: a run that is resumed takes the others from its folder."""
+"""Arguments passed explicitly; on resume, the others come from the run folder."""
 
 
-def _told_what_is_given(function: Callable[P, R]) -> Callable[P, R]:
-    """Has a function find in `_given` what it was called with."""
+def _command(function: Callable[P, R]) -> Callable[P, R]:
+    """Checks the arguments of a command before it runs, and notes in `_given` which were passed."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def told(*args: P.args, **kwargs: P.kwargs) -> R:
+    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
+        check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
         token = _given.set(frozenset(kwargs))
         try:
             return function(*args, **kwargs)
         finally:
             _given.reset(token)
 
-    return told
+    return checked
 
 
-@dataclass
-class PretrainResult:
-    """What a pretraining run came to.
-
-    Attributes:
-        out: the run folder.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        loss: mean over the last epoch that was finished in this call.
-        images_per_second: lately.
-        model: the trained `SparK` model, in evaluation mode.
-    """
-
-    out: Path
-    step: int
-    steps: int
-    loss: float
-    images_per_second: float
-    model: Any
-
-    @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
-
-
-@dataclass
-class ExportResult:
-    """What an export wrote.
-
-    Attributes:
-        out: the file or folder.
-        format: of it.
-        network: its name.
-        tensors: how many it holds; None of a program.
-        own_names: whether they have the names that the network itself gives them: it is the user's own, and other
-            software must be told of it.
-        difference: of a program, the largest to what PyTorch computes; None if it was not looked for.
-        address: of the repository that it was pushed to, if it was.
-    """
-
-    out: Path
-    format: str
-    network: str
-    tensors: int | None = None
-    own_names: bool = False
-    difference: float | None = None
-    address: str | None = None
-
-    @property
-    def message(self) -> str:
-        """In a line."""
-        said = [f"{self.network} as {self.format}"]
-        if self.tensors is not None:
-            said.append(f"{self.tensors} tensors{' under its own names' if self.own_names else ''}")
-        if self.difference is not None:
-            said.append(f"largest difference to PyTorch {self.difference:.1e}")
-        if self.address is not None:
-            said.append(f"pushed to {self.address}")
-        return f"{self.out}: {', '.join(said)}"
-
-
-@dataclass
-class Score:
-    """How well frozen features of one network, at one stage, tell classes apart.
-
-    Attributes:
-        network: `weights`, `random` or `compare`.
-        stage: of the feature map, counted from 1 at the shallowest.
-        stride: of that map.
-        accuracy: share of the test images classified rightly; of few-shot, the mean over the draws.
-        spread: standard deviation over the draws.
-        shots: images per class that were drawn.
-        details: what the protocol chose or saw on the way.
-    """
-
-    network: str
-    stage: int
-    stride: int
-    accuracy: float
-    spread: float | None = None
-    shots: int | None = None
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass
-class EvaluationResult:
-    """What an evaluation came to.
-
-    Attributes:
-        protocol: knn, linear or fewshot.
-        rows: by network, stage, and number of shots.
-        classes: names.
-        unreadable: path and reason of each image that was left out.
-        out: the JSON file; None if there was no place for one.
-    """
-
-    protocol: str
-    rows: list[Score]
-    classes: list[str]
-    unreadable: list[str]
-    out: Path | None
-
-    def deepest(self, network: str = "weights") -> Score:
-        """A network's score at its deepest stage that was judged, with the most shots."""
-        return max((row for row in self.rows if row.network == network), key=lambda row: (row.stage, row.shots or 0))
-
-
-@dataclass
-class PredictResult:
-    """What was predicted.
-
-    Attributes:
-        out: the CSV file.
-        images: how many were classified.
-        unreadable: path and reason of each that could not be read.
-    """
-
-    out: Path
-    images: int
-    unreadable: list[str]
-
-
-@dataclass
-class EmbedResult:
-    """What was embedded.
-
-    Attributes:
-        out: the file of features.
-        shape: of the features, images first.
-        stage: of the feature map, counted from 1 at the shallowest.
-        unreadable: path and reason of each image that was left out.
-    """
-
-    out: Path
-    shape: tuple[int, ...]
-    stage: int
-    unreadable: list[str]
-
-
-@_told_what_is_given
+@_command
 def pretrain(
     *,
     data: str | Any | None = None,
@@ -286,33 +164,7 @@ def pretrain(
     return run_pretraining(settings, _given.get(), callbacks)
 
 
-@dataclass
-class FinetuneResult:
-    """What a fine-tuning run came to.
-
-    Attributes:
-        out: the run folder.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        top1: validation accuracy of the last weights, of the `model` and, with `ema`, of its average `ema`.
-        best_top1: of the best weights.
-        model: the trained classifier, in evaluation mode.
-    """
-
-    out: Path
-    step: int
-    steps: int
-    top1: dict[str, float]
-    best_top1: dict[str, float]
-    model: Any
-
-    @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
-
-
-@_told_what_is_given
+@_command
 def finetune(
     *,
     data: str | Any | None = None,
@@ -436,31 +288,7 @@ def finetune(
     return run_finetuning(settings, _given.get(), callbacks)
 
 
-@dataclass
-class DetectResult:
-    """What training, evaluating or using a detector came to.
-
-    Attributes:
-        out: the run folder, or the folder of predictions.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        figures: COCO's, of the last scoring: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …; empty where nothing was scored.
-        model: the detector, in evaluation mode.
-    """
-
-    out: Path
-    step: int
-    steps: int
-    figures: dict[str, float]
-    model: Any
-
-    @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
-
-
-@_told_what_is_given
+@_command
 def detect(
     *,
     data: str | Path | None = None,
@@ -588,31 +416,7 @@ def detect(
     return run_detection(settings, _given.get(), callbacks)
 
 
-@dataclass
-class SegmentResult:
-    """What training, evaluating or using a segmenter came to.
-
-    Attributes:
-        out: the run folder, or the folder of predictions.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        figures: `mIoU` and `pixel_accuracy` of the last scoring; empty where nothing was scored.
-        model: the segmenter, in evaluation mode; it maps normalised images to logits.
-    """
-
-    out: Path
-    step: int
-    steps: int
-    figures: dict[str, float]
-    model: Any
-
-    @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
-
-
-@_told_what_is_given
+@_command
 def segment(
     *,
     data: str | Path | None = None,
@@ -739,6 +543,7 @@ def segment(
     return run_segmentation(settings, _given.get(), callbacks)
 
 
+@_command
 def evaluate(
     *,
     data: str | Any,
@@ -808,6 +613,7 @@ def evaluate(
     return run_evaluation(settings)
 
 
+@_command
 def predict(
     *,
     images: str | Any,
@@ -855,6 +661,7 @@ def predict(
     return run_prediction(settings)
 
 
+@_command
 def embed(
     *,
     images: str | Any,
@@ -905,174 +712,7 @@ def embed(
     return run_embedding(settings)
 
 
-@dataclass
-class ReconstructResult:
-    """Images, what a model saw of them, and what it rebuilt; shows itself in a notebook.
-
-    Arrays are float32 in 0…1 as they are shown, `[n, masks, H, W, 3]`, unless said otherwise; of volumes, the middle
-    slice along the first axis. Where the weights were trained on signals they are `[n, masks, length, C]`, in the
-    data's units.
-
-    Attributes:
-        names: of the n images.
-        inputs: `[n, H, W, 3]`.
-        masked: inputs with hidden patches in grey.
-        predicted: the decoder's output, visible patches too, although it was never trained on those.
-        pasted: predicted where hidden, the input where visible.
-        visible: bool `[n, masks, *grid]`.
-        errors: mean squared error of each patch, in units of its own variance, `[n, masks, *grid]`; the loss is its
-            mean over hidden patches.
-        unreadable: path and reason of each image that was left out.
-        out: the picture; None if none was written.
-    """
-
-    names: list[str]
-    inputs: Any
-    masked: Any
-    predicted: Any
-    pasted: Any
-    visible: Any
-    errors: Any
-    unreadable: list[str]
-    out: Path | None = None
-
-    @property
-    def losses(self) -> Any:
-        """Mean error over hidden patches, `[n, masks]`."""
-        hidden = ~self.visible
-        axes = tuple(range(2, hidden.ndim))
-        return (self.errors * hidden).sum(axes) / hidden.sum(axes)
-
-    def figure(self, errors: bool = False) -> Any:
-        """A matplotlib figure: a row per image and mask.
-
-        Args:
-            errors: adds a column with the error of each patch as a heat map.
-        """
-        from sparkmim.visualize.reconstruction import draw_reconstructions
-
-        return draw_reconstructions(self, errors)
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
-
-@dataclass
-class VanishingResult:
-    """What becomes of a mask, and of the values under it, under dense and sparse convolution; shows itself in a
-    notebook.
-
-    Attributes:
-        layers: numbers of convolutions that were looked at, from 0 on.
-        shapes: by name of the shape: bool `[H, W]`, where it is visible.
-        shares: by shape, then `dense` and `sparse`: share of positions that are not zero after that many layers.
-        values: pixel values `whole`, `visible` (what sparse convolution sees) and `zeroed` (what dense sees).
-        distances: how far the distribution of feature values is from that of the whole image, by stage, `sparse` and
-            `dense`: Kolmogorov–Smirnov distance, averaged over channels; stage 0 is the image itself.
-        network: whose features these are.
-        unreadable: path and reason of each image that was left out.
-        picture: the figure.
-        out: the picture file; None if none was written.
-    """
-
-    layers: list[int]
-    shapes: dict[str, Any]
-    shares: dict[str, dict[str, list[float]]]
-    values: dict[str, Any]
-    distances: dict[str, list[float]]
-    network: str
-    unreadable: list[str]
-    picture: Any
-    out: Path | None = None
-
-    def figure(self) -> Any:
-        """The matplotlib figure."""
-        return self.picture
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
-
-@dataclass
-class FeaturesResult:
-    """Feature maps as colours; shows itself in a notebook.
-
-    Attributes:
-        names: of the n images.
-        inputs: float32 in 0…1, `[n, H, W, 3]`.
-        maps: by stage: the three directions of most variance over all positions of all n images, as red, green and
-            blue in 0…1, `[n, H / s, W / s, 3]`.
-        explained: by stage: share of the variance that these three hold.
-        unreadable: path and reason of each image that was left out.
-        out: the picture; None if none was written.
-    """
-
-    names: list[str]
-    inputs: Any
-    maps: dict[int, Any]
-    explained: dict[int, float]
-    unreadable: list[str]
-    out: Path | None = None
-
-    def figure(self) -> Any:
-        """A matplotlib figure: a row per image, a column per stage."""
-        from sparkmim.visualize.features import draw_features
-
-        return draw_features(self)
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
-
-@dataclass
-class NeighborsResult:
-    """The images of a folder that are most like some others; shows itself in a notebook.
-
-    Attributes:
-        queries: their paths.
-        neighbors: of each query, the paths of its neighbours, the nearest first.
-        similarities: of these, cosines between -1 and 1.
-        pictures: by path, float32 in 0…1 `[H, W, 3]`, of all that is shown.
-        stage: of the feature map, counted from 1 at the shallowest.
-        unreadable: path and reason of each image that was left out.
-        out: the picture; None if none was written.
-    """
-
-    queries: list[str]
-    neighbors: list[list[str]]
-    similarities: list[list[float]]
-    pictures: dict[str, Any]
-    stage: int
-    unreadable: list[str]
-    out: Path | None = None
-
-    def figure(self) -> Any:
-        """A matplotlib figure: a row per query, its neighbours beside it."""
-        from sparkmim.visualize.neighbors import draw_neighbors
-
-        return draw_neighbors(self)
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
-
-@dataclass
-class ReportResult:
-    """A run's report.
-
-    Attributes:
-        out: the HTML file.
-    """
-
-    out: Path
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
-
-
+@_command
 def reconstruct(
     *,
     weights: str | Path,
@@ -1122,11 +762,12 @@ def reconstruct(
         FileNotFoundError: if a path does not exist.
     """
     settings = dict(locals())
-    from sparkmim.visualize.reconstruction import run_reconstruction
+    from sparkmim.visualize.reconstruct import run_reconstruction
 
     return run_reconstruction(settings)
 
 
+@_command
 def explain(
     topic: Literal["vanishing"] = "vanishing",
     *,
@@ -1171,6 +812,7 @@ def explain(
     return run_explanation(settings)
 
 
+@_command
 def features(
     *,
     weights: str | Path,
@@ -1213,6 +855,7 @@ def features(
     return run_features(settings)
 
 
+@_command
 def neighbors(
     *,
     weights: str | Path,
@@ -1265,6 +908,7 @@ def neighbors(
     return run_neighbors(settings)
 
 
+@_command
 def report(run: str | Path, *, out: str | Path | None = None) -> ReportResult:
     """Write the report of a run: one HTML file that needs nothing beside it.
 
@@ -1281,11 +925,12 @@ def report(run: str | Path, *, out: str | Path | None = None) -> ReportResult:
     Raises:
         ValueError: if that is no run folder, or out is no HTML file.
     """
-    from sparkmim.visualize.report import write_report
+    from sparkmim.runs.report import write_report
 
     return ReportResult(write_report(run, out))
 
 
+@_command
 def playground(
     *,
     weights: str | Path,
@@ -1325,6 +970,7 @@ def playground(
     run_playground(settings)
 
 
+@_command
 def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
     """Measure the mean and standard deviation of every channel of your data.
 
@@ -1342,11 +988,12 @@ def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: in
     Raises:
         ValueError: if nothing can be read, or a channel is constant.
     """
-    from sparkmim.training.source import measure
+    from sparkmim.data.source import measure
 
     return measure(data, channels, axes, samples)
 
 
+@_command
 def verify(
     model: str | Any,
     image_size: int | list[int] | None = None,
@@ -1379,6 +1026,7 @@ def verify(
     return verify_encoder(model, image_size, patch_size, channels, stages, feature_modules)
 
 
+@_command
 def export(
     *,
     weights: str | Path,
@@ -1431,6 +1079,7 @@ def export(
     return export_weights(weights, format, out, model, image_size, overwrite, push, private)
 
 
+@_command
 def weights() -> list[Any]:
     """List the weights that the authors of SparK have published.
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from sparkmim.errors import UserError
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -18,7 +20,7 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"{path.parent} cannot be made a folder ({error.strerror}); choose another out") from error
+        raise UserError(f"{path.parent} cannot be made a folder ({error.strerror}); choose another out") from error
     try:
         yield partial
         partial.replace(path)
@@ -34,7 +36,7 @@ def new_file(path: str | Path, overwrite: bool) -> Path:
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; --out names a file")
+        raise UserError(f"{path} is a folder; --out names a file")
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+        raise UserError(f"{path} exists already; choose another --out, or replace it with --overwrite")
     return path

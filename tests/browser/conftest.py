@@ -39,7 +39,7 @@ def run_of(folder: Path, seed: int) -> Path:
     import torch
 
     import sparkmim
-    from sparkmim.training import weights
+    from sparkmim.interop import weights
 
     torch.manual_seed(seed)
     network = str(Path(__file__).parents[2] / "examples" / "small_cnn.py") + ":small_cnn"

@@ -13,7 +13,7 @@ import torch
 from sparkmim.commands import statistics
 from sparkmim.data import PretrainDataset, UnreadableImage, array_transform, read_array, to_array
 from sparkmim.data.arrays import MissingPackage, resized
-from sparkmim.training.source import open_source
+from sparkmim.data.source import open_source
 
 RAMP = np.arange(2 * 6 * 8, dtype=np.float32).reshape(2, 6, 8)
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
+from sparkmim.interop import weights
 from sparkmim.models import create_classifier, create_encoder
-from sparkmim.training import weights
 
 CLASSES = ["blue", "green", "red"]
 KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}

@@ -16,8 +16,8 @@ import sparkmim
 from processes import Cli
 from sparkmim.data import decode, eval_transform
 from sparkmim.evaluation import knn_accuracy, stage_features
+from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_encoder
-from sparkmim.training.weights import open_weights
 
 FAST: dict[str, Any] = {"workers": 0, "accelerator": "cpu"}
 
@@ -112,7 +112,7 @@ def test_datasets_and_splits(run: Path) -> None:
 
 
 def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
-    from sparkmim.training import weights
+    from sparkmim.interop import weights
 
     rows = ["path,label"]
     generator = np.random.default_rng(0)
@@ -187,7 +187,7 @@ def test_unreadable_images_count_nowhere(labelled: Path, run: Path) -> None:
 
 
 def test_a_network_that_takes_other_channels_converts_images(labelled: Path, tmp_path: Path, network: str) -> None:
-    from sparkmim.training import weights
+    from sparkmim.interop import weights
 
     known = {"model": network, "image_size": [16, 12], "channels": 1, "mean": [0.5], "std": [0.5]}
     weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", known)

@@ -16,9 +16,9 @@ from processes import Cli
 from sparkmim.cli import _spelled_as_arguments, build_parser
 from sparkmim.data import decode, eval_transform
 from sparkmim.evaluation import stage_features
+from sparkmim.interop import weights
+from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_classifier
-from sparkmim.training import weights
-from sparkmim.training.weights import open_weights
 
 FAST: dict[str, Any] = {"workers": 0, "accelerator": "cpu"}
 

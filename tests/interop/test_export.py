@@ -28,8 +28,8 @@ from sparkmim.cli import main
 from sparkmim.data import eval_transform
 from sparkmim.interop import official
 from sparkmim.interop.export import SUFFIXES
+from sparkmim.interop.weights import open_weights, save, write
 from sparkmim.models import SparK, create_classifier, create_encoder
-from sparkmim.training.weights import open_weights, save, write
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 

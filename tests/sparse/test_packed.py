@@ -14,8 +14,8 @@ from torch.autograd import gradcheck
 
 from sparkmim.sparse import PackedTensor, PatchLayout, UnsupportedOperation, pack, register_rule, unpack
 from sparkmim.sparse.gather import Geometry, gather_convolution, product
-from sparkmim.sparse.images import gather_windows, image_convolution
 from sparkmim.sparse.packed import RULES, from_rows, to_rows
+from sparkmim.sparse.windows import gather_windows, image_convolution
 
 BLOCKS = st.lists(st.integers(1, 3), min_size=3, max_size=3)
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
-from sparkmim.sparse import PackedTensor, PatchLayout, images, pack, unpack
+from sparkmim.sparse import PackedTensor, PatchLayout, pack, unpack, windows
 from sparkmim.sparse.rules import convolution as convolution_rules
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -108,8 +108,8 @@ def test_all_four_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
     for place, name in (
         (convolution_rules, "multiply_rows"),
         (convolution_rules, "gather_convolution"),
-        (images._Windows, "images"),
-        (images._Maps, "images"),
+        (windows._Windows, "images"),
+        (windows._Maps, "images"),
     ):
         original, label = getattr(place, name), f"{place.__name__.rpartition('.')[2]}.{name}"
         monkeypatch.setattr(place, name, lambda *args, _f=original, _label=label: (called.append(_label), _f(*args))[1])

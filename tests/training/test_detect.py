@@ -16,7 +16,7 @@ from PIL import Image
 import sparkmim
 from interrupting import InterruptAt
 from sparkmim.cli import main
-from sparkmim.training.weights import open_weights
+from sparkmim.interop.weights import open_weights
 
 SMALL = ["--short-sides", "[48]", "--eval-short-side", "48", "--long-side", "64", "--workers", "0",
          "--warmup-iterations", "2", "--precision", "32-true", "--regions", "16"]  # fmt: skip
@@ -64,7 +64,7 @@ def test_commands(
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(1)
     pretrained = sparkmim.SparK(network, image_size=16, decoder_width=16)
-    from sparkmim.training import weights
+    from sparkmim.interop import weights
 
     known = {"model": network, "image_size": [16, 16], "decoder_width": 16, "channels": 3, "mean": [0.4] * 3,
              "std": [0.3] * 3}  # fmt: skip
@@ -204,8 +204,8 @@ def test_broken_data_are_told_all_at_once(data: Path, network: str, tmp_path: Pa
 
 
 def test_weights_of_something_else(data: Path, network: str, tmp_path: Path) -> None:
+    from sparkmim.interop import weights
     from sparkmim.models import create_encoder
-    from sparkmim.training import weights
 
     weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, "channels": 3})
     with pytest.raises(ValueError, match="holds no detector; `sparkmim detect` makes one"):

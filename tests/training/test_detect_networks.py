@@ -19,7 +19,7 @@ from coco_files import annotation, write_coco
 from PIL import Image
 
 from sparkmim.cli import main
-from sparkmim.training.weights import open_weights
+from sparkmim.interop.weights import open_weights
 
 NETWORKS = ["convnext_atto"]
 if "COCO" in os.environ:

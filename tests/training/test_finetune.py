@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sparkmim
+from sparkmim.interop.weights import open_weights, save
 from sparkmim.models import SparK, create_classifier, create_encoder
 from sparkmim.training.finetune import recipe_rows
 from sparkmim.training.recipes import FINETUNE_RECIPES
-from sparkmim.training.weights import open_weights, save
 
 RECIPES = {
     # batch, epochs, warm-up, optimiser, rate, layer decay, weight decay, mixup, repeats, drop path, EMA
@@ -209,7 +209,7 @@ def test_mistakes(settings: dict[str, Any], change: dict[str, Any], message: str
 
 def test_a_classifier_of_other_classes_is_a_start_too(tmp_path: Path, network: str) -> None:
     """What no feature map depends on may be left out: a head of another size."""
-    from sparkmim.training.weights import write
+    from sparkmim.interop.weights import write
 
     source = timm.create_model("resnet18", num_classes=7)
     metadata = {"model": "resnet18", "classes": list("abcdefg"), "channels": 3, "image_size": [64, 64]}

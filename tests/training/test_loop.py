@@ -17,9 +17,10 @@ from sparkmim import cli
 from sparkmim.models import SparK, create_encoder
 from sparkmim.models.detector import create_detector
 from sparkmim.models.pyramid import RegionBatchNorm
+from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.downstream import fill_from_recipe
-from sparkmim.training.loop import plan_for, resumed, synchronised_batch_norm
-from sparkmim.training.module import OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
+from sparkmim.training.loop import plan_for, resumed
+from sparkmim.training.modules import OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
 from sparkmim.training.recipes import detect_recipe_named
 
 OPTIMIZER = OptimizerSettings("adamw", 0.1, (0.9, 0.999), 0.05, 0.05, clip_grad=0.0, steps=1, warmup=0)

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import sparkmim
-from sparkmim.commands import PretrainResult
-from sparkmim.training import weights
-from sparkmim.training.module import NonFiniteLoss
+from sparkmim.interop import weights
+from sparkmim.results import PretrainResult
+from sparkmim.training.modules import NonFiniteLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 

@@ -17,13 +17,13 @@ import sparkmim
 from interrupting import InterruptAt
 from sparkmim.cli import main
 from sparkmim.data.label_maps import IGNORED, read_values
+from sparkmim.interop import weights
+from sparkmim.interop.weights import open_weights
 from sparkmim.models import create_encoder
 from sparkmim.models.segmenter import create_segmenter
-from sparkmim.training import weights
-from sparkmim.training.module import OptimizerSettings, SegmentModule
+from sparkmim.training.modules import OptimizerSettings, SegmentModule
 from sparkmim.training.recipes import SEGMENT_RECIPES
 from sparkmim.training.segment import in_force
-from sparkmim.training.weights import open_weights
 
 SMALL = {
     "crop": 32, "short_side": 32, "eval_short_side": 32, "workers": 0, "warmup_iterations": 2, "precision": "32-true",

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 import sparkmim
 from sparkmim.cli import main
+from sparkmim.drawing.figures import shortened
+from sparkmim.interop import weights
 from sparkmim.models import create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
-from sparkmim.training import weights
 from sparkmim.visualize.features import as_colours, principal_components
-from sparkmim.visualize.tiles import shortened
 
 KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
 

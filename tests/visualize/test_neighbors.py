@@ -16,8 +16,8 @@ from torch import nn
 import sparkmim
 from sparkmim.cli import main
 from sparkmim.evaluation import knn_predict
+from sparkmim.interop import weights
 from sparkmim.models import create_classifier, create_encoder
-from sparkmim.training import weights
 
 KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}
 

@@ -19,10 +19,11 @@ from PIL import Image
 import sparkmim
 from processes import run
 from sparkmim.cli import main
-from sparkmim.training import weights
+from sparkmim.interop import weights
 from sparkmim.visualize.masks import mask_text
-from sparkmim.visualize.playground import Playground, Refused, sample_images, strip
-from sparkmim.visualize.reconstruction import Reconstructor
+from sparkmim.visualize.playground import sample_images
+from sparkmim.visualize.playground_session import Playground, Refused, strip
+from sparkmim.visualize.reconstruct import Reconstructor
 
 
 def run_of(folder: Path, network: str, seed: int = 0, patch: int = 8) -> Path:
@@ -144,9 +145,9 @@ def test_the_page_is_built(tmp_path: Path, network: str, photo: Path) -> None:
     pytest.importorskip("gradio")
     script = f"""
 from pathlib import Path
-from sparkmim.visualize.page import build_app
+from sparkmim.visualize.playground_page import build_app
 from sparkmim.visualize.playground import Playground
-from sparkmim.visualize.reconstruction import Reconstructor
+from sparkmim.visualize.reconstruct import Reconstructor
 app = build_app(Playground([Reconstructor({str(run_of(tmp_path / "a", network))!r})]), [{str(photo)!r}], Path())
 events = app.config["dependencies"]
 assert len(events) >= 7

@@ -16,10 +16,10 @@ from torch import nn
 
 import sparkmim
 from sparkmim.cli import main
+from sparkmim.drawing.pixels import at_pixels
+from sparkmim.interop import weights
 from sparkmim.models import Hierarchy, create_encoder, random_visible
 from sparkmim.sparse import MaskedDense
-from sparkmim.training import weights
-from sparkmim.visualize.pictures import at_pixels
 from sparkmim.visualize.vanishing import LAYERS, calibrate, drift, kolmogorov_smirnov, masked_shapes, through_layers
 
 SMALL: dict[str, Any] = {"image_size": 32, "accelerator": "cpu"}

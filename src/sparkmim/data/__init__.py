@@ -18,19 +18,10 @@ from sparkmim.data.coco import (
     find_coco,
     open_coco,
 )
-from sparkmim.data.dataset import (
-    AugmentedDataset,
-    EpochBatchSampler,
-    LabelledDataset,
-    PretrainDataset,
-    SkipLog,
-    TargetDataset,
-    collate,
-    counted_seed,
-    to_image,
-)
+from sparkmim.data.dataset import AugmentedDataset, LabelledDataset, PretrainDataset, TargetDataset, collate, to_image
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil
 from sparkmim.data.detection import detection_resize, detection_transform
+from sparkmim.data.discovery import find_images
 from sparkmim.data.label_maps import (
     SegmentationFiles,
     SegmentationImages,
@@ -40,9 +31,10 @@ from sparkmim.data.label_maps import (
     read_class_names,
 )
 from sparkmim.data.labelled import Labelled, open_labelled
+from sparkmim.data.samplers import EpochBatchSampler, counted_seed
 from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
-from sparkmim.data.sources import find_images
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
+from sparkmim.data.unreadable import SkipLog
 
 __all__ = [
     "ARRAY_SUFFIXES",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.data.decoding import UnreadableImage
+from sparkmim.errors import UserError
 
 Array = npt.NDArray[Any]
 
@@ -54,7 +55,7 @@ def read_array(path: str | Path) -> Array:
         raise UnreadableImage(path, str(error) or type(error).__name__) from error
 
 
-class MissingPackage(ValueError):
+class MissingPackage(UserError):
     """A file needs a package that is not installed."""
 
 
@@ -74,9 +75,9 @@ def channels_first(array: Array, channels: int, rank: int) -> Array:
         ValueError: if the shape is none of these, or the values are no numbers.
     """
     if array.dtype.kind not in "biuf":
-        raise ValueError(f"holds {array.dtype} values; integers or floats are needed")
+        raise UserError(f"holds {array.dtype} values; integers or floats are needed")
     if array.size == 0:
-        raise ValueError(f"is empty, of shape {list(array.shape)}")
+        raise UserError(f"is empty, of shape {list(array.shape)}")
     if array.ndim == rank and channels == 1:
         return array[None]
     if array.ndim == rank + 1 and array.shape[0] == channels:
@@ -84,7 +85,7 @@ def channels_first(array: Array, channels: int, rank: int) -> Array:
     if array.ndim == rank + 1 and array.shape[-1] == channels:
         return np.moveaxis(array, -1, 0)
     axes = {1: "L", 2: "H, W", 3: "D, H, W"}[rank]
-    raise ValueError(
+    raise UserError(
         f"is of shape {list(array.shape)}; for channels {channels} and an image_size of {rank} number(s) it must be "
         f"[{channels}, {axes}] or [{axes}, {channels}]" + (f" or [{axes}]" if channels == 1 else "")
     )
@@ -124,7 +125,7 @@ def to_array(item: Any, channels: int, rank: int, name: str = "item") -> Array:
     try:
         return channels_first(item, channels, rank)
     except ValueError as error:
-        raise ValueError(f"{name} {error}") from error
+        raise UserError(f"{name} {error}") from error
 
 
 def array_transform(
@@ -154,9 +155,9 @@ def array_transform(
         ValueError: if an argument is out of range.
     """
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
+        raise UserError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip is {flip}; it is a probability between 0 and 1")
+        raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
     rank, size = len(image_size), tuple(image_size)
     shape = (-1, *(1,) * rank)
     means, deviations = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)

@@ -10,6 +10,8 @@ from timm.data.random_erasing import RandomErasing
 from torch import Tensor
 from torchvision.transforms import v2
 
+from sparkmim.errors import UserError
+
 Transform = Callable[[Tensor], Tensor]
 """From uint8 `[C, H, W]` of any size to float32 `[C, *image_size]`."""
 
@@ -57,9 +59,9 @@ def pretrain_transform(
 
 def _crop_and_flip(image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float) -> list[Transform]:
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ValueError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
+        raise UserError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip is {flip}; it is a probability between 0 and 1")
+        raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
     crop = v2.RandomResizedCrop(
         image_size, scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
     )
@@ -96,9 +98,9 @@ def classify_transform(
         ValueError: if an argument is out of range.
     """
     if augment not in get_args(Augment):
-        raise ValueError(f"there is no augmentation {augment!r}; choose trivial, auto or none")
+        raise UserError(f"there is no augmentation {augment!r}; choose trivial, auto or none")
     if not 0 <= erase <= 1:
-        raise ValueError(f"erase is {erase}; it is a probability between 0 and 1")
+        raise UserError(f"erase is {erase}; it is a probability between 0 and 1")
     bilinear = v2.InterpolationMode.BILINEAR  # the finest that torchvision warps tensors with
     steps: list[Transform] = _crop_and_flip(image_size, crop_scale, flip)
     if augment == "trivial":
@@ -136,7 +138,7 @@ def eval_transform(
         stretched: Transform = v2.Compose([whole, *_to_float(mean, std)])
         return stretched
     if not 0 < crop <= 1:
-        raise ValueError(f"crop is {crop}; it is a share, above 0 and at most 1")
+        raise UserError(f"crop is {crop}; it is a share, above 0 and at most 1")
     shorter = int(max(image_size) / crop)  # rounded down, as in timm
     resize = v2.Resize(shorter, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
     transform: Transform = v2.Compose([resize, v2.CenterCrop(image_size), *_to_float(mean, std)])
@@ -145,5 +147,5 @@ def eval_transform(
 
 def _to_float(mean: Sequence[float], std: Sequence[float]) -> list[Transform]:
     if len(mean) != len(std):
-        raise ValueError(f"mean has {len(mean)} values and std {len(std)}; both take one per channel")
+        raise UserError(f"mean has {len(mean)} values and std {len(std)}; both take one per channel")
     return [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]

@@ -24,8 +24,9 @@ from torchvision import tv_tensors
 
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size, strict_pillow
-from sparkmim.data.findings import Findings, counted, few
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
+from sparkmim.data.problems import Findings, counted, few
+from sparkmim.errors import MissingPath, UserError
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
@@ -79,7 +80,7 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}")
+        raise MissingPath(f"there is no folder {root}")
     for name in PART_NAMES[part]:
         found = [
             file
@@ -95,12 +96,12 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
             images = next((folder for folder in folders if folder.is_dir()), None)
             if images is None:
                 looked = ", ".join(dict.fromkeys(f"{folder.relative_to(root)}/" for folder in folders))
-                raise FileNotFoundError(f"{root} has no folder of images for {file.name}: none of {looked} exists")
+                raise MissingPath(f"{root} has no folder of images for {file.name}: none of {looked} exists")
             return CocoFiles(file, images)
         inside = sorted((root / name).glob("*.json"))
         if inside:
             return CocoFiles(inside[0], root / name)
-    raise FileNotFoundError(
+    raise MissingPath(
         f"{root} holds no annotations to {PURPOSE[part]}: there is neither "
         f"annotations/instances_{part}2017.json, nor annotations/{part}.json, nor {part}/_annotations.coco.json; name "
         "the file and the folder of images"
@@ -160,25 +161,25 @@ def read_coco(file: str | Path) -> dict[str, Any]:
     """
     file = Path(file)
     if not file.is_file():
-        raise FileNotFoundError(f"there is no annotation file {file}")
+        raise MissingPath(f"there is no annotation file {file}")
     try:
         content = json.loads(file.read_bytes())
     except ValueError as error:  # of JSON, or of the encoding
-        raise ValueError(f"{file} is no JSON file: {error}") from error
+        raise UserError(f"{file} is no JSON file: {error}") from error
     for part in ("images", "annotations", "categories"):
         records = content.get(part) if isinstance(content, dict) else None
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
-            raise ValueError(f"{file} is not in COCO's format: it has no list `{part}` of objects")
+            raise UserError(f"{file} is not in COCO's format: it has no list `{part}` of objects")
         if part != "annotations":
             if not records:
-                raise ValueError(f"{file} lists no {part}")
+                raise UserError(f"{file} lists no {part}")
             wrong = [record.get("id") for record in records if type(record.get("id")) is not int]
             if wrong:
-                raise ValueError(f"ids in {file} must be integers, but one of its {part} has {wrong[0]!r}")
+                raise UserError(f"ids in {file} must be integers, but one of its {part} has {wrong[0]!r}")
     nameless = [image["id"] for image in content["images"] if not isinstance(image.get("file_name"), str)]
     if nameless:
         number = counted(len(nameless), "image")
-        raise ValueError(f"{file} lists {number} without a file_name; the first has id {nameless[0]}")
+        raise UserError(f"{file} lists {number} without a file_name; the first has id {nameless[0]}")
     checked: dict[str, Any] = content
     return checked
 
@@ -281,7 +282,7 @@ class CocoImages(Dataset[Any]):
         own = list(zip(self.category_ids, self.classes, strict=True))
         other = [f"{name} (id {number})" for number, name in own if known.get(number) != name]
         if other:
-            raise ValueError(
+            raise UserError(
                 f"{self.annotations} has {counted(len(other), 'category', 'categories')} that {of} does not have by "
                 f"that id and name: {few(other)}"
             )
@@ -426,7 +427,7 @@ def open_coco(
     coco_tools("mask")
     annotations, images = Path(annotations).expanduser().absolute(), Path(images).expanduser().absolute()
     if not images.is_dir():
-        raise FileNotFoundError(f"there is no folder of images {images}")
+        raise MissingPath(f"there is no folder of images {images}")
     return CocoImages(annotations, images, read_coco(annotations), masks)
 
 

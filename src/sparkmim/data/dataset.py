@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,10 +14,12 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler, default_collate
+from torch.utils.data import Dataset, default_collate
 
 from sparkmim.data.decoding import UnreadableImage, check_channels, decode, from_pil
 from sparkmim.data.labelled import Labelled
+from sparkmim.data.samplers import counted_seed
+from sparkmim.errors import UnusableData, UserError
 from sparkmim.models.masking import random_visible, visible_per_sample
 
 MAX_STAND_INS = 50
@@ -28,12 +29,6 @@ _ACCEPTED = (
     "a path, a PIL image, a uint8 or float tensor [C, H, W], a numpy array [H, W] or [H, W, C], "
     "or a tuple, list or dict with one of these first, or as 'image'"
 )
-
-
-def counted_seed(*parts: int | str) -> int:
-    """A seed of 63 bits that depends on all of `parts`, and on nothing else."""
-    digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -81,7 +76,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
                 "with a length and items"
             )
         if len(source) == 0:
-            raise ValueError("source holds no images")
+            raise UserError("source holds no images")
         self._source: Any = source
         self._of_paths = isinstance(source, (list, tuple)) and all(isinstance(item, (str, Path)) for item in source)
         if isinstance(source, (list, tuple)) and self._of_paths:
@@ -129,7 +124,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
                 unreadable.append(str(error) if error.path else f"{name}: {error.reason}")
             except OSError as error:  # a dataset that opens files itself
                 unreadable.append(f"{name}: {error}")
-        raise RuntimeError(
+        raise UnusableData(
             f"{len(unreadable)} images in a row are unreadable, from number {index} of {len(self)} on. "
             f"The first are {'; '.join(unreadable[:3])}"
         )
@@ -253,7 +248,7 @@ def to_image(item: Any, channels: int, name: str = "item") -> Tensor:
         return from_pil(item, channels, name)
     if isinstance(item, np.ndarray):
         if item.ndim not in (2, 3):
-            raise ValueError(f"{name} is an array of shape {list(item.shape)}; images are [H, W] or [H, W, C]")
+            raise UserError(f"{name} is an array of shape {list(item.shape)}; images are [H, W] or [H, W, C]")
         pixels = torch.from_numpy(np.array(item))  # a copy: arrays may be read-only or flipped
         item = (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
     elif not isinstance(item, Tensor):
@@ -263,17 +258,17 @@ def to_image(item: Any, channels: int, name: str = "item") -> Tensor:
 
 def _check_tensor(image: Tensor, channels: int, name: str) -> Tensor:
     if image.ndim != 3 or image.numel() == 0:
-        raise ValueError(f"{name} is a tensor of shape {list(image.shape)}; images are [C, H, W]")
+        raise UserError(f"{name} is a tensor of shape {list(image.shape)}; images are [C, H, W]")
     if image.shape[0] != channels:
         hint = "; arrays are [H, W, C] and tensors [C, H, W]" if image.shape[-1] == channels else ""
-        raise ValueError(f"{name} has {image.shape[0]} channels, but channels is {channels}{hint}")
+        raise UserError(f"{name} has {image.shape[0]} channels, but channels is {channels}{hint}")
     if image.dtype == torch.uint8:
         return image
     if not image.is_floating_point():
         raise TypeError(f"{name} is of {image.dtype}; images are uint8, or float in [0, 1]")
     low, high = image.min().item(), image.max().item()
     if not (low >= 0 and high <= 1):  # so that NaN fails
-        raise ValueError(
+        raise UserError(
             f"{name} has floats from {low:.3g} to {high:.3g}; they must lie in [0, 1]. "
             "Leave normalising to the transform"
         )
@@ -303,129 +298,3 @@ def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     )
     batch["unreadable"] = [complaint for sample in samples for complaint in sample["unreadable"]]
     return batch
-
-
-class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
-    """The batches of one epoch for one process, as lists of `(epoch, index)`.
-
-    The epoch's order is drawn from (seed, epoch). Each step takes the next `batch_size · world_size` of it, of
-    which each process takes its `batch_size` in turn: how many processes share a step changes no step. What
-    does not fill a last step is left out, and comes up in other epochs.
-
-    Args:
-        num_samples: size of the dataset.
-        batch_size: samples per step and process.
-        rank: which process this is.
-        world_size: how many there are.
-        seed: of the order.
-        epoch: which one.
-        start_step: the step to begin with, to resume within an epoch.
-        repeats: times that each image stands in a row in the order (repeated augmentation, Hoffer et al., CVPR 2020).
-            An epoch stays as long, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
-
-    Raises:
-        ValueError: if the dataset does not fill one step, or an argument is out of range.
-
-    Example:
-        >>> sampler = EpochBatchSampler(num_samples=5, batch_size=2, epoch=3)
-        >>> len(sampler), [epoch for batch in sampler for epoch, index in batch]
-        (2, [3, 3, 3, 3])
-    """
-
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        epoch: int = 0,
-        start_step: int = 0,
-        repeats: int = 1,
-    ) -> None:
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise ValueError(f"batch_size {batch_size}, rank {rank} and world_size {world_size} make no sense")
-        if num_samples < batch_size * world_size:
-            largest = num_samples // world_size
-            processes = f" on each of {world_size} processes" if world_size > 1 else ""
-            advice = f"use a batch size of at most {largest}{processes}" if largest else "use fewer processes"
-            raise ValueError(
-                f"one step takes {batch_size * world_size} images, but there are only {num_samples}; {advice}"
-            )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = epoch
-        self.start_step = start_step
-        self.repeats = repeats
-        if not 0 <= start_step <= len(self):
-            raise ValueError(f"start_step is {start_step}; an epoch has {len(self)} steps")
-
-    def __len__(self) -> int:
-        """Steps of the whole epoch, wherever iteration starts."""
-        return self.num_samples // (self.batch_size * self.world_size)
-
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        generator = torch.Generator().manual_seed(counted_seed(self.seed, self.epoch, "order"))
-        order = torch.randperm(self.num_samples, generator=generator)
-        for step in range(self.start_step, len(self)):
-            first = (step * self.world_size + self.rank) * self.batch_size
-            places = range(first, first + self.batch_size)
-            if self.repeats == 1:
-                yield [(self.epoch, int(order[place])) for place in places]
-            else:
-                yield [(self.epoch, int(order[place // self.repeats]), place % self.repeats) for place in places]
-
-
-class SkipLog:
-    """The account of unreadable images, in the process that trains.
-
-    Args:
-        max_fraction: the share of samples that may be replaced by others.
-        epoch_size: samples that this process sees in an epoch, if known. No share is judged on fewer than 100
-            samples, or than one epoch.
-
-    Attributes:
-        seen: samples so far.
-        count: those among them that were replaced.
-        unique: what was unreadable, each once, in the order it came up: path and reason.
-    """
-
-    def __init__(self, max_fraction: float = 0.1, epoch_size: int | None = None) -> None:
-        self.max_fraction = max_fraction
-        self.enough = 100 if epoch_size is None else min(100, epoch_size)
-        self.seen = 0
-        self.count = 0
-        self._unique: dict[str, None] = {}
-
-    @property
-    def unique(self) -> list[str]:
-        return list(self._unique)
-
-    def add(self, batch: Mapping[str, Any]) -> list[str]:
-        """Takes a batch into account, as `collate` makes it. Returns what had not been known as unreadable before."""
-        self.seen += len(batch["image"])
-        if not batch["unreadable"]:  # nearly always, and it keeps a device from waiting for the line below
-            return []
-        self.count += int((batch["skipped"] > 0).sum())
-        new = [complaint for complaint in dict.fromkeys(batch["unreadable"]) if complaint not in self._unique]
-        self._unique.update(dict.fromkeys(new))
-        return new
-
-    def check(self, seen: int | None = None) -> None:
-        """Raises if too much is unreadable.
-
-        Args:
-            seen: samples so far, if not all of them went through `add`.
-
-        Raises:
-            RuntimeError: if more than `max_fraction` of them were replaced.
-        """
-        seen = self.seen if seen is None else seen
-        if seen >= self.enough and self.count > self.max_fraction * seen:
-            raise RuntimeError(
-                f"{self.count / seen:.1%} of the images seen are unreadable ({self.count:,} of {seen:,}), more than "
-                f"the {self.max_fraction:.1%} allowed. The first are {'; '.join(self.unique[:3])}"
-            )

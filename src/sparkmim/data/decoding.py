@@ -13,6 +13,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from sparkmim.errors import UserError
+
 try:
     # About a quarter faster than Pillow, with the same pixels. TorchVision has announced that it will go.
     from torchvision.io import ImageReadMode, decode_jpeg
@@ -171,7 +173,7 @@ def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tens
 def check_channels(channels: int) -> None:
     """Raises a ValueError unless `channels` is 1 or 3."""
     if channels not in (1, 3):
-        raise ValueError(f"channels is {channels}; image files are read with 3 (RGB) or 1 (grey)")
+        raise UserError(f"channels is {channels}; image files are read with 3 (RGB) or 1 (grey)")
 
 
 def _decode_jpeg(encoded: bytes, channels: int, upright: bool) -> Tensor:

@@ -16,6 +16,7 @@ from torchvision import tv_tensors
 from torchvision.transforms import v2
 
 from sparkmim.data.coco import Sample
+from sparkmim.errors import UserError
 
 DetectionTransform = Callable[[Any], Sample]
 """From an image and its target to both, in a tuple."""
@@ -46,9 +47,9 @@ def detection_transform(
     """
     _check_sizes(shortest, longest)
     if not 0 <= flip <= 1:
-        raise ValueError(f"flip is {flip}; it is a probability between 0 and 1")
+        raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
     if crop not in get_args(Crop):
-        raise ValueError(f"there is no crop {crop!r}; choose none or detr")
+        raise UserError(f"there is no crop {crop!r}; choose none or detr")
     steps: list[nn.Module] = [v2.RandomHorizontalFlip(flip)]
     if crop == "detr":
         part = v2.Compose([v2.RandomShortestSize([400, 500, 600]), _RandomPart(384, 600)])
@@ -116,6 +117,6 @@ def to_float() -> nn.Module:
 
 def _check_sizes(shortest: Sequence[int], longest: int) -> None:
     if not shortest or min(shortest) < 1:
-        raise ValueError(f"shortest is {list(shortest)}; it takes sizes in pixels, at least one, above 0")
+        raise UserError(f"shortest is {list(shortest)}; it takes sizes in pixels, at least one, above 0")
     if longest < max(shortest):
-        raise ValueError(f"longest is {longest}, but the shorter side may have {max(shortest)} pixels already")
+        raise UserError(f"longest is {longest}, but the shorter side may have {max(shortest)} pixels already")

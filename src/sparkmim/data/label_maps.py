@@ -27,9 +27,10 @@ from sparkmim.data.decoding import (
     stored_size,
     strict_pillow,
 )
-from sparkmim.data.findings import Findings, counted, few
+from sparkmim.data.discovery import SUFFIXES, find_images, find_items
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
-from sparkmim.data.sources import SUFFIXES, find_images, find_items
+from sparkmim.data.problems import Findings, counted, few
+from sparkmim.errors import MissingPath, UserError
 
 T = TypeVar("T")
 
@@ -69,17 +70,17 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}")
+        raise MissingPath(f"there is no folder {root}")
     name = next((name for name in PART_NAMES[part] if (root / "images" / name).is_dir()), None)
     if name is None:
-        raise FileNotFoundError(
+        raise MissingPath(
             f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, "
             "nor this under another usual name; name the folders of images and of label maps"
         )
     labels = next((root / folder / name for folder in LABEL_FOLDERS if (root / folder / name).is_dir()), None)
     if labels is None:
         looked = ", ".join(f"{folder}/{name}/" for folder in LABEL_FOLDERS)
-        raise FileNotFoundError(f"{root} has no label maps for images/{name}/: none of {looked} exists")
+        raise MissingPath(f"{root} has no label maps for images/{name}/: none of {looked} exists")
     return SegmentationFiles(root / "images" / name, labels)
 
 
@@ -92,13 +93,13 @@ def read_class_names(file: str | Path) -> list[str]:
     """
     file = Path(file).expanduser()
     if not file.is_file():
-        raise FileNotFoundError(f"there is no file of class names {file}")
+        raise MissingPath(f"there is no file of class names {file}")
     names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     if not all(names):
-        raise ValueError(f"{file} should name a class a line, but line {names.index('') + 1} is empty")
+        raise UserError(f"{file} should name a class a line, but line {names.index('') + 1} is empty")
     twice = [name for number, name in enumerate(names) if name in names[:number]]
     if twice:
-        raise ValueError(f"{file} names a class twice: {few(twice)}")
+        raise UserError(f"{file} names a class twice: {few(twice)}")
     return names
 
 
@@ -146,7 +147,7 @@ class SegmentationImages(Dataset[Any]):
         """What is found; if there is nothing, that is a finding as well."""
         try:
             return find()
-        except ValueError as error:
+        except UserError as error:
             self.findings.fatal.append(str(error))
             return otherwise
 
@@ -224,7 +225,7 @@ def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
     return found
 
 
-class NotIndices(ValueError):
+class NotIndices(UserError):
     """An image whose pixels are colours."""
 
 
@@ -269,7 +270,7 @@ def open_segmentation(
     files = SegmentationFiles(*(Path(folder).expanduser().absolute() for folder in (images, labels)))
     for folder, what in zip(files, ("images", "label maps"), strict=True):
         if not folder.is_dir():
-            raise FileNotFoundError(f"there is no folder of {what} {folder}")
+            raise MissingPath(f"there is no folder of {what} {folder}")
     return SegmentationImages(files, channels, ignore, reduce)
 
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from sparkmim.data.sources import SUFFIXES, find_images
+from sparkmim.data.discovery import SUFFIXES, find_images
+from sparkmim.errors import MissingPath, UserError
 
 Part = Literal["train", "val"]
 """What a data set is split into: images to train on, and to validate on."""
@@ -77,11 +78,11 @@ class Labelled:
             ValueError: if a class has a single image, or the share is no share.
         """
         if not 0 < share < 1:
-            raise ValueError(f"val_split is {share}; it is a share of the images, between 0 and 1")
+            raise UserError(f"val_split is {share}; it is a share of the images, between 0 and 1")
         counts = torch.bincount(self.labels, minlength=len(self.classes))
         if (counts < 2).any():
             name = self.classes[int((counts < 2).nonzero()[0])]
-            raise ValueError(f"class {name!r} has fewer than 2 images, so none can be set apart for validation")
+            raise UserError(f"class {name!r} has fewer than 2 images, so none can be set apart for validation")
         generator = torch.Generator().manual_seed(seed)
         apart: set[int] = set()
         for label, count in enumerate(counts.tolist()):
@@ -116,7 +117,7 @@ def open_labelled(
         FileNotFoundError: if a path does not exist.
     """
     if data is None:
-        raise ValueError("no data given; --data names a folder with a folder per class, or a CSV file")
+        raise UserError("no data given; --data names a folder with a folder per class, or a CSV file")
     train, val = _open(data)
     if val_data is not None:
         given, other = _open(val_data)
@@ -124,7 +125,7 @@ def open_labelled(
     if val is None and val_split is not None:
         train, val = train.split(val_split, seed)
     elif val is not None and val_split is not None:
-        raise ValueError("val_split was given, but there are validation images already; leave it out")
+        raise UserError("val_split was given, but there are validation images already; leave it out")
     if val is not None and val.classes != train.classes:
         val = _with_classes(val, train.classes)
     return train, val
@@ -134,7 +135,7 @@ def _with_classes(images: Labelled, classes: list[str]) -> Labelled:
     """The same images under the class numbers of training, of which validation may lack some."""
     unknown = sorted(set(images.classes) - set(classes))
     if unknown:
-        raise ValueError(
+        raise UserError(
             f"{len(unknown)} class(es) of the validation images have none for training: {', '.join(unknown[:5])}"
         )
     place = torch.tensor([classes.index(name) for name in images.classes])
@@ -146,7 +147,7 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
         return _of_dataset(data), None
     root = Path(data).expanduser().absolute()
     if not root.exists():
-        raise FileNotFoundError(f"there is no folder or CSV file {root}")
+        raise MissingPath(f"there is no folder or CSV file {root}")
     if root.is_file():
         return _of_table(root)
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
@@ -164,38 +165,38 @@ def _of_folder(root: Path, fewest: int = 2) -> Labelled:
     classes = sorted(set(names) - set(loose))
     if loose or len(classes) < fewest:
         found = f"{len(loose)} image(s) lie in no class folder" if loose else f"only one class folder, {classes[0]}"
-        raise ValueError(f"{root} should hold a folder per class, but {found}; or give a CSV file of path and label")
+        raise UserError(f"{root} should hold a folder per class, but {found}; or give a CSV file of path and label")
     number = {name: place for place, name in enumerate(classes)}
     return Labelled(paths, torch.tensor([number[name] for name in names]), classes)
 
 
 def _of_table(file: Path) -> tuple[Labelled, Labelled | None]:
     if file.suffix.lower() in SUFFIXES:
-        raise ValueError(f"{file} is a single image; give a folder with a folder per class, or a CSV file")
+        raise UserError(f"{file} is a single image; give a folder with a folder per class, or a CSV file")
     try:
         with file.open(newline="", encoding="utf-8-sig") as lines:
             rows = list(csv.DictReader(lines))
     except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{file} cannot be read as a CSV file: {error}") from error
+        raise UserError(f"{file} cannot be read as a CSV file: {error}") from error
     columns = {name.strip().lower(): name for name in (rows[0] if rows else {}) if name}
     path_column = next((columns[name] for name in _PATH_COLUMNS if name in columns), None)
     label_column = next((columns[name] for name in _LABEL_COLUMNS if name in columns), None)
     if path_column is None or label_column is None:
         shown = ", ".join(columns) or "no rows"
-        raise ValueError(f"{file} needs columns `path` and `label` in its first line; it has {shown}")
+        raise UserError(f"{file} needs columns `path` and `label` in its first line; it has {shown}")
     for number, row in enumerate(rows, 2):
         if not (row[path_column] or "").strip() or not (row[label_column] or "").strip():
-            raise ValueError(f"line {number} of {file} lacks a path or a label")
+            raise UserError(f"line {number} of {file} lacks a path or a label")
     paths = [os.path.join(file.parent, row[path_column].strip()) for row in rows]  # noqa: PTH118
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
     if missing:
-        raise FileNotFoundError(
+        raise MissingPath(
             f"{len(missing):,} of the {len(paths):,} files that {file} names do not exist; the first is {missing[0]}"
         )
     names = [row[label_column].strip() for row in rows]
     classes = sorted(set(names), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     if len(classes) < 2:
-        raise ValueError(f"{file} has a single class, {classes[0]}; a classifier needs 2 or more")
+        raise UserError(f"{file} has a single class, {classes[0]}; a classifier needs 2 or more")
     every = Labelled(paths, torch.tensor([classes.index(name) for name in names]), classes)
     if "split" not in columns:
         return every, None
@@ -206,27 +207,27 @@ def _of_table(file: Path) -> tuple[Labelled, Labelled | None]:
         parts.append(None if name is None else every.take([i for i, split in enumerate(splits) if split == name]))
     train, val = parts
     if train is None:
-        raise ValueError(f"column split of {file} has no row `train`; it has {', '.join(sorted(set(splits))[:5])}")
+        raise UserError(f"column split of {file} has no row `train`; it has {', '.join(sorted(set(splits))[:5])}")
     return train, val
 
 
 def _of_dataset(data: Any) -> Labelled:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise ValueError(f"data is a {type(data).__name__}; pass a path, or a dataset with a length and items")
+        raise UserError(f"data is a {type(data).__name__}; pass a path, or a dataset with a length and items")
     if len(data) == 0:
-        raise ValueError("data is a dataset without items")
+        raise UserError("data is a dataset without items")
     labels = getattr(data, "targets", None)
     if labels is None:
         labels = [_label_of(data[i], i) for i in range(len(data))]
     found = torch.as_tensor(labels)
     if found.ndim != 1 or found.is_floating_point() or len(found) != len(data):
-        raise ValueError(f"labels of the dataset are {found.dtype} {list(found.shape)}; they must be integers [n]")
+        raise UserError(f"labels of the dataset are {found.dtype} {list(found.shape)}; they must be integers [n]")
     count = int(found.max()) + 1
     if found.min() < 0:
-        raise ValueError("labels of the dataset must count from 0")
+        raise UserError("labels of the dataset must count from 0")
     classes = [str(name) for name in getattr(data, "classes", range(count))]
     if len(classes) < count:
-        raise ValueError(f"the dataset has {len(classes)} names in `classes`, but labels up to {count - 1}")
+        raise UserError(f"the dataset has {len(classes)} names in `classes`, but labels up to {count - 1}")
     return Labelled(data, found.long(), classes)
 
 
@@ -235,7 +236,7 @@ def _label_of(item: Any, place: int) -> int:
         return int(item["label"])
     if isinstance(item, (tuple, list)) and len(item) > 1:
         return int(item[1])
-    raise ValueError(f"item {place} of the dataset has no label; items are (image, label)")
+    raise UserError(f"item {place} of the dataset has no label; items are (image, label)")
 
 
 def few_of(labels: Tensor, classes: Sequence[str]) -> str | None:

@@ -14,6 +14,7 @@ from rich.progress import Progress
 from torch import Tensor
 
 from sparkmim.data.decoding import UnreadableImage
+from sparkmim.errors import UserError
 
 
 @dataclass
@@ -81,12 +82,12 @@ def channel_statistics(
             values += item.shape[1]
             done += 1
     if not done:
-        raise ValueError(f"none of {count} samples can be read; the first: {'; '.join(unreadable[:3])}")
+        raise UserError(f"none of {count} samples can be read; the first: {'; '.join(unreadable[:3])}")
     offset = total / values
     mean, std = shift + offset, (squares / values - offset.square()).clamp(min=0).sqrt()
     constant = (low == high).nonzero().flatten().tolist()
     if constant:
-        raise ValueError(
+        raise UserError(
             f"channel(s) {', '.join(map(str, constant))} have the same value everywhere; leave them out of the data"
         )
     return ChannelStatistics(mean.tolist(), std.tolist(), done, unreadable)

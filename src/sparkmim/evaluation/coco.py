@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparkmim.data.coco import box_of, category_names, coco_tools, mask_of, quiet_tools, read_coco
+from sparkmim.errors import UserError
 
 Kind = Literal["bbox", "segm"]
 
@@ -94,7 +95,7 @@ def evaluate_coco(
         images = (
             "1 image of the detections is" if len(unknown) == 1 else f"{len(unknown):,} images of the detections are"
         )
-        raise ValueError(f"{images} not in the ground truth: id {min(unknown)}" + (", …" if len(unknown) > 1 else ""))
+        raise UserError(f"{images} not in the ground truth: id {min(unknown)}" + (", …" if len(unknown) > 1 else ""))
     figures: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
     for kind in kinds:
@@ -216,7 +217,7 @@ def _found(detections: Sequence[Mapping[str, Any]], kind: Kind) -> list[dict[str
     found = []
     for number, detection in enumerate(detections, 1):
         if needed not in detection:
-            raise ValueError(f"detection {number} has no {needed}, without which {kind} cannot be scored")
+            raise UserError(f"detection {number} has no {needed}, without which {kind} cannot be scored")
         if kind == "bbox":
             _, _, width, height = detection["bbox"]
             area = width * height

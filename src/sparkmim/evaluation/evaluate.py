@@ -11,29 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
-import sparkmim
-from sparkmim.commands import EvaluationResult, Score
-from sparkmim.data import ARRAY_SUFFIXES, Labelled, open_labelled
-from sparkmim.evaluation.features import (
-    Preparation,
-    StageFeatures,
-    check_stage,
-    device_named,
-    features_of,
-    frozen_hierarchy,
-    still_batches,
-)
+from sparkmim._version import __version__
+from sparkmim.data import Labelled, open_labelled
+from sparkmim.data.inference import Preparation, still_batches
+from sparkmim.data.source import labelled_source
+from sparkmim.errors import UserError
+from sparkmim.evaluation.features import StageFeatures, check_stage, features_of, frozen_hierarchy
 from sparkmim.evaluation.fewshot import few_shot
 from sparkmim.evaluation.knn import knn_accuracy
 from sparkmim.evaluation.linear import HELD_OUT, linear_probe
+from sparkmim.interop.weights import Weights, open_weights
+from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy, create_encoder
-from sparkmim.training.run import RunFolder
-from sparkmim.training.source import Source
-from sparkmim.training.weights import Weights, open_weights
-from sparkmim.visualize.report import renew_report
+from sparkmim.results import EvaluationResult, Score
+from sparkmim.runs.folder import RunFolder
+from sparkmim.runs.report import renew_report
 
 PROTOCOLS = ("knn", "linear", "fewshot")
 
@@ -67,7 +61,7 @@ def run_evaluation(settings: Mapping[str, Any]) -> EvaluationResult:
     networks = _networks(settings, device)
     train, test = open_labelled(settings["data"], settings["val_data"], settings["val_split"], settings["seed"])
     if test is None:
-        raise ValueError(
+        raise UserError(
             f"{_said(settings['data'])} holds no images to test on; name some with --val-data, or set a share apart "
             "with --val-split 0.2"
         )
@@ -122,7 +116,7 @@ def _network(
     name: str, weights: Weights, encoder: nn.Module, settings: Mapping[str, Any], device: torch.device
 ) -> Network:
     hierarchy = frozen_hierarchy(weights, encoder, device)
-    preparation = Preparation.of(weights, settings["image_size"], settings["crop"])
+    preparation = weights.preparation(settings["image_size"], settings["crop"])
     deepest = check_stage(settings["stage"], hierarchy, str(weights.path))
     every = settings["stage"] is None and settings["protocol"] != "fewshot"
     return Network(name, hierarchy, preparation, list(range(1, deepest + 1)) if every else [deepest])
@@ -136,22 +130,13 @@ def _features(
     for place, network in enumerate(networks):
         if place not in found:
             alike = [i for i, other in enumerate(networks) if other.preparation == network.preparation]
-            batches = still_batches(
-                labelled_source(images, network.preparation), network.preparation, settings["batch_size"],
-                settings["workers"], device, f"{len(images):,} images",
-            )  # fmt: skip
+            seen = network.preparation
+            source = labelled_source(images, seen.channels, seen.rank)
+            doing = f"{len(images):,} images"
+            batches = still_batches(source, seen, settings["batch_size"], settings["workers"], device, doing)
             parts = features_of([(networks[i].hierarchy, networks[i].stages) for i in alike], batches)
             found.update(zip(alike, parts, strict=True))
     return [found[place] for place in range(len(networks))]
-
-
-def labelled_source(images: Labelled, preparation: Preparation) -> Source:
-    """How labelled items are read: as arrays where the network's channels or axes ask for it, or files are arrays."""
-    rank, channels = len(preparation.image_size), preparation.channels
-    first = images.items[0] if isinstance(images.items, list) else None
-    of_arrays = isinstance(first, str) and first.lower().endswith(ARRAY_SUFFIXES)
-    arrays = rank != 2 or channels not in (1, 3) or of_arrays
-    return Source(images.items, arrays, channels, rank)
 
 
 # How
@@ -178,40 +163,20 @@ def _scores(
     return rows
 
 
-def table_of(result: EvaluationResult) -> Table:
-    """A row per network; a column per stage, or per number of images of each class."""
-    few = result.protocol == "fewshot"
-    keys = sorted({(row.shots if few else row.stage) or 0 for row in result.rows})
-    table = Table(title={"knn": "k-NN", "linear": "linear probe", "fewshot": "few-shot"}[result.protocol] + " accuracy")
-    table.add_column("network")
-    for key in keys:
-        table.add_column(f"{key} per class" if few else f"stage {key}", justify="right")
-    for name in dict.fromkeys(row.network for row in result.rows):
-        by_key = {(row.shots if few else row.stage): row for row in result.rows if row.network == name}
-        table.add_row(name, *(_shown(by_key.get(key)) for key in keys))
-    return table
-
-
-def _shown(row: Score | None) -> str:
-    if row is None:
-        return ""
-    return f"{row.accuracy:.1%}" + ("" if row.spread is None else f" ± {100 * row.spread:.1f}")
-
-
 # What is checked first, and what is kept
 
 
 def _check(settings: Mapping[str, Any]) -> None:
     if settings["protocol"] not in PROTOCOLS:
-        raise ValueError(f"there is no protocol {settings['protocol']!r}; choose {', '.join(PROTOCOLS)}")
+        raise UserError(f"there is no protocol {settings['protocol']!r}; choose {', '.join(PROTOCOLS)}")
     for name in ("k", "temperature", "batch_size", "epochs", "draws"):
         if settings[name] <= 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be above 0")
+            raise UserError(f"{name} is {settings[name]}; it must be above 0")
     if not settings["shots"] or min(settings["shots"]) < 1:
-        raise ValueError(f"shots is {list(settings['shots'])}; give numbers of images per class, such as [1, 5, 10]")
+        raise UserError(f"shots is {list(settings['shots'])}; give numbers of images per class, such as [1, 5, 10]")
     model = settings["model"]
     if model is not None and not isinstance(model, (str, nn.Module)):
-        raise ValueError(f"model is a {type(model).__name__}; pass a name or a torch.nn.Module")
+        raise UserError(f"model is a {type(model).__name__}; pass a name or a torch.nn.Module")
 
 
 def _check_counts(train: Labelled, settings: Mapping[str, Any]) -> None:
@@ -219,12 +184,12 @@ def _check_counts(train: Labelled, settings: Mapping[str, Any]) -> None:
     counts = torch.bincount(train.labels, minlength=len(train.classes)).tolist()
     name, fewest = min(zip(train.classes, counts, strict=True), key=lambda pair: pair[1])
     if settings["protocol"] == "fewshot" and fewest < max(settings["shots"]):
-        raise ValueError(
+        raise UserError(
             f"shots asks for {max(settings['shots'])} images per class, but class {name!r} has {fewest} to train on; "
             f"ask for at most {fewest}"
         )
     if settings["protocol"] == "linear" and fewest < 2:
-        raise ValueError(
+        raise UserError(
             f"class {name!r} has {fewest} image(s) to train on; the linear probe takes 2 or more of every class, one "
             "to choose its learning rate on"
         )
@@ -236,7 +201,7 @@ def _out_of(settings: Mapping[str, Any]) -> Path | None:
         return folder / "evaluation" / f"{settings['protocol']}.json" if folder.is_dir() else None
     out = Path(settings["out"])
     if out.exists() and not settings["overwrite"]:
-        raise ValueError(f"{out} exists already; choose another --out, or replace it with --overwrite")
+        raise UserError(f"{out} exists already; choose another --out, or replace it with --overwrite")
     return out
 
 
@@ -258,7 +223,7 @@ def _write(
         ],
         "method": _METHODS[result.protocol],
         "device": device.type,
-        "versions": {"sparkmim": sparkmim.__version__, "torch": torch.__version__},
+        "versions": {"sparkmim": __version__, "torch": torch.__version__},
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_suffix(".partial")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import csv
 import importlib
 from collections.abc import Iterator, Mapping
@@ -11,57 +10,21 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from sparkmim.commands import EmbedResult, PredictResult
-from sparkmim.data import ARRAY_SUFFIXES
-from sparkmim.data.sources import SUFFIXES
-from sparkmim.evaluation.features import (
-    Batch,
-    Preparation,
-    check_stage,
-    device_named,
-    frozen_hierarchy,
-    stage_features,
-    still_batches,
-)
+from sparkmim.data.inference import Batch, still_batches
+from sparkmim.data.source import images_source
+from sparkmim.errors import UserError
+from sparkmim.evaluation.features import check_stage, frozen_hierarchy, stage_features
 from sparkmim.files import new_file, replacing
-from sparkmim.training.source import Source, open_source
-from sparkmim.training.weights import open_weights
+from sparkmim.interop.weights import open_weights
+from sparkmim.machine import device_named
+from sparkmim.models.encoders import own_module
+from sparkmim.results import EmbedResult, PredictResult
 
 MOST_COLUMNS = 100
 """With more classes than this, a table names the likeliest instead of having a column for each."""
 
 TOP = 5
-
-
-def images_source(images: Any, preparation: Preparation) -> Source:
-    """What `images` stands for: as for pretraining, a single file, or a list of these.
-
-    Raises:
-        ValueError: if there is nothing to read.
-        FileNotFoundError: if a path does not exist.
-    """
-    channels, rank = preparation.channels, len(preparation.image_size)
-    if images is None:
-        raise ValueError("no images given; --images names a folder, an image, or a text file of paths")
-    if isinstance(images, list) and images and all(isinstance(part, (str, Path)) for part in images):
-        parts = [images_source(part, preparation) for part in images]
-        if len({part.arrays for part in parts}) > 1:
-            raise ValueError("some of the images are image files and some are arrays; give one kind at a time")
-        return Source([item for part in parts for item in part.items], parts[0].arrays, channels, rank)
-    if not isinstance(images, (str, Path)):
-        return open_source(images, channels, rank)
-    path = Path(images).expanduser().absolute()
-    if not path.exists():
-        raise FileNotFoundError(f"there is no folder, image or text file {path}")
-    name = path.name.lower()
-    if path.is_file() and name.endswith((*SUFFIXES, *ARRAY_SUFFIXES)):
-        arrays = name.endswith(ARRAY_SUFFIXES)
-        if not arrays and (rank != 2 or channels not in (1, 3)):
-            raise ValueError(f"{path} is an image file, but the network takes {channels} channels and {rank} axes")
-        return Source([str(path)], arrays, channels, rank)
-    return open_source(str(path), channels, rank)
 
 
 # Classes
@@ -80,11 +43,11 @@ def run_prediction(settings: Mapping[str, Any]) -> PredictResult:
     classes = weights.classes
     top = settings["top"]
     if top is not None and not 1 <= top <= len(classes):
-        raise ValueError(f"top is {top}, but the classifier knows {len(classes)} classes; choose 1 to {len(classes)}")
+        raise UserError(f"top is {top}, but the classifier knows {len(classes)} classes; choose 1 to {len(classes)}")
     if top is None and len(classes) > MOST_COLUMNS:
         top = TOP
-    preparation = Preparation.of(weights, settings["image_size"], settings["crop"])
-    source = images_source(settings["images"], preparation)
+    preparation = weights.preparation(settings["image_size"], settings["crop"])
+    source = images_source(settings["images"], preparation.channels, preparation.rank)
     classifier = weights.classifier(own_module(settings["model"])).to(device)
     batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "predicting")
 
@@ -135,16 +98,16 @@ def run_embedding(settings: Mapping[str, Any]) -> EmbedResult:
     """
     out = new_file(settings["out"], settings["overwrite"])
     if out.suffix not in (".npy", ".parquet"):
-        raise ValueError(f"out is {out}; its name should end in .npy or .parquet")
+        raise UserError(f"out is {out}; its name should end in .npy or .parquet")
     if out.suffix == ".parquet" and not settings["pooled"]:
-        raise ValueError(f"{out} would hold a list per image, which whole maps are not; write them to a .npy file")
+        raise UserError(f"{out} would hold a list per image, which whole maps are not; write them to a .npy file")
     names_file = None if out.suffix == ".parquet" else new_file(out.with_suffix(".txt"), settings["overwrite"])
     if names_file is None:
         _pyarrow()
     device = device_named(settings["accelerator"])
     weights = open_weights(settings["weights"])
-    preparation = Preparation.of(weights, settings["image_size"], settings["crop"])
-    source = images_source(settings["images"], preparation)
+    preparation = weights.preparation(settings["image_size"], settings["crop"])
+    source = images_source(settings["images"], preparation.channels, preparation.rank)
     hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
     stage = check_stage(settings["stage"], hierarchy, str(weights.path))
     batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "embedding")
@@ -158,7 +121,7 @@ def run_embedding(settings: Mapping[str, Any]) -> EmbedResult:
             if batch.images is not None:
                 yield batch.names, _features(batch, hierarchy, stage, settings["pooled"])
         if len(unreadable) == len(source.items):
-            raise ValueError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
+            raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
 
     if names_file is not None:
         shape = _write_npy(out, names_file, found(), len(source.items))
@@ -218,11 +181,4 @@ def _pyarrow() -> Any:
         importlib.import_module("pyarrow.parquet")
         return importlib.import_module("pyarrow")
     except ImportError as error:
-        raise ValueError("writing .parquet needs `pip install 'sparkmim[parquet]'`; or choose .npy") from error
-
-
-def own_module(model: Any) -> Any:
-    """A copy of a module of the user's, which is not changed."""
-    if model is not None and not isinstance(model, (str, nn.Module)):
-        raise ValueError(f"model is a {type(model).__name__}; pass a name or a torch.nn.Module")
-    return copy.deepcopy(model) if isinstance(model, nn.Module) else model
+        raise UserError("writing .parquet needs `pip install 'sparkmim[parquet]'`; or choose .npy") from error

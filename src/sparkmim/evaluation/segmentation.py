@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 
 from sparkmim.data.label_maps import IGNORED
+from sparkmim.errors import UnusableData
 
 _AT_ONCE = 16
 """Classes that are resized at a time, so that memory does not grow with their number."""
@@ -88,7 +89,7 @@ def evaluate_segmentation(
         warnings.filterwarnings("ignore", message="The ``compute`` method")  # this process may have seen no image
         counts = confusion.compute().double().cpu()  # [classes, classes], true class by row
     if not counts.sum():
-        raise RuntimeError("none of the validation images could be read, or all of their pixels count for nothing")
+        raise UnusableData("none of the validation images could be read, or all of their pixels count for nothing")
     right = counts.diagonal()
     overlap = right / (counts.sum(0) + counts.sum(1) - right)  # 0 / 0 is NaN
     figures = {"mIoU": overlap.nanmean().item(), "pixel_accuracy": (right.sum() / counts.sum()).item()}

@@ -12,7 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from sparkmim.interop.network import Network, without_head
+from sparkmim.errors import UserError
+from sparkmim.interop.exportable import ExportableNetwork
+from sparkmim.interop.names import without_head
 
 _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
     (r"^(conv1|bn1)\.", r"stem.\1."),
@@ -34,7 +36,7 @@ def detectron2_name(name: str) -> str:
     return name
 
 
-def detectron2_file(network: Network) -> tuple[bytes, int]:
+def detectron2_file(network: ExportableNetwork) -> tuple[bytes, int]:
     """The file's content, and how many arrays it holds.
 
     Of a ResNet six entries per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm.
@@ -49,11 +51,11 @@ def detectron2_file(network: Network) -> tuple[bytes, int]:
     return pickle.dumps(content, protocol=4), len(arrays)
 
 
-def _backbone(network: Network) -> dict[str, Tensor]:
+def _backbone(network: ExportableNetwork) -> dict[str, Tensor]:
     if network.is_own:
         return network.own_backbone()
     if network.family() != "resnet":
-        raise ValueError(
+        raise UserError(
             f"detectron2 takes ordinary ResNets, and {network.called()} is none; use mmdet for a ConvNeXt, or onnx for "
             "any network"
         )

@@ -10,15 +10,16 @@ import torch
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-from sparkmim.commands import ExportResult
+from sparkmim.errors import UserError
 from sparkmim.files import replacing
-from sparkmim.interop import programs
+from sparkmim.interop import graphs
 from sparkmim.interop.detectron2 import detectron2_file
+from sparkmim.interop.exportable import ExportableNetwork, open_exportable
 from sparkmim.interop.hub import push_folder, write_folder
-from sparkmim.interop.network import Network, open_network
+from sparkmim.interop.official_export import original_file
 from sparkmim.interop.openmmlab import openmmlab_checkpoint
-from sparkmim.interop.spark import original_file
 from sparkmim.interop.torchvision import torchvision_tensors
+from sparkmim.results import ExportResult
 
 SUFFIXES: dict[str, tuple[str, ...]] = {
     "timm": (".safetensors", ".pth"),
@@ -47,7 +48,7 @@ def export_weights(
     """Writes weights in a format; arguments, result and errors as of `sparkmim.export`."""
     path = Path(out)
     _check(format, path, image_size, overwrite, push)
-    network = open_network(weights, model)
+    network = open_exportable(weights, model)
     if format in ("timm", "torchvision", "huggingface"):
         network = network.own_alone()
     result = ExportResult(path, format, network.called(), own_names=network.is_own)
@@ -58,9 +59,9 @@ def export_weights(
         return result
     with replacing(path) as partial:
         if format == "onnx":
-            result.difference = programs.write_onnx(network, partial, image_size)
+            result.difference = graphs.write_onnx(network, partial, image_size)
         elif format == "torch-export":
-            result.difference = programs.write_torch_export(network, partial, image_size)
+            result.difference = graphs.write_torch_export(network, partial, image_size)
         elif format == "detectron2":
             content, result.tensors = detectron2_file(network)
             partial.write_bytes(content)
@@ -74,7 +75,7 @@ def export_weights(
     return result
 
 
-def _entries(network: Network, format: str) -> dict[str, Any]:
+def _entries(network: ExportableNetwork, format: str) -> dict[str, Any]:
     """What a PyTorch or safetensors file holds."""
     if format == "timm":
         return dict(network.in_timm()[1])
@@ -95,18 +96,18 @@ def _innermost(entries: dict[str, Any]) -> dict[str, Tensor]:
 def _check(format: str, out: Path, image_size: int | Sequence[int] | None, overwrite: bool, push: str | None) -> None:
     """Refuses arguments that do not go together, before anything is read or written."""
     if format not in SUFFIXES:
-        raise ValueError(f"there is no format {format!r}; choose one of {', '.join(SUFFIXES)}")
+        raise UserError(f"there is no format {format!r}; choose one of {', '.join(SUFFIXES)}")
     if push and format != "huggingface":
-        raise ValueError(f"push uploads a folder of the format huggingface, not a {format} file; use that format")
+        raise UserError(f"push uploads a folder of the format huggingface, not a {format} file; use that format")
     if image_size is not None and format not in ("onnx", "torch-export"):
-        raise ValueError(f"image_size is for onnx and torch-export; a {format} file has none, so leave it out")
+        raise UserError(f"image_size is for onnx and torch-export; a {format} file has none, so leave it out")
     suffixes = SUFFIXES[format]
     if suffixes and out.suffix not in suffixes:
-        raise ValueError(f"out is {out}, but a {format} file ends in {' or '.join(suffixes)}; name it so")
+        raise UserError(f"out is {out}, but a {format} file ends in {' or '.join(suffixes)}; name it so")
     if not suffixes and out.is_file():
-        raise ValueError(f"{out} is a file, and {format} writes a folder; choose another out")
+        raise UserError(f"{out} is a file, and {format} writes a folder; choose another out")
     if suffixes and out.is_dir():
-        raise ValueError(f"{out} is a folder, and {format} writes a file; choose another out")
+        raise UserError(f"{out} is a folder, and {format} writes a file; choose another out")
     taken = out.exists() if suffixes else out.is_dir() and any(out.iterdir())
     if taken and not overwrite:
-        raise ValueError(f"{out} already exists; give overwrite to replace it, or choose another out")
+        raise UserError(f"{out} already exists; give overwrite to replace it, or choose another out")

@@ -14,9 +14,10 @@ from typing import Any
 import yaml
 from safetensors.torch import save as to_bytes
 
-import sparkmim
+from sparkmim._version import __version__
+from sparkmim.errors import UserError
 from sparkmim.files import replacing
-from sparkmim.interop.network import Network
+from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.models.encoders import factory_settings
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
@@ -29,7 +30,7 @@ _NOT_SHOWN = {"data", "out", "resume", "weights", "init_weights", "workers", "de
 _MOST_SCORES = 40
 
 
-def write_folder(network: Network, folder: Path) -> int:
+def write_folder(network: ExportableNetwork, folder: Path) -> int:
     """Writes the folder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, if timm has the network.
 
     Returns:
@@ -64,7 +65,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
     """
     from huggingface_hub import HfApi
 
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="sparkmim", library_version=sparkmim.__version__)
+    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="sparkmim", library_version=__version__)
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
@@ -75,14 +76,14 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
         )
     except Exception as error:  # of the hub, its token, the name, or the connection; each has classes of its own
         reason = " ".join(str(error.__cause__ or error).split())[:200]
-        raise ValueError(
+        raise UserError(
             f"{folder} is written, but could not be pushed to {repository} ({reason}); check that name and "
             "`hf auth login`, and push again with overwrite"
         ) from error
     return str(address)
 
 
-def _config(network: Network, name: str) -> dict[str, Any]:
+def _config(network: ExportableNetwork, name: str) -> dict[str, Any]:
     import timm
 
     known = network.weights.metadata
@@ -118,7 +119,7 @@ def _config(network: Network, name: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if value is not None}
 
 
-def model_card(network: Network, name: str) -> str:
+def model_card(network: ExportableNetwork, name: str) -> str:
     """Markdown with the header that the hub reads: what it is, how to load it, settings and scores of the run."""
     known, classes = network.weights.metadata, network.classes
     task = "image-classification" if classes else "image-feature-extraction"
@@ -157,7 +158,7 @@ def model_card(network: Network, name: str) -> str:
     return "\n".join(parts)
 
 
-def _loading(network: Network) -> str:
+def _loading(network: ExportableNetwork) -> str:
     """Lines of Python that give `model`."""
     if not network.is_own:
         return (
@@ -196,7 +197,7 @@ def _leaves(content: Any, path: str) -> Iterator[tuple[str, float]]:
         yield path, float(content)
 
 
-def _training(network: Network, settings: dict[str, Any]) -> str:
+def _training(network: ExportableNetwork, settings: dict[str, Any]) -> str:
     """How the weights came about, as far as is known."""
     version = network.weights.metadata.get("version")
     pretraining, said = (

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
+from sparkmim.errors import UserError
 from sparkmim.models import SparK
 
 _LEFTOVERS = {"imn_m", "imn_s", "norm_black", "config"}
@@ -112,7 +113,7 @@ def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
             for what, names in problems.items()
             if names
         )
-        raise ValueError(f"the weights do not fit this model ({shown})")
+        raise UserError(f"the weights do not fit this model ({shown})")
     model.load_state_dict({**own, **tensors})
 
 
@@ -162,7 +163,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a PyTorch weight file: {_first_line(error)}") from error
+        raise UserError(f"{path} cannot be read as a PyTorch weight file: {_first_line(error)}") from error
     module = content
     for key in ("module", "state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
@@ -172,7 +173,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         {name: value for name, value in module.items() if isinstance(value, Tensor)} if isinstance(module, dict) else {}
     )
     if not named or not all(isinstance(name, str) for name in module):
-        raise ValueError(f"{path} holds no weights: neither tensors by name, nor a `module` entry with them")
+        raise UserError(f"{path} holds no weights: neither tensors by name, nor a `module` entry with them")
     tensors = translated(named)
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
     config = module.get("config") if isinstance(module.get("config"), dict) else {}

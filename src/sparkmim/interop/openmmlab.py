@@ -9,10 +9,12 @@ from typing import Any
 
 from torch import Tensor
 
-import sparkmim
-from sparkmim.interop.network import Network, convnext_name, linear_weights, without_head
+from sparkmim._version import __version__
+from sparkmim.errors import UserError
+from sparkmim.interop.exportable import ExportableNetwork
+from sparkmim.interop.names import convnext_name, linear_weights, without_head
+from sparkmim.interop.weights import tensors_of
 from sparkmim.models.classifier import PooledClassifier, encoder_of
-from sparkmim.training.weights import tensors_of
 
 _CONVNEXT = {
     "conv_dw": "depthwise_conv", "mlp.fc1": "pointwise_conv1", "mlp.fc2": "pointwise_conv2",
@@ -36,7 +38,7 @@ def openmmlab_name(name: str) -> str:
     return "backbone." + convnext_name(name, _CONVNEXT)
 
 
-def openmmlab_checkpoint(network: Network, detection: bool) -> dict[str, Any]:
+def openmmlab_checkpoint(network: ExportableNetwork, detection: bool) -> dict[str, Any]:
     """The content of a `.pth` file: `state_dict` and `meta`.
 
     Args:
@@ -48,13 +50,13 @@ def openmmlab_checkpoint(network: Network, detection: bool) -> dict[str, Any]:
         ValueError: if it is neither an ordinary ResNet or ConvNeXt nor the user's own.
     """
     name, tensors = _own(network, detection) if network.is_own else _known(network, detection)
-    meta: dict[str, Any] = {"sparkmim_version": sparkmim.__version__, "model": name}
+    meta: dict[str, Any] = {"sparkmim_version": __version__, "model": name}
     if network.classes and not detection:
         meta["dataset_meta"] = {"classes": network.classes}
     return {"state_dict": tensors, "meta": meta}
 
 
-def _own(network: Network, detection: bool) -> tuple[str, dict[str, Tensor]]:
+def _own(network: ExportableNetwork, detection: bool) -> tuple[str, dict[str, Tensor]]:
     """Of a classifier that was put behind the user's network, the linear layer is that of `LinearClsHead`."""
     tensors = network.own_backbone() if detection else tensors_of(encoder_of(network.module))
     named = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
@@ -63,9 +65,9 @@ def _own(network: Network, detection: bool) -> tuple[str, dict[str, Tensor]]:
     return network.factory, named
 
 
-def _known(network: Network, detection: bool) -> tuple[str, dict[str, Tensor]]:
+def _known(network: ExportableNetwork, detection: bool) -> tuple[str, dict[str, Tensor]]:
     if network.family() is None:
-        raise ValueError(
+        raise UserError(
             f"{'mmdet' if detection else 'mmpretrain'} takes ordinary ResNets and ConvNeXts, and {network.called()} is "
             "neither; use onnx or torch-export, which take any network"
         )

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from sparkmim.errors import UserError
 from sparkmim.models.encoders import create_encoder, factory_of
 from sparkmim.models.hierarchy import Hierarchy, rank_of
 
@@ -83,7 +84,7 @@ def create_classifier(
         ValueError: if there is no such network, or it cannot be built so.
     """
     if classes < 2:
-        raise ValueError(f"there is {classes} class; a classifier needs 2 or more")
+        raise UserError(f"there is {classes} class; a classifier needs 2 or more")
     if isinstance(model, nn.Module):
         if callable(reset := getattr(model, "reset_classifier", None)):
             reset(classes)
@@ -114,7 +115,7 @@ def head_of(classifier: nn.Module) -> tuple[str, ...]:
         if named is None:  # torchvision's, or the user's: the last linear layer
             linear = [name for name, module in classifier.named_modules() if isinstance(module, nn.Linear)]
             if not linear:
-                raise ValueError(f"{type(classifier).__name__} has no linear layer that could be its classifier")
+                raise UserError(f"{type(classifier).__name__} has no linear layer that could be its classifier")
             named = linear[-1]
         prefixes = tuple(f"{name}." for name in ((named,) if isinstance(named, str) else named))
     return tuple(name for name, _ in classifier.named_parameters() if name.startswith(prefixes))

@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from sparkmim.errors import UserError
 from sparkmim.models.patches import from_patches
 from sparkmim.sparse import PackedTensor, unpack
 
@@ -115,7 +116,7 @@ class Decoder(nn.Module):
         depth = len(factors)
         if width <= 0 or width % 2**depth:
             near = max(1, round(width / 2**depth)) * 2**depth
-            raise ValueError(
+            raise UserError(
                 f"decoder_width {width} must be a multiple of {2**depth} (halved {depth} times); use {near}"
             )
         self.blocks = nn.ModuleList(DecoderBlock(width // 2**i, rank, factor) for i, factor in enumerate(factors))
@@ -152,7 +153,7 @@ def upsampling_factors(strides: Sequence[int]) -> list[int]:
     factors: list[int] = []
     for shallow, deep in reversed(list(zip((1, *strides), strides, strict=False))):
         if deep % shallow:
-            raise ValueError(
+            raise UserError(
                 f"the decoder cannot go from stride {deep} to stride {shallow}, which does not divide it; choose maps "
                 "of other strides with feature_modules"
             )
@@ -216,7 +217,7 @@ class FCMAEDecoder(nn.Module):
     def __init__(self, width: int, channels_in: int, stride: int, channels: int = 3, rank: int = 2) -> None:
         super().__init__()
         if width <= 0:
-            raise ValueError(f"decoder_width {width} must be above 0; the paper's is 512")
+            raise UserError(f"decoder_width {width} must be above 0; the paper's is 512")
         self.stride, self.rank = stride, rank
         self.project = _CONV[rank](channels_in, width, 1)
         self.mask_token = nn.Parameter(torch.zeros(1, width, *(1,) * rank))

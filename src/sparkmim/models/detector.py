@@ -13,6 +13,7 @@ from torchvision.models.detection.faster_rcnn import FastRCNNConvFCHead, TwoMLPH
 from torchvision.models.detection.mask_rcnn import MaskRCNNHeads
 from torchvision.ops import MultiScaleRoIAlign
 
+from sparkmim.errors import UserError
 from sparkmim.models.pyramid import WIDTH, PyramidBackbone, PyramidNorm, norm_layer_of
 
 BoxHead = Literal["4conv1fc", "2fc"]
@@ -71,14 +72,14 @@ def create_detector(
         ValueError: if the network has no hierarchy, or an argument does not fit it.
     """
     if classes < 1:
-        raise ValueError(f"there are {classes} classes; a detector needs at least one kind of object")
+        raise UserError(f"there are {classes} classes; a detector needs at least one kind of object")
     if box_head not in ("4conv1fc", "2fc"):
-        raise ValueError(f"there is no box head {box_head!r}; choose 4conv1fc or 2fc")
+        raise UserError(f"there is no box head {box_head!r}; choose 4conv1fc or 2fc")
     for name, values in (("mean", mean), ("std", std)):
         if values is None and channels != 3:
-            raise ValueError(f"images of {channels} channels need their {name}; give one number per channel")
+            raise UserError(f"images of {channels} channels need their {name}; give one number per channel")
         if values is not None and len(values) != channels:
-            raise ValueError(f"{name} has {len(values)} numbers for images of {channels} channels; give one each")
+            raise UserError(f"{name} has {len(values)} numbers for images of {channels} channels; give one each")
     backbone = PyramidBackbone(encoder, channels, norm, True, image_size, feature_modules)
     norm_layer = norm_layer_of(norm)
     if box_head == "2fc":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib.util
 import inspect
@@ -13,6 +14,8 @@ from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
+
+from sparkmim.errors import UserError
 
 
 def create_encoder(
@@ -43,7 +46,7 @@ def _from_timm(name: str, channels: int, drop_path: float | None, classes: int |
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise ValueError(f"timm has no model named {name!r}{hint}")
+        raise UserError(f"timm has no model named {name!r}{hint}")
     settings: dict[str, Any] = {"in_chans": channels, "num_classes": classes or 0}
     if drop_path is not None:
         settings["drop_path_rate"] = drop_path
@@ -53,7 +56,7 @@ def _from_timm(name: str, channels: int, drop_path: float | None, classes: int |
         if "drop_path_rate" in str(error):
             if not drop_path:  # a recipe's value is given up so
                 return _from_timm(name, channels, None, classes)
-            raise ValueError(f"{name} has no drop path; use --drop-path 0") from error
+            raise UserError(f"{name} has no drop path; use --drop-path 0") from error
         raise
     return model
 
@@ -64,9 +67,9 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None, classes
     if name not in list_models():
         near = difflib.get_close_matches(name, list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(f'torchvision/{other}' for other in near)}?" if near else ""
-        raise ValueError(f"torchvision has no model named {name!r}{hint}")
+        raise UserError(f"torchvision has no model named {name!r}{hint}")
     if channels != 3:
-        raise ValueError(f"torchvision's models take 3 channels, not {channels}; use --channels 3 or a timm model")
+        raise UserError(f"torchvision's models take 3 channels, not {channels}; use --channels 3 or a timm model")
     settings: dict[str, Any] = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
     if classes:
         settings["num_classes"] = classes
@@ -77,7 +80,7 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None, classes
             raise
         if not drop_path:
             return _from_torchvision(name, channels, None, classes)
-        raise ValueError(f"torchvision/{name} has no stochastic depth; use --drop-path 0") from error
+        raise UserError(f"torchvision/{name} has no stochastic depth; use --drop-path 0") from error
     return model
 
 
@@ -90,10 +93,10 @@ def factory_of(name: str) -> Callable[..., Any]:
     file, _, factory_name = name.rpartition(":")
     path = Path(file)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; --model path/to/file.py:factory names a function in a file")
+        raise UserError(f"{path} does not exist; --model path/to/file.py:factory names a function in a file")
     factory = getattr(_module_of(path), factory_name, None)
     if not callable(factory):
-        raise ValueError(f"{path} has no function named {factory_name!r}")
+        raise UserError(f"{path} has no function named {factory_name!r}")
     return cast(Callable[..., Any], factory)
 
 
@@ -109,7 +112,7 @@ def _module_of(path: Path) -> ModuleType:
         return sys.modules[name]
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is not a Python file")
+        raise UserError(f"{path} is not a Python file")
     module = importlib.util.module_from_spec(spec)
     module.__dict__["_written"] = written
     sys.modules[name] = module
@@ -130,5 +133,12 @@ def factory_settings(name: str, channels: int, classes: int | None = None) -> di
 def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
     encoder = factory_of(name)(**factory_settings(name, channels, classes))
     if not isinstance(encoder, nn.Module):
-        raise ValueError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
+        raise UserError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
     return encoder
+
+
+def own_module(model: Any) -> Any:
+    """A copy of a module of the user's, which is not changed."""
+    if model is not None and not isinstance(model, (str, nn.Module)):
+        raise UserError(f"model is a {type(model).__name__}; pass a name or a torch.nn.Module")
+    return copy.deepcopy(model) if isinstance(model, nn.Module) else model

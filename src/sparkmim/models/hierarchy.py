@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
+from sparkmim.errors import UserError
+
 MAX_MAPS = 4
 """The method decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
 
@@ -26,7 +28,7 @@ On the meta device, where nothing is computed, unless an operation of the networ
 _SHOWN_CANDIDATES = 12
 
 
-class NoHierarchy(ValueError):
+class NoHierarchy(UserError):
     """A network whose feature maps cannot be found, or do not divide the image."""
 
 
@@ -65,12 +67,12 @@ class Hierarchy(nn.Module):
     ) -> None:
         super().__init__()
         if isinstance(encoder, torch._dynamo.eval_frame.OptimizedModule):
-            raise ValueError("the encoder is wrapped by torch.compile; pass the module itself")
+            raise UserError("the encoder is wrapped by torch.compile; pass the module itself")
         if rank not in _PROBE_SIZES:
-            raise ValueError(f"images have 1, 2 or 3 spatial axes, not {rank}")
+            raise UserError(f"images have 1, 2 or 3 spatial axes, not {rank}")
         ranks = {len(module.kernel_size) for module in encoder.modules() if isinstance(module, _ConvNd)}
         if ranks and rank not in ranks:
-            raise ValueError(
+            raise UserError(
                 f"{type(encoder).__name__} convolves in {rank_of(encoder)}-D, but images of {rank} spatial axes were "
                 "asked for; give image_size one number per axis"
             )
@@ -88,7 +90,7 @@ class Hierarchy(nn.Module):
                 try:
                     self._find_maps((2, channels, *size))
                     return
-                except ValueError as refusal:
+                except UserError as refusal:
                     refusals.append(refusal)
             if not any("meta" in str(refusal).lower() for refusal in refusals):
                 break  # else an operation of the network cannot do without values
@@ -114,7 +116,7 @@ class Hierarchy(nn.Module):
             self._names = self._trace(shape)
         count = len(self._indices or self._names or ())
         if self._stages is not None and not 0 < self._stages <= count:
-            raise ValueError(f"stages is {self._stages}; {kind} has {count} to use, so it takes 1 to {count}")
+            raise UserError(f"stages is {self._stages}; {kind} has {count} to use, so it takes 1 to {count}")
         if self._indices is not None:
             self._indices = self._indices[: self._stages]
         if self._names is not None:
@@ -227,11 +229,11 @@ def _existing(encoder: nn.Module, names: Sequence[str]) -> list[str]:
     for name in names:
         if name not in known:
             near = difflib.get_close_matches(name, known, n=3) or known[:5]
-            raise ValueError(
+            raise UserError(
                 f"{type(encoder).__name__} has no module named {name!r} for feature_modules; there is {', '.join(near)}"
             )
     if not names:
-        raise ValueError("feature_modules is empty; name at least one module, or leave it out")
+        raise UserError("feature_modules is empty; name at least one module, or leave it out")
     return list(names)
 
 
@@ -280,7 +282,7 @@ def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
         raise
     except Exception as error:
         size = "×".join(map(str, shape[1:]))
-        raise ValueError(
+        raise UserError(
             f"{type(encoder).__name__} could not be run on an image of {size} to find its feature maps: {error}"
         ) from error
 

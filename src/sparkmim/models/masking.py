@@ -8,6 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparkmim.errors import UserError
+
 
 def visible_per_sample(grid: Sequence[int], mask_ratio: float) -> int:
     """How many patches of a sample stay visible: `round(patches · (1 - mask_ratio))`, at least 1, at most all but one.
@@ -17,11 +19,11 @@ def visible_per_sample(grid: Sequence[int], mask_ratio: float) -> int:
     """
     patches = int(torch.Size(grid).numel())
     if patches < 2:
-        raise ValueError(
+        raise UserError(
             f"a grid of {'×'.join(map(str, grid))} patches leaves nothing to hide; use images of at least two patches"
         )
     if not 0 < mask_ratio < 1:
-        raise ValueError(f"mask_ratio is {mask_ratio}; it must lie between 0 and 1, both excluded (the paper's is 0.6)")
+        raise UserError(f"mask_ratio is {mask_ratio}; it must lie between 0 and 1, both excluded (the paper's is 0.6)")
     return min(max(round(patches * (1 - mask_ratio)), 1), patches - 1)
 
 
@@ -55,7 +57,7 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
     if patch_size <= 0 or patch_size % stride:
         lower, upper = patch_size // stride * stride, (patch_size // stride + 1) * stride
         near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
-        raise ValueError(f"patch_size {patch_size} is no multiple of the encoder's stride {stride}; use {near}")
+        raise UserError(f"patch_size {patch_size} is no multiple of the encoder's stride {stride}; use {near}")
     if any(size <= 0 or size % patch_size for size in image_size):
         below = [size // patch_size * patch_size for size in image_size]
         above = [max(1, -(-size // patch_size)) * patch_size for size in image_size]
@@ -64,11 +66,11 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
         enough = math.prod(below) >= 2 * patch_size ** len(below)
         near = " or ".join("×".join(map(str, sizes)) for sizes in ([below, above] if enough else [above]))
         shown = "×".join(map(str, image_size))
-        raise ValueError(f"image_size {shown} is no multiple of the patch size {patch_size}; use {near}")
+        raise UserError(f"image_size {shown} is no multiple of the patch size {patch_size}; use {near}")
     grid = tuple(size // patch_size for size in image_size)
     if int(torch.Size(grid).numel()) < 2:
         shown = "×".join(map(str, image_size))
-        raise ValueError(
+        raise UserError(
             f"image_size {shown} holds a single patch of {patch_size}: nothing could be hidden; use images of "
             f"{2 * patch_size} or more"
             + (f", or a patch_size of {stride}" if patch_size > stride and min(image_size) >= 2 * stride else "")
@@ -83,7 +85,7 @@ def check_visible(visible: Tensor, batch_size: int, grid: Sequence[int]) -> None
         ValueError: if its shape or type is wrong, or it hides all or nothing of a sample.
     """
     if visible.dtype != torch.bool or list(visible.shape) != [batch_size, *grid]:
-        raise ValueError(
+        raise UserError(
             f"visible must be boolean of shape {[batch_size, *grid]}, not {visible.dtype} of {list(visible.shape)}"
         )
     counts = visible.flatten(1).sum(1).tolist()
@@ -91,4 +93,4 @@ def check_visible(visible: Tensor, batch_size: int, grid: Sequence[int]) -> None
     for sample, count in enumerate(counts):
         if count in (0, patches):
             what = "hides every patch" if count == 0 else "hides nothing"
-            raise ValueError(f"the mask of sample {sample} {what}; show between 1 and {patches - 1} patches")
+            raise UserError(f"the mask of sample {sample} {what}; show between 1 and {patches - 1} patches")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
 
+from sparkmim.errors import UserError
 from sparkmim.models.decoder import ChannelLayerNorm
 from sparkmim.models.hierarchy import Hierarchy
 from sparkmim.models.spark import encoder_norm
@@ -103,7 +104,7 @@ class PyramidBackbone(nn.Module):
         count = len(self.hierarchy.strides)
         if not 0 <= stages <= count:
             kind = type(self.encoder).__name__
-            raise ValueError(f"frozen_stages is {stages}; {kind} has {count} stages, so it takes 0 (none) to {count}")
+            raise UserError(f"frozen_stages is {stages}; {kind} has {count} stages, so it takes 0 (none) to {count}")
         if not stages:
             return
         others = set(self._hierarchy_of(self.encoder, stages=stages).unreached)
@@ -150,5 +151,5 @@ def norm_layer_of(norm: PyramidNorm) -> type[nn.Module] | None:
         ValueError: if there is no such norm.
     """
     if norm not in ("batch", "none"):
-        raise ValueError(f"there is no norm {norm!r} for pyramids and heads; choose batch or none")
+        raise UserError(f"there is no norm {norm!r} for pyramids and heads; choose batch or none")
     return RegionBatchNorm if norm == "batch" else None

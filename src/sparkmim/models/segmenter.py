@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sparkmim.errors import UserError
 from sparkmim.models.pyramid import WIDTH, PyramidBackbone, PyramidNorm
 
 _BRANCH_WIDTH = 128
@@ -75,7 +76,7 @@ def create_segmenter(
         ValueError: if the network has no hierarchy, or there are fewer than two classes.
     """
     if classes < 2:
-        raise ValueError(f"classes is {classes}; segmentation needs 2 or more, the background being one")
+        raise UserError(f"classes is {classes}; segmentation needs 2 or more, the background being one")
     return Segmenter(PyramidBackbone(encoder, channels, norm, False, image_size, feature_modules), classes)
 
 

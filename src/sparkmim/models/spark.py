@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from sparkmim.errors import UserError
 from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, initialise
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.hierarchy import Hierarchy, rank_of
@@ -95,7 +96,7 @@ class SparK(nn.Module):
     ) -> None:
         super().__init__()
         if decoder not in get_args(DecoderKind):
-            raise ValueError(f"there is no decoder {decoder!r}; choose spark or fcmae")
+            raise UserError(f"there is no decoder {decoder!r}; choose spark or fcmae")
         if isinstance(encoder, str):
             encoder = create_encoder(encoder, channels)
         size = (image_size,) * rank_of(encoder) if isinstance(image_size, int) else tuple(image_size)
@@ -147,7 +148,7 @@ class SparK(nn.Module):
         """Feature maps of the visible patches, shallow to deep, as packed tensors `[B, C_i, *(S / s_i)]`."""
         if list(images.shape[2:]) != list(self.image_size):
             expected, got = ("×".join(map(str, size)) for size in (self.image_size, images.shape[2:]))
-            raise ValueError(f"images are {got}, but this model was built for {expected}")
+            raise UserError(f"images are {got}, but this model was built for {expected}")
         check_visible(visible, images.shape[0], self.grid)
         packed = pack(images, PatchLayout(visible))
         with naming_modules(self.encoder):

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from sparkmim.errors import UserError
+
 Taps = tuple[tuple[int, ...], ...]
 """Per spatial axis, the offsets at which an operation reads, relative to `stride * output position`."""
 
@@ -36,15 +38,15 @@ class PatchLayout:
 
     def __init__(self, visible: Tensor) -> None:
         if visible.dtype != torch.bool:
-            raise ValueError(f"visible must be a boolean mask, not {visible.dtype}")
+            raise UserError(f"visible must be a boolean mask, not {visible.dtype}")
         if visible.ndim < 2:
-            raise ValueError(f"visible must have the shape [batch, *grid], not {list(visible.shape)}")
+            raise UserError(f"visible must have the shape [batch, *grid], not {list(visible.shape)}")
         self.visible = visible
         self.batch_size = visible.shape[0]
         self.grid = tuple(visible.shape[1:])
         self.counts: tuple[int, ...] = tuple(visible.flatten(1).sum(1).tolist())
         if min(self.counts) == 0:
-            raise ValueError(f"sample {self.counts.index(0)} has no visible patch; show at least one")
+            raise UserError(f"sample {self.counts.index(0)} has no visible patch; show at least one")
         index = visible.nonzero()  # [n, 1 + rank], sorted by sample
         self.num_visible = index.shape[0]
         self.sample = index[:, 0]  # [n]

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
 
+from sparkmim.errors import UserError
 from sparkmim.sparse.layout import PatchLayout
 
 Rule = Callable[..., Any]
@@ -33,7 +34,7 @@ PENDING: set[str] = set()
 """Names of the rules that know what to do with a `PendingTensor`."""
 
 
-class UnsupportedOperation(RuntimeError):
+class UnsupportedOperation(UserError, RuntimeError):
     """An operation that has no exact meaning on visible patches alone, or no rule yet."""
 
 
@@ -302,7 +303,7 @@ def pack(dense: Tensor, patches: PatchLayout) -> PackedTensor:
     expected = [patches.batch_size, dense.shape[1] if dense.ndim > 1 else 0]
     fits = dense.ndim == 2 + patches.rank and list(dense.shape[:2]) == expected
     if not fits or any(size % cells for size, cells in zip(dense.shape[2:], patches.grid, strict=True)):
-        raise ValueError(
+        raise UserError(
             f"a map of shape {list(dense.shape)} does not divide into {patches.batch_size} samples of "
             f"{'×'.join(map(str, patches.grid))} patches"
         )
@@ -324,7 +325,7 @@ def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
     if isinstance(x, PendingTensor):
         raise UnsupportedOperation("unpack of a masked map that was padded: a convolution or pooling must follow")
     if x.axes != tuple(range(2, 2 + x.patches.rank)) or x.dim() != 2 + x.patches.rank:
-        raise ValueError(f"unpack needs a map in the order [B, C, *S], not {list(x.shape)} with *S at axes {x.axes}")
+        raise UserError(f"unpack needs a map in the order [B, C, *S], not {list(x.shape)} with *S at axes {x.axes}")
     with DisableTorchFunctionSubclass():
         dense: Tensor = _Unpack.apply(x.values, x.patches).movedim(-1, 1)
         if fill is None:

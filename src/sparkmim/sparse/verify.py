@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from sparkmim.errors import UserError
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
 from sparkmim.sparse.packed import PackedTensor, PendingTensor, UnsupportedOperation, naming_modules, pack, unpack
@@ -112,7 +113,7 @@ def _check_runs(network: nn.Module, images: Tensor) -> None:
             network(images)
     except Exception as error:
         size = "×".join(map(str, images.shape[2:]))
-        raise ValueError(
+        raise UserError(
             f"the network does not run on images of {size}: {error}; give an image_size it takes"
         ) from error
 

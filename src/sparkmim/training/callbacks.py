@@ -20,9 +20,9 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 
 from sparkmim.data import SkipLog
-from sparkmim.training.module import NonFiniteLoss, PretrainModule, ScheduledModule
-from sparkmim.training.run import PICTURES, RunFolder
-from sparkmim.visualize import reconstruction_grid
+from sparkmim.drawing.pixels import reconstruction_grid
+from sparkmim.runs.folder import PICTURES, RunFolder
+from sparkmim.training.modules import NonFiniteLoss, PretrainModule, ScheduledModule
 
 log = logging.getLogger("sparkmim")
 

@@ -13,7 +13,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparkmim.commands import DetectResult
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD, TargetDataset
 from sparkmim.data.coco import (
     CocoFiles,
@@ -25,19 +24,22 @@ from sparkmim.data.coco import (
 )
 from sparkmim.data.detection import detection_resize, detection_transform
 from sparkmim.data.labelled import Part
+from sparkmim.data.loading import one_by_one
+from sparkmim.drawing.annotated import SURE, draw_detections
+from sparkmim.errors import UserError
 from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco, mask_at
-from sparkmim.evaluation.predict import own_module
+from sparkmim.interop import weights
+from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.models import create_encoder
 from sparkmim.models.detector import create_detector
-from sparkmim.training import downstream, weights
+from sparkmim.models.encoders import own_module
+from sparkmim.results import DetectResult
+from sparkmim.runs.folder import RunFolder
+from sparkmim.training import downstream
 from sparkmim.training.downstream import Scorer
-from sparkmim.training.loader import one_by_one
 from sparkmim.training.loop import Plan, begun, network_text, plan_for, settle_machine
-from sparkmim.training.module import DetectModule
+from sparkmim.training.modules import DetectModule
 from sparkmim.training.recipes import detect_recipe_named
-from sparkmim.training.run import RunFolder
-from sparkmim.training.weights import Weights, open_weights
-from sparkmim.visualize.annotated import SURE, draw_detections
 
 MAY_CHANGE = downstream.MAY_CHANGE | {"annotations", "val_annotations"}
 """Arguments that a resumed run may be given anew: they change no result."""
@@ -106,7 +108,7 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
     for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         settings[name] = list(settings[name] or usual)
         if len(settings[name]) != 3:
-            raise ValueError(f"{name} has {len(settings[name])} value(s); images for detection have 3 channels")
+            raise UserError(f"{name} has {len(settings[name])} value(s); images for detection have 3 channels")
     settle_machine(settings)
     downstream.check_ranges(settings, ("long_side", "eval_short_side", "regions"))
     return settings
@@ -253,7 +255,7 @@ def opened(settings: dict[str, Any]) -> tuple[Any, Weights, dict[str, Any], torc
     found, device, out = downstream.opened_for_use(settings, "detector")
     model: Any = found.detector(own_module(settings["model"])).to(device)
     if settings["masks"] and not found.metadata["masks"]:
-        raise ValueError(f"{found.path} finds boxes alone; leave out --masks")
+        raise UserError(f"{found.path} finds boxes alone; leave out --masks")
     settings = dict(settings)
     downstream.fill_from_weights(settings, found, ("mean", "std", "eval_short_side", "long_side"))
     settle_machine(settings)

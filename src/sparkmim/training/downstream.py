@@ -20,15 +20,16 @@ from torch.utils.data import Dataset
 
 from sparkmim.data import SkipLog, UnreadableImage, collate
 from sparkmim.data.labelled import PURPOSE, Part
-from sparkmim.evaluation.features import Preparation, device_named
-from sparkmim.evaluation.predict import images_source
+from sparkmim.data.source import images_source
+from sparkmim.errors import UserError
 from sparkmim.files import replacing
-from sparkmim.training import weights
+from sparkmim.interop import weights
+from sparkmim.interop.weights import Weights, open_weights
+from sparkmim.machine import device_named, is_main_process
+from sparkmim.runs.folder import RunFolder
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, StepCallback
-from sparkmim.training.loop import Plan, fit, is_main_process, say_end, say_settings
-from sparkmim.training.module import OptimizerSettings, ScheduledModule
-from sparkmim.training.run import RunFolder
-from sparkmim.training.weights import Weights, open_weights
+from sparkmim.training.loop import Plan, fit, say_end, say_settings
+from sparkmim.training.modules import OptimizerSettings, ScheduledModule
 
 log = logging.getLogger("sparkmim")
 
@@ -57,7 +58,7 @@ def fill_from_recipe(settings: dict[str, Any], recipe: Any, from_scratch: bool) 
     given = [name for name in lengths if settings[name] is not None]
     if len(given) == 2:
         both = " and ".join(f"{name} {settings[name]}" for name in given)
-        raise ValueError(f"{both} both say how long to train; give one, and null for the other")
+        raise UserError(f"{both} both say how long to train; give one, and null for the other")
     for field in fields(recipe):
         if settings.get(field.name) is None and not (given and field.name in lengths):
             settings[field.name] = getattr(recipe, field.name)
@@ -72,7 +73,7 @@ def fill_from_weights(settings: dict[str, Any], start: Weights | None, names: Se
     known = {} if start is None else start.metadata
     if settings["model"] is None:
         if start is None:
-            raise ValueError("no model given; --model names the network to train from scratch")
+            raise UserError("no model given; --model names the network to train from scratch")
         settings["model"] = start.model
     for name in names:
         if settings[name] is None:
@@ -91,14 +92,14 @@ def check_ranges(settings: dict[str, Any], above_zero: Sequence[str]) -> None:
     for name in ("batch_size", "learning_rate", "accumulate", "save_minutes", "log_every", "eval_every", "epochs",
                  "iterations", *above_zero):  # fmt: skip
         if settings[name] is not None and settings[name] <= 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be above 0")
+            raise UserError(f"{name} is {settings[name]}; it must be above 0")
     for name in ("weight_decay", "warmup_iterations", "clip_grad"):
         if settings[name] < 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be 0 or more")
+            raise UserError(f"{name} is {settings[name]}; it must be 0 or more")
     if not 0 < settings["layer_decay"] <= 1:
-        raise ValueError(f"layer_decay is {settings['layer_decay']}; it is a factor above 0, at most 1 (none)")
+        raise UserError(f"layer_decay is {settings['layer_decay']}; it is a factor above 0, at most 1 (none)")
     if not 0 <= settings["ema"] < 1:
-        raise ValueError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
+        raise UserError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
 
 
 F = TypeVar("F", bound=NamedTuple)
@@ -127,13 +128,13 @@ def parts_named(
         named = settings[first], settings[second]
         if any(named):
             if not all(named):
-                raise ValueError(f"{first} and {second} go together; give both, or neither")
+                raise UserError(f"{first} and {second} go together; give both, or neither")
             parts.append(kind(Path(named[0]), Path(named[1])))
         elif settings["data"] is not None:
             parts.append(find(settings["data"], part))
         else:
             first, second = (name.replace("_", "-") for name in (first, second))
-            raise ValueError(
+            raise UserError(
                 f"there are no images to {PURPOSE[part]}; name them as --{first} and --{second}, or the folder of "
                 "both parts as --data"
             )
@@ -350,10 +351,10 @@ def opened_for_use(settings: dict[str, Any], what: str) -> tuple[Weights, torch.
         ValueError: if there are none, or something stands in the folder.
     """
     if settings["weights"] == "none":
-        raise ValueError(f"no weights given; --weights names the run folder or the weight file of a {what}")
+        raise UserError(f"no weights given; --weights names the run folder or the weight file of a {what}")
     out = Path(settings["out"])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} is not empty; choose another --out")
+        raise UserError(f"{out} is not empty; choose another --out")
     return open_weights(settings["weights"]), device_named(settings["accelerator"]), out
 
 
@@ -377,7 +378,7 @@ def images_read(console: Console, images: Any, known: Mapping[str, Any]) -> Iter
     Raises:
         ValueError: if none can be read.
     """
-    source = images_source(images, Preparation((1, 1), known["channels"], known["mean"], known["std"], None))
+    source = images_source(images, known["channels"], 2)
     unreadable = 0
     for number, item in enumerate(source.items, 1):
         try:
@@ -390,4 +391,4 @@ def images_read(console: Console, images: Any, known: Mapping[str, Any]) -> Iter
             image = torch.from_numpy(np.array(image, dtype=np.float32))
         yield f"{number:05d}-{Path(str(item)).stem}", str(item), image
     if unreadable == len(source.items):
-        raise ValueError(f"none of the {unreadable} images can be read")
+        raise UserError(f"none of the {unreadable} images can be read")

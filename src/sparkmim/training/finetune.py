@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from sparkmim.commands import FinetuneResult
 from sparkmim.data import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -26,27 +25,20 @@ from sparkmim.data import (
 )
 from sparkmim.data.arrays import WholeArray, array_transform, to_array
 from sparkmim.data.labelled import Labelled, few_of
+from sparkmim.drawing.confusion import draw_confusion
+from sparkmim.errors import UserError
+from sparkmim.interop import weights
+from sparkmim.interop.weights import Weights, open_weights
+from sparkmim.machine import is_main_process
 from sparkmim.models import PooledClassifier, create_classifier
 from sparkmim.models.classifier import encoder_of
-from sparkmim.training import weights
+from sparkmim.results import FinetuneResult
+from sparkmim.runs.folder import RunFolder
 from sparkmim.training.callbacks import Ema, Keeper, Monitor
-from sparkmim.training.loop import (
-    Plan,
-    begun,
-    fit,
-    is_main_process,
-    network_text,
-    plan_for,
-    say_end,
-    say_settings,
-    settle_machine,
-)
-from sparkmim.training.module import ClassifyModule, OptimizerSettings
+from sparkmim.training.loop import Plan, begun, fit, network_text, plan_for, say_end, say_settings, settle_machine
+from sparkmim.training.modules import ClassifyModule, OptimizerSettings
 from sparkmim.training.recipes import FinetuneRecipe, finetune_recipe_named
-from sparkmim.training.run import RunFolder
 from sparkmim.training.validation import Scores, Validator
-from sparkmim.training.weights import Weights, open_weights
-from sparkmim.visualize.confusion import draw_confusion
 
 log = logging.getLogger("sparkmim")
 
@@ -73,7 +65,7 @@ def run_finetuning(settings: dict[str, Any], given: Set[str], callbacks: Sequenc
     settings = in_force(settings, start)
     train, val = open_labelled(settings["data"], settings["val_data"], settings["val_split"], settings["seed"])
     if val is None:
-        raise ValueError(
+        raise UserError(
             "there are no validation images; put them in a folder val/ beside train/, or set some apart with "
             "--val-split 0.2"
         )
@@ -187,7 +179,7 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
     known = {} if start is None else start.metadata
     if settings["model"] is None:
         if start is None:
-            raise ValueError("no model given; --model names the network to train from scratch")
+            raise UserError("no model given; --model names the network to train from scratch")
         settings["model"] = start.model
     for name, otherwise in (("channels", 3), ("image_size", 224), ("feature_modules", None)):
         if settings[name] is None:
@@ -199,28 +191,28 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
         default = [sum(usual) / 3] * settings["channels"] if grey else list(usual)
         settings[name] = list(settings[name] or known.get(name) or default)
         if len(settings[name]) != settings["channels"]:
-            raise ValueError(f"{name} has {len(settings[name])} value(s) for {settings['channels']} channel(s)")
+            raise UserError(f"{name} has {len(settings[name])} value(s) for {settings['channels']} channel(s)")
     settle_machine(settings)
     for name in ("out", "weights", "data", "val_data"):
         if isinstance(settings[name], Path):
             settings[name] = str(settings[name])
     for name in ("epochs", "batch_size", "learning_rate", "accumulate", "save_minutes", "log_every", "eval_every"):
         if settings[name] <= 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be above 0")
+            raise UserError(f"{name} is {settings[name]}; it must be above 0")
     for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "clip_grad"):
         if settings[name] < 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be 0 or more")
+            raise UserError(f"{name} is {settings[name]}; it must be 0 or more")
     for name in ("smoothing", "ema"):
         if not 0 <= settings[name] < 1:
-            raise ValueError(f"{name} is {settings[name]}; it must be 0 or more, and below 1")
+            raise UserError(f"{name} is {settings[name]}; it must be 0 or more, and below 1")
     if not 0 < settings["layer_decay"] <= 1:
-        raise ValueError(f"layer_decay is {settings['layer_decay']}; it is a factor above 0, at most 1 (none)")
+        raise UserError(f"layer_decay is {settings['layer_decay']}; it is a factor above 0, at most 1 (none)")
     if settings["optimizer"] not in ("lamb", "adamw"):
-        raise ValueError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
+        raise UserError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
     if settings["repeats"] < 1:
-        raise ValueError(f"repeats is {settings['repeats']}; it must be 1 (none) or more")
+        raise UserError(f"repeats is {settings['repeats']}; it must be 1 (none) or more")
     if settings["freeze"] and start is None and not settings["resume"]:
-        raise ValueError("freeze trains the head alone, so it needs --weights; a random network has nothing to keep")
+        raise UserError("freeze trains the head alone, so it needs --weights; a random network has nothing to keep")
     return settings
 
 

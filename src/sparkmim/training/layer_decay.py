@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from sparkmim.errors import UserError
 from sparkmim.models.classifier import ENCODER_PREFIX, PooledClassifier, head_of
 from sparkmim.models.pyramid import PyramidBackbone
 
@@ -67,7 +68,7 @@ def detector_layer_decay_exponents(model: nn.Module) -> dict[str, int]:
     """
     backbone = getattr(model, "backbone", None)
     if not isinstance(backbone, PyramidBackbone):
-        raise ValueError(f"{type(model).__name__} has no PyramidBackbone; build it with create_detector")
+        raise UserError(f"{type(model).__name__} has no PyramidBackbone; build it with create_detector")
     unreached = set(backbone.hierarchy.unreached)
     inner = _of_paper(backbone.encoder) or _of_encoder(backbone.encoder, backbone.hierarchy.unreached)
     exponents = {f"backbone.encoder.{name}": exponent for name, exponent in inner.items() if name not in unreached}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import logging
 import os
-import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,17 +16,19 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
-from timm.layers.norm_act import BatchNormAct2d, SyncBatchNormAct
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from sparkmim.data import SkipLog, collate
-from sparkmim.models.pyramid import RegionBatchNorm
-from sparkmim.training.loader import StepBatchSampler, make_loader
-from sparkmim.training.module import ScheduledModule
-from sparkmim.training.run import RunFolder, environment, log_to
-from sparkmim.visualize.report import renew_report
+from sparkmim.data.loading import make_loader
+from sparkmim.data.samplers import StepBatchSampler
+from sparkmim.errors import UserError
+from sparkmim.machine import has_bfloat16, is_main_process, keep_freed_memory
+from sparkmim.runs.environment import environment
+from sparkmim.runs.folder import RunFolder, log_to
+from sparkmim.runs.report import renew_report
+from sparkmim.training.batch_norm import synchronised_batch_norm
+from sparkmim.training.modules import ScheduledModule
 
 log = logging.getLogger("sparkmim")
 
@@ -54,12 +54,6 @@ class Plan:
     steps: int
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks for all; known before any of them is started."""
-    ranks = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK")
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
-
-
 def settle_machine(settings: dict[str, Any]) -> None:
     """Fills what was left to the machine: `accelerator`, `precision`, `workers`."""
     if settings["accelerator"] == "auto":
@@ -70,27 +64,6 @@ def settle_machine(settings: dict[str, Any]) -> None:
         settings["workers"] = max(1, (os.cpu_count() or 2) - 1) if settings["accelerator"] == "cuda" else 2
     if settings["accelerator"] == "cpu":
         keep_freed_memory()
-
-
-def keep_freed_memory() -> None:
-    """Has glibc's allocator keep what is freed for the next step, instead of giving it back to the system.
-
-    A training step frees and asks for the same hundreds of megabytes again; each time, the kernel has to clear them
-    page by page. Does nothing where the C library is another, or its allocator was replaced.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        arenas, mapped, trim, pad = -8, -4, -1, -2  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-        for option, value in ((arenas, 1), (mapped, 0), (trim, 2**31 - 1), (pad, 64 * 2**20)):
-            mallopt(option, value)
-
-
-def has_bfloat16(accelerator: str) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself."""
-    if accelerator == "cuda":
-        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return accelerator == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
 def plan_for(settings: dict[str, Any], batch_is_free: bool, images: int) -> Plan:
@@ -114,9 +87,9 @@ def batch_size_for(size: int, free: bool, images: int, world_size: int, parts: i
     if free:
         size = max(1, min(size, images) // unit) * unit
     if size > images:
-        raise ValueError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
+        raise UserError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
     if size % unit:
-        raise ValueError(
+        raise UserError(
             f"batch_size {size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
             f"use {max(1, size // unit) * unit}"
         )
@@ -143,7 +116,7 @@ def begun(settings: dict[str, Any], given: Set[str], folder: RunFolder, may_chan
     if settings["resume"]:
         settings = resumed(settings, given, folder.read_config(), may_change)
         if not folder.checkpoint.is_file():
-            raise ValueError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
+            raise UserError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
     elif is_main_process():
         folder.check_new()
     return settings
@@ -161,9 +134,9 @@ def resumed(settings: dict[str, Any], given: Set[str], saved: dict[str, Any], ma
     clash = [name for name in settings if name in given - free and not _same(settings[name], saved.get(name))]
     if clash:
         shown = ", ".join(f"{name} is {saved.get(name)} there and {settings[name]} here" for name in clash)
-        raise ValueError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
+        raise UserError(f"the run in {settings['out']} has other settings: {shown}; leave them out to resume it")
     for name in sorted(objects - given):
-        raise ValueError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
+        raise UserError(f"the run in {settings['out']} was started from Python objects; pass {name} again to resume")
     saved = {name: value for name, value in saved.items() if name in settings}
     return {**saved, **{name: settings[name] for name in given & free}, "out": settings["out"], "resume": True}
 
@@ -252,39 +225,6 @@ def fit(
             log.removeHandler(handler)
             handler.close()
     return trainer
-
-
-@contextmanager
-def synchronised_batch_norm(module: nn.Module) -> Iterator[None]:
-    """Has BatchNorm compute its statistics over all processes, for as long as the context lasts.
-
-    Torch's own conversion makes plain `SyncBatchNorm` of every subclass, and so drops the activation that is part of
-    timm's. Here modules stay the same objects, whatever else refers to them. A subclass that computes in some other way
-    is left alone, and said to be.
-    """
-    changed: list[tuple[nn.Module, type[nn.Module]]] = []
-    others: set[str] = set()
-    for part in module.modules():
-        kind = type(part)
-        if not isinstance(part, _BatchNorm) or isinstance(part, nn.SyncBatchNorm):
-            continue
-        if kind.forward in (_BatchNorm.forward, RegionBatchNorm.forward):
-            synchronised: type[_BatchNorm] = nn.SyncBatchNorm
-        elif kind.forward is BatchNormAct2d.forward:
-            synchronised = SyncBatchNormAct
-        else:
-            others.add(kind.__name__)
-            continue
-        changed.append((part, kind))
-        part.__class__ = synchronised
-        part.process_group = None  # type: ignore[assignment]  # of all processes
-    if others:
-        log.warning("statistics of %s are not synchronised: each GPU computes its own", ", ".join(sorted(others)))
-    try:
-        yield
-    finally:
-        for part, kind in changed:
-            part.__class__ = kind
 
 
 def network_text(settings: dict[str, Any], model: nn.Module) -> str:

@@ -12,28 +12,20 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from sparkmim.commands import PretrainResult
 from sparkmim.data import PretrainDataset, SkipLog, array_transform, normalisation, pretrain_transform
+from sparkmim.data.source import Source, open_source
+from sparkmim.errors import UserError
+from sparkmim.interop import weights
+from sparkmim.interop.weights import open_weights
+from sparkmim.machine import is_main_process
 from sparkmim.models import SparK, create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, encoder_norm
-from sparkmim.training import weights
+from sparkmim.results import PretrainResult
+from sparkmim.runs.folder import RunFolder
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, Pictures
-from sparkmim.training.loop import (
-    Plan,
-    begun,
-    fit,
-    is_main_process,
-    millions,
-    plan_for,
-    say_end,
-    say_settings,
-    settle_machine,
-)
-from sparkmim.training.module import OptimizerSettings, PretrainModule
+from sparkmim.training.loop import Plan, begun, fit, millions, plan_for, say_end, say_settings, settle_machine
+from sparkmim.training.modules import OptimizerSettings, PretrainModule
 from sparkmim.training.recipes import PAPER_DROP_PATH, recipe_named
-from sparkmim.training.run import RunFolder
-from sparkmim.training.source import Source, open_source
-from sparkmim.training.weights import open_weights
 
 log = logging.getLogger("sparkmim")
 
@@ -149,30 +141,30 @@ def in_force(settings: dict[str, Any]) -> dict[str, Any]:
             settings[name] = str(settings[name])
     for name in ("epochs", "batch_size", "learning_rate", "accumulate", "save_minutes", "log_every"):
         if settings[name] <= 0:
-            raise ValueError(f"{name} is {settings[name]}; it must be above 0")
+            raise UserError(f"{name} is {settings[name]}; it must be above 0")
     if settings["clip_grad"] < 0:
-        raise ValueError(f"clip_grad is {settings['clip_grad']}; it must be 0 (none) or more")
+        raise UserError(f"clip_grad is {settings['clip_grad']}; it must be 0 (none) or more")
     if settings["optimizer"] not in ("lamb", "adamw"):
-        raise ValueError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
+        raise UserError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
     for name in ("mean", "std"):
         if settings[name] is not None and len(settings[name]) != settings["channels"]:
-            raise ValueError(
+            raise UserError(
                 f"{name} has {len(settings[name])} value(s) for {settings['channels']} channel(s); `sparkmim "
                 "statistics` measures them"
             )
     if settings["std"] is not None and min(settings["std"]) <= 0:
-        raise ValueError(f"std is {settings['std']}; all of its values must be above 0")
+        raise UserError(f"std is {settings['std']}; all of its values must be above 0")
     sizes = settings["image_size"]
     if not isinstance(sizes, int) and not 1 <= len(sizes) <= 3:
-        raise ValueError(f"image_size is {list(sizes)}; give one number, or one per axis: 1, 2 or 3 of them")
+        raise UserError(f"image_size is {list(sizes)}; give one number, or one per axis: 1, 2 or 3 of them")
     if settings["channels"] < 1:
-        raise ValueError(f"channels is {settings['channels']}; it must be above 0")
+        raise UserError(f"channels is {settings['channels']}; it must be above 0")
     if not 0 < settings["crop_scale"] <= 1:
-        raise ValueError(f"crop_scale is {settings['crop_scale']}; it is a share of the image, above 0 and at most 1")
+        raise UserError(f"crop_scale is {settings['crop_scale']}; it is a share of the image, above 0 and at most 1")
     if settings["flip"] is not None and not 0 <= settings["flip"] <= 1:
-        raise ValueError(f"flip is {settings['flip']}; it is a probability between 0 and 1")
+        raise UserError(f"flip is {settings['flip']}; it is a probability between 0 and 1")
     if not 0 <= settings["ema"] < 1:
-        raise ValueError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
+        raise UserError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
     return settings
 
 
@@ -182,7 +174,7 @@ def build_model(settings: dict[str, Any]) -> SparK:
     if isinstance(encoder, str):
         encoder = create_encoder(encoder, settings["channels"], settings["drop_path"])
     elif not isinstance(encoder, nn.Module):
-        raise ValueError(f"model is a {type(encoder).__name__}; pass a name or a torch.nn.Module")
+        raise UserError(f"model is a {type(encoder).__name__}; pass a name or a torch.nn.Module")
     if settings["beta2"] is None:
         settings["beta2"] = recipe_named(settings["recipe"]).beta2[encoder_norm(encoder)]
     model = SparK(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from sparkmim.data.detection import Crop
+from sparkmim.errors import UserError
 from sparkmim.models.decoder import NormKind
 from sparkmim.models.detector import BoxHead
 from sparkmim.models.pyramid import PyramidNorm
@@ -94,7 +95,7 @@ def recipe_named(name: str) -> Recipe:
         ValueError: if there is none of that name.
     """
     if name not in RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
     return RECIPES[name]
 
 
@@ -226,7 +227,7 @@ def finetune_recipe_named(name: str) -> FinetuneRecipe:
         ValueError: if there is none of that name.
     """
     if name not in FINETUNE_RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(FINETUNE_RECIPES)}")
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(FINETUNE_RECIPES)}")
     return FINETUNE_RECIPES[name]
 
 
@@ -354,7 +355,7 @@ def detect_recipe_named(name: str) -> DetectRecipe:
         ValueError: if there is none of that name.
     """
     if name not in DETECT_RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(DETECT_RECIPES)}")
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(DETECT_RECIPES)}")
     return DETECT_RECIPES[name]
 
 
@@ -445,5 +446,5 @@ def segment_recipe_named(name: str) -> SegmentRecipe:
         ValueError: if there is none of that name.
     """
     if name not in SEGMENT_RECIPES:
-        raise ValueError(f"there is no recipe {name!r}; choose one of {', '.join(SEGMENT_RECIPES)}")
+        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(SEGMENT_RECIPES)}")
     return SEGMENT_RECIPES[name]

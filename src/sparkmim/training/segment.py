@@ -12,7 +12,6 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparkmim.commands import SegmentResult
 from sparkmim.data import TargetDataset, normalisation
 from sparkmim.data.label_maps import (
     SegmentationFiles,
@@ -23,22 +22,25 @@ from sparkmim.data.label_maps import (
     read_class_names,
 )
 from sparkmim.data.labelled import Part
+from sparkmim.data.loading import one_by_one
 from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
-from sparkmim.evaluation.predict import own_module
+from sparkmim.data.source import Source
+from sparkmim.drawing.annotated import draw_classes, save_label_map, side_by_side, with_legend
+from sparkmim.drawing.pixels import Tones
+from sparkmim.errors import UserError
 from sparkmim.evaluation.segmentation import SegmentationScores, classes_at, evaluate_segmentation
+from sparkmim.interop import weights
+from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.models import create_encoder
+from sparkmim.models.encoders import own_module
 from sparkmim.models.segmenter import Segmenter, create_segmenter
-from sparkmim.training import downstream, weights
+from sparkmim.results import SegmentResult
+from sparkmim.runs.folder import RunFolder
+from sparkmim.training import downstream
 from sparkmim.training.downstream import Scorer
-from sparkmim.training.loader import one_by_one
 from sparkmim.training.loop import Plan, begun, network_text, plan_for, settle_machine
-from sparkmim.training.module import SegmentModule
+from sparkmim.training.modules import SegmentModule
 from sparkmim.training.recipes import segment_recipe_named
-from sparkmim.training.run import RunFolder
-from sparkmim.training.source import Source
-from sparkmim.training.weights import Weights, open_weights
-from sparkmim.visualize.annotated import draw_classes, save_label_map, side_by_side, with_legend
-from sparkmim.visualize.pictures import Tones
 
 MAY_CHANGE = downstream.MAY_CHANGE | {"labels", "val_labels", "classes"}
 """Arguments that a resumed run may be given anew: they change no result."""
@@ -103,7 +105,7 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
     settle_machine(settings)
     downstream.check_ranges(settings, ("channels", "short_side", "crop", "eval_short_side"))
     if settings["schedule"] not in ("cosine", "linear"):
-        raise ValueError(f"there is no schedule {settings['schedule']!r}; choose cosine or linear")
+        raise UserError(f"there is no schedule {settings['schedule']!r}; choose cosine or linear")
     return settings
 
 
@@ -124,7 +126,7 @@ def settle_colours(settings: dict[str, Any], train: SegmentationImages) -> None:
     for name in ("mean", "std"):
         settings[name] = list(settings[name])
         if len(settings[name]) != channels:
-            raise ValueError(f"{name} has {len(settings[name])} value(s) for {channels} channel(s)")
+            raise UserError(f"{name} has {len(settings[name])} value(s) for {channels} channel(s)")
 
 
 def open_parts(settings: dict[str, Any], wanted: Sequence[Part] = ("train", "val")) -> list[SegmentationImages]:
@@ -293,7 +295,7 @@ def score_segmenter(settings: dict[str, Any], console: Console) -> SegmentResult
     model, found, settings, device, out = opened(settings)
     names, known = class_names(settings), found.metadata["classes"]
     if names is not None and names != known:
-        raise ValueError(f"the data have other classes than {found.path}: {len(names)} and {len(known)} names, which "
+        raise UserError(f"the data have other classes than {found.path}: {len(names)} and {len(known)} names, which "
                          "must be the same, in the same order")  # fmt: skip
     (val,) = open_parts(settings, ("val",))
     maps = label_maps_of(model, val, range(len(val)), settings, device)

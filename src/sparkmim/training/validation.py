@@ -18,10 +18,11 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sparkmim.data import LabelledDataset, collate
+from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.errors import UnusableData
 from sparkmim.files import replacing
 from sparkmim.training.callbacks import Ema, StepCallback
-from sparkmim.training.loader import leave_signals_to_the_parent
-from sparkmim.training.module import ScheduledModule
+from sparkmim.training.modules import ScheduledModule
 
 log = logging.getLogger("sparkmim")
 
@@ -98,7 +99,7 @@ def score(
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     if not total[1]:
-        raise RuntimeError("none of the validation images could be read")
+        raise UnusableData("none of the validation images could be read")
     found = metrics.compute()
     confusion = found["confusion"].cpu()
     per_class = confusion.diagonal() / confusion.sum(1)

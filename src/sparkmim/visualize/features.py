@@ -11,14 +11,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.commands import FeaturesResult
-from sparkmim.evaluation.features import Preparation, check_stage, device_named, frozen_hierarchy
-from sparkmim.evaluation.predict import own_module
+from sparkmim.data.inference import Preparation
+from sparkmim.drawing.figures import (
+    QUIET,
+    axes_at,
+    check_picture,
+    new_figure,
+    shortened,
+    show_picture,
+    tile_size,
+    write_at,
+    write_picture,
+)
+from sparkmim.drawing.pixels import middle_slice
+from sparkmim.errors import UserError
+from sparkmim.evaluation.features import check_stage, frozen_hierarchy
+from sparkmim.interop.weights import open_weights
+from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy
-from sparkmim.training.weights import open_weights
-from sparkmim.visualize.pictures import check_picture, middle_slice, new_figure, show_picture, write_picture
-from sparkmim.visualize.shown import read_shown
-from sparkmim.visualize.tiles import QUIET, axes_at, shortened, tile_size, write_at
+from sparkmim.models.encoders import own_module
+from sparkmim.results import FeaturesResult
+from sparkmim.visualize.inputs import read_shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -46,7 +59,7 @@ def run_features(settings: Mapping[str, Any]) -> FeaturesResult:
     out = check_picture(settings["out"], settings["overwrite"])
     device = device_named(settings["accelerator"])
     weights = open_weights(settings["weights"])
-    preparation = Preparation.of(weights, settings["image_size"], crop=1.0)
+    preparation = weights.preparation(settings["image_size"], crop=1.0)
     check_pictured(preparation, weights.path)
     hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
     stages = _stages(settings["stages"], hierarchy, weights.path)
@@ -63,7 +76,7 @@ def run_features(settings: Mapping[str, Any]) -> FeaturesResult:
         of_stage = torch.cat(found.pop(stage))
         check_finite(of_stage, stage, weights.path)
         colours[stage], explained[stage] = as_colours(of_stage)
-    result = FeaturesResult(shown.names, shown.pixels, colours, explained, shown.unreadable, out)
+    result = FeaturesResult(shown.names, shown.pixels, colours, explained, shown.unreadable, draw_features, out)
     if out is not None:
         write_picture(draw_features(result), out)
     return result
@@ -74,7 +87,7 @@ def _stages(given: Sequence[int] | None, hierarchy: Hierarchy, path: Path) -> li
     if given is None:
         return list(range(1, len(hierarchy.strides) + 1))
     if not given:
-        raise ValueError("stages is empty; name at least one, such as [1, 4], or leave it out for all")
+        raise UserError("stages is empty; name at least one, such as [1, 4], or leave it out for all")
     return sorted({check_stage(stage, hierarchy, str(path)) for stage in given})
 
 
@@ -85,7 +98,7 @@ def check_pictured(preparation: Preparation, path: Path) -> None:
         ValueError: if the network takes them.
     """
     if len(preparation.image_size) == 1:
-        raise ValueError(f"{path} is of a network for signals, which are no pictures; `sparkmim embed` writes features")
+        raise UserError(f"{path} is of a network for signals, which are no pictures; `sparkmim embed` writes features")
 
 
 def check_finite(features: Tensor, stage: int, path: Path) -> None:
@@ -95,7 +108,7 @@ def check_finite(features: Tensor, stage: int, path: Path) -> None:
         ValueError: if any is infinite or not a number.
     """
     if not bool(torch.isfinite(features).all()):
-        raise ValueError(f"stage {stage} of {path} gives values that are not finite; take weights that did not diverge")
+        raise UserError(f"stage {stage} of {path} gives values that are not finite; take weights that did not diverge")
 
 
 # Principal components

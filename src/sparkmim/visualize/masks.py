@@ -11,7 +11,8 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-from sparkmim.data.sources import SUFFIXES
+from sparkmim.data.discovery import SUFFIXES
+from sparkmim.errors import UserError
 
 _VISIBLE, _HIDDEN = "xX1#", ".0-_"
 
@@ -45,7 +46,7 @@ def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
         return mask_of_text(str(mask), grid)
     found = torch.as_tensor(mask).bool().cpu()
     if list(found.shape) != list(grid):
-        raise ValueError(f"the mask is of shape {list(found.shape)}, but there are {_times(grid)} patches")
+        raise UserError(f"the mask is of shape {list(found.shape)}, but there are {_times(grid)} patches")
     return _checked(found)
 
 
@@ -72,7 +73,7 @@ def patches_given(visible: Any, grid: Sequence[int]) -> Tensor:
     if isinstance(visible, str):
         words = visible.replace(";", " ").split()
         if not all(re.fullmatch(r"\d+(,\d+)*", word) for word in words):
-            raise ValueError(f"visible is {visible!r}; write the patches to show by row and column, such as '0,0 2,1'")
+            raise UserError(f"visible is {visible!r}; write the patches to show by row and column, such as '0,0 2,1'")
         places = [[int(number) for number in word.split(",")] for word in words]
     else:
         places = visible
@@ -80,7 +81,7 @@ def patches_given(visible: Any, grid: Sequence[int]) -> Tensor:
     for place in places:
         if len(place) != len(grid) or any(not 0 <= at < cells for at, cells in zip(place, grid, strict=True)):
             last = ",".join(str(cells - 1) for cells in grid)
-            raise ValueError(
+            raise UserError(
                 f"there is no patch {','.join(map(str, place))}; they run from {','.join('0' * len(grid))} to {last}"
             )
         found[tuple(place)] = True
@@ -103,14 +104,14 @@ def mask_of_text(text: str, grid: Sequence[int], name: str = "the mask") -> Tens
     wanted = int(torch.Size(grid[:-1]).numel())
     strange = sorted(set("".join(rows)) - set(_VISIBLE + _HIDDEN))
     if strange or not rows:
-        raise ValueError(
+        raise UserError(
             f"{name} holds {strange[0]!r}; write x for visible patches and . for hidden ones, a row per line"
             if strange
             else f"{name} is empty; write x for visible patches and . for hidden ones, a row per line"
         )
     if len(rows) != wanted or any(len(row) != grid[-1] for row in rows):
         widths = sorted({len(row) for row in rows})
-        raise ValueError(
+        raise UserError(
             f"{name} has {len(rows)} row(s) of {' or '.join(map(str, widths))} patch(es), but there are "
             f"{_times(grid)} patches"
         )
@@ -120,14 +121,14 @@ def mask_of_text(text: str, grid: Sequence[int], name: str = "the mask") -> Tens
 def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
     """Bright where visible: each patch by the average of its part of the picture."""
     if len(grid) != 2:
-        raise ValueError(f"{path} is a picture, but there are {_times(grid)} patches; write the mask as text")
+        raise UserError(f"{path} is a picture, but there are {_times(grid)} patches; write the mask as text")
     try:
         with Image.open(path) as picture:
             grey = picture.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
     except FileNotFoundError as error:
-        raise ValueError(f"there is no mask {path}") from error
+        raise UserError(f"there is no mask {path}") from error
     except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"the mask {path} cannot be read as a picture: {error}") from error
+        raise UserError(f"the mask {path} cannot be read as a picture: {error}") from error
     return torch.tensor(list(grey.tobytes())).view(tuple(grid)) > 127
 
 
@@ -135,14 +136,14 @@ def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"the mask {path} cannot be read: {error}") from error
+        raise UserError(f"the mask {path} cannot be read: {error}") from error
 
 
 def _checked(visible: Tensor) -> Tensor:
     count, patches = int(visible.sum()), visible.numel()
     if count in (0, patches):
         what = "hides every patch" if count == 0 else "hides nothing"
-        raise ValueError(f"the mask {what}; show between 1 and {patches - 1} of the {patches} patches")
+        raise UserError(f"the mask {what}; show between 1 and {patches - 1} of the {patches} patches")
     return visible
 
 

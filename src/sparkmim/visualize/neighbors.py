@@ -12,23 +12,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.commands import NeighborsResult
-from sparkmim.evaluation.features import (
-    Preparation,
-    check_stage,
-    device_named,
-    features_of,
-    frozen_hierarchy,
-    stage_features,
-    still_batches,
+from sparkmim.data.inference import Preparation, still_batches
+from sparkmim.data.source import Source, images_source
+from sparkmim.drawing.figures import (
+    ACCENT,
+    QUIET,
+    axes_at,
+    check_picture,
+    new_figure,
+    shortened,
+    show_picture,
+    tile_size,
+    write_at,
+    write_picture,
 )
-from sparkmim.evaluation.predict import images_source, own_module
-from sparkmim.training.source import Source
-from sparkmim.training.weights import open_weights
+from sparkmim.drawing.pixels import Tones, to_array
+from sparkmim.errors import UserError
+from sparkmim.evaluation.features import check_stage, features_of, frozen_hierarchy, stage_features
+from sparkmim.interop.weights import open_weights
+from sparkmim.machine import device_named
+from sparkmim.models.encoders import own_module
+from sparkmim.results import NeighborsResult
 from sparkmim.visualize.features import check_finite, check_pictured
-from sparkmim.visualize.pictures import ACCENT, Tones, check_picture, new_figure, show_picture, to_array, write_picture
-from sparkmim.visualize.shown import read_shown
-from sparkmim.visualize.tiles import QUIET, axes_at, shortened, tile_size, write_at
+from sparkmim.visualize.inputs import read_shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -56,14 +62,14 @@ def run_neighbors(settings: Mapping[str, Any]) -> NeighborsResult:
     out = check_picture(settings["out"], settings["overwrite"])
     k = settings["k"]
     if k < 1:
-        raise ValueError(f"k is {k}; it must be above 0")
+        raise UserError(f"k is {k}; it must be above 0")
     device = device_named(settings["accelerator"])
     weights = open_weights(settings["weights"])
-    preparation = Preparation.of(weights, settings["image_size"], settings["crop"])
+    preparation = weights.preparation(settings["image_size"], settings["crop"])
     check_pictured(preparation, weights.path)
-    source = images_source(settings["data"], preparation)
-    if images_source(settings["query"], preparation).arrays != source.arrays:
-        raise ValueError("one of query and data holds image files and the other arrays; give one kind")
+    source = images_source(settings["data"], preparation.channels, preparation.rank)
+    if images_source(settings["query"], preparation.channels, preparation.rank).arrays != source.arrays:
+        raise UserError("one of query and data holds image files and the other arrays; give one kind")
     hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
     stage = check_stage(settings["stage"], hierarchy, str(weights.path))
     if source.arrays and (preparation.mean is None or preparation.std is None):
@@ -86,7 +92,7 @@ def run_neighbors(settings: Mapping[str, Any]) -> NeighborsResult:
         queries = [f"query {name.removeprefix('item ')}" if name.startswith("item ") else name for name in queries]
     rows, similarities = _nearest(names, bank, queries, wanted, k)
     if not any(rows):
-        raise ValueError("data holds no other image than the query; name a folder with more")
+        raise UserError("data holds no other image than the query; name a folder with more")
     chosen = list(dict.fromkeys(row for of_query in rows for row in of_query))
     places = [int(found.places[row]) for row in chosen]
     pictures = {
@@ -95,7 +101,7 @@ def run_neighbors(settings: Mapping[str, Any]) -> NeighborsResult:
     }
     unreadable = list(dict.fromkeys([*asked.unreadable, *found.unreadable]))
     neighbors = [[names[row] for row in of_query] for of_query in rows]
-    result = NeighborsResult(queries, neighbors, similarities, pictures, stage, unreadable, out)
+    result = NeighborsResult(queries, neighbors, similarities, pictures, stage, unreadable, draw_neighbors, out)
     if out is not None:
         write_picture(draw_neighbors(result), out)
     return result
@@ -146,7 +152,7 @@ def _read_again(
     pictures: dict[str, Any] = {}
     for batch in still_batches(few, preparation, 64, 0, torch.device("cpu"), "reading"):
         for _, name, reason in batch.unreadable:
-            raise ValueError(f"{name} was read a moment ago, and cannot be read any more: {reason}")
+            raise UserError(f"{name} was read a moment ago, and cannot be read any more: {reason}")
         if batch.images is not None:
             read = [names[place] for place in batch.places]
             pictures.update(zip(read, to_array(tones(batch.images)), strict=True))

@@ -13,27 +13,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
-from sparkmim.commands import VanishingResult
-from sparkmim.evaluation.features import CROP, Preparation, device_named, frozen_hierarchy
-from sparkmim.evaluation.predict import own_module
-from sparkmim.models import Hierarchy, create_encoder, random_visible
-from sparkmim.models.hierarchy import rank_of
-from sparkmim.models.masking import patch_grid
-from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
-from sparkmim.training.weights import open_weights
-from sparkmim.visualize.pictures import (
+from sparkmim.data.inference import CROP, Preparation
+from sparkmim.drawing.figures import (
     ACCENT,
     CONTRAST,
-    Tones,
-    at_pixels,
     check_picture,
     new_figure,
     sample_photograph,
     show_picture,
-    to_array,
     write_picture,
 )
-from sparkmim.visualize.shown import read_shown
+from sparkmim.drawing.pixels import Tones, at_pixels, to_array
+from sparkmim.errors import UserError
+from sparkmim.evaluation.features import frozen_hierarchy
+from sparkmim.interop.weights import open_weights
+from sparkmim.machine import device_named
+from sparkmim.models import Hierarchy, create_encoder, random_visible
+from sparkmim.models.encoders import own_module
+from sparkmim.models.hierarchy import rank_of
+from sparkmim.models.masking import patch_grid
+from sparkmim.results import VanishingResult
+from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
+from sparkmim.visualize.inputs import read_shown
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -64,7 +65,7 @@ def run_explanation(settings: Mapping[str, Any]) -> VanishingResult:
         settings: its arguments, as given.
     """
     if settings["topic"] != "vanishing":
-        raise ValueError(f"topic is {settings['topic']!r}; the one there is, is vanishing")
+        raise UserError(f"topic is {settings['topic']!r}; the one there is, is vanishing")
     out = check_picture(settings["out"], settings["overwrite"])
     device = device_named(settings["accelerator"])
     seed, ratio = settings["seed"], settings["mask_ratio"]
@@ -75,7 +76,7 @@ def run_explanation(settings: Mapping[str, Any]) -> VanishingResult:
     images = settings["images"]
     if images is None:
         if preparation.channels not in (1, 3):
-            raise ValueError(f"{network} takes {preparation.channels} channels; name arrays of so many as --images")
+            raise UserError(f"{network} takes {preparation.channels} channels; name arrays of so many as --images")
         images = sample_photograph()
     shown = read_shown(images, preparation, MOST_IMAGES, device)
 
@@ -120,7 +121,7 @@ def _network(settings: Mapping[str, Any], device: torch.device) -> tuple[str, Hi
     model, size = own_module(settings["model"]), settings["image_size"]
     if settings["weights"] is not None:
         weights = open_weights(settings["weights"])
-        preparation = Preparation.of(weights, size, None)
+        preparation = weights.preparation(size, None)
         _check_axes(len(preparation.image_size), str(weights.path))
         name = model or weights.metadata.get("model") or "a network"
         of = f" with the weights of {Path(settings['weights']).resolve().name}"
@@ -147,7 +148,7 @@ def _short(model: str | nn.Module) -> str:
 
 def _check_axes(axes: int, name: str) -> None:
     if axes != 2:
-        raise ValueError(f"{name} is for {axes} spatial axes, but the vanishing mask is shown on images of two")
+        raise UserError(f"{name} is for {axes} spatial axes, but the vanishing mask is shown on images of two")
 
 
 # A mask under convolutions

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from sparkmim.sparse.gather import Geometry, gather_convolution, multiply_rows
-from sparkmim.sparse.images import image_convolution
 from sparkmim.sparse.packed import (
     PackedTensor,
     PendingTensor,
@@ -24,6 +23,7 @@ from sparkmim.sparse.packed import (
     to_rows,
 )
 from sparkmim.sparse.rules.reduction import sum_by_sample
+from sparkmim.sparse.windows import image_convolution
 
 _FEW_CHANNELS = 8
 """Up to this many input channels, rows are too short to gather: windows of the map go to the dense kernel."""

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.sparse.gather import Geometry
-from sparkmim.sparse.images import gather_windows
 from sparkmim.sparse.packed import (
     PackedTensor,
     PendingTensor,
@@ -25,6 +24,7 @@ from sparkmim.sparse.packed import (
 )
 from sparkmim.sparse.rules.convolution import geometry_of, per_axis
 from sparkmim.sparse.rules.reduction import over_samples
+from sparkmim.sparse.windows import gather_windows
 
 _MAX_POOLS: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

@@ -7,57 +7,12 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
-from sparkmim.data import EpochBatchSampler, UnreadableImage, collate
+from sparkmim.data import UnreadableImage, collate
+from sparkmim.data.samplers import StepBatchSampler
 
 log = logging.getLogger("sparkmim")
-
-
-class StepBatchSampler(Sampler[list[tuple[int, ...]]]):
-    """The batches of all epochs from the current step on, without an end.
-
-    Args:
-        samples: images in the data set.
-        batch_size: images per optimiser step, over all processes.
-        parts: batches that a step is split into on each process.
-        rank: of this process.
-        world_size: number of processes.
-        seed: of the order.
-        position: tells the optimiser step to start at, asked when iteration starts.
-        repeats: as for `EpochBatchSampler`.
-    """
-
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        parts: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        position: Callable[[], int],
-        repeats: int = 1,
-    ) -> None:
-        self.samples = samples
-        self.local_batch = batch_size // (parts * world_size)
-        self.parts = parts
-        self.rank, self.world_size = rank, world_size
-        self.seed = seed
-        self.position = position
-        self.repeats = repeats
-        self.steps_per_epoch = samples // batch_size
-
-    def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        epoch, step = divmod(self.position(), self.steps_per_epoch)
-        while True:
-            batches = EpochBatchSampler(
-                self.samples, self.local_batch, rank=self.rank, world_size=self.world_size, seed=self.seed,
-                epoch=epoch, start_step=step * self.parts, repeats=self.repeats,
-            )  # fmt: skip
-            for _, batch in zip(range((self.steps_per_epoch - step) * self.parts), batches, strict=False):
-                yield batch
-            epoch, step = epoch + 1, 0
 
 
 _GRACE_SECONDS = 20

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from sparkmim.data import ChannelStatistics, channel_statistics, to_array, to_image
-from sparkmim.data.arrays import MissingPackage
+from sparkmim.data.arrays import ARRAY_SUFFIXES, MissingPackage
 from sparkmim.data.decoding import UnreadableImage
-from sparkmim.data.sources import find_items
+from sparkmim.data.discovery import SUFFIXES, find_items
+from sparkmim.data.labelled import Labelled
+from sparkmim.errors import MissingPath, UserError
 
 _FIRST_LOOK = 200
 """Samples that mean and deviation are measured on when a run starts without them."""
@@ -54,7 +57,7 @@ def open_source(data: Any, channels: int, rank: int) -> Source:
         FileNotFoundError: if a path does not exist.
     """
     if data is None:
-        raise ValueError("no data given; --data names a folder of images or arrays, or a text file of paths")
+        raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
     if not isinstance(data, str):
         return Source(data, rank != 2 or channels not in (1, 3), channels, rank)
     paths, arrays = find_items(data, channels, rank)
@@ -72,13 +75,49 @@ def _look_at(path: str, source: Source) -> None:
         raise
     except UnreadableImage as error:
         if "is of shape" in error.reason:
-            raise ValueError(str(error)) from error
+            raise UserError(str(error)) from error
 
 
 def measure(data: Any, channels: int, rank: int, samples: int) -> ChannelStatistics:
     """What `sparkmim.statistics` does."""
     if rank not in (1, 2, 3):
-        raise ValueError(f"axes is {rank}; signals have 1, images 2, volumes 3")
+        raise UserError(f"axes is {rank}; signals have 1, images 2, volumes 3")
     if channels < 1 or samples < 1:
-        raise ValueError(f"channels is {channels} and samples {samples}; both must be above 0")
+        raise UserError(f"channels is {channels} and samples {samples}; both must be above 0")
     return open_source(data, channels, rank).statistics(samples)
+
+
+def images_source(images: Any, channels: int, rank: int) -> Source:
+    """What `images` stands for: as for pretraining, a single file, or a list of these.
+
+    Raises:
+        ValueError: if there is nothing to read.
+        FileNotFoundError: if a path does not exist.
+    """
+    if images is None:
+        raise UserError("no images given; --images names a folder, an image, or a text file of paths")
+    if isinstance(images, list) and images and all(isinstance(part, (str, Path)) for part in images):
+        parts = [images_source(part, channels, rank) for part in images]
+        if len({part.arrays for part in parts}) > 1:
+            raise UserError("some of the images are image files and some are arrays; give one kind at a time")
+        return Source([item for part in parts for item in part.items], parts[0].arrays, channels, rank)
+    if not isinstance(images, (str, Path)):
+        return open_source(images, channels, rank)
+    path = Path(images).expanduser().absolute()
+    if not path.exists():
+        raise MissingPath(f"there is no folder, image or text file {path}")
+    name = path.name.lower()
+    if path.is_file() and name.endswith((*SUFFIXES, *ARRAY_SUFFIXES)):
+        arrays = name.endswith(ARRAY_SUFFIXES)
+        if not arrays and (rank != 2 or channels not in (1, 3)):
+            raise UserError(f"{path} is an image file, but the network takes {channels} channels and {rank} axes")
+        return Source([str(path)], arrays, channels, rank)
+    return open_source(str(path), channels, rank)
+
+
+def labelled_source(images: Labelled, channels: int, rank: int) -> Source:
+    """How labelled items are read: as arrays where the network's channels or axes ask for it, or files are arrays."""
+    first = images.items[0] if isinstance(images.items, list) else None
+    of_arrays = isinstance(first, str) and first.lower().endswith(ARRAY_SUFFIXES)
+    arrays = rank != 2 or channels not in (1, 3) or of_arrays
+    return Source(images.items, arrays, channels, rank)

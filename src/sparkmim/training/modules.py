@@ -19,6 +19,7 @@ from torch.optim import AdamW, Optimizer
 
 from sparkmim.data import counted_seed
 from sparkmim.data.label_maps import IGNORED
+from sparkmim.errors import UserError
 from sparkmim.models import SparK
 from sparkmim.models.classifier import head_of
 from sparkmim.training import schedules
@@ -42,7 +43,7 @@ class OptimizerSettings:
     warmup: int
 
 
-class NonFiniteLoss(RuntimeError):
+class NonFiniteLoss(UserError, RuntimeError):
     """Training has diverged."""
 
 

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.status import Status
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES
+from sparkmim.errors import MissingPath, UserError
 
 log = logging.getLogger(__name__)
 
@@ -64,9 +65,9 @@ def find_images(
     if root.is_dir():
         return _find_in_folder(root, cache if cache is not None else _user_cache(), progress, suffixes)
     if not root.exists():
-        raise FileNotFoundError(f"there is no folder or text file {root}")
+        raise MissingPath(f"there is no folder or text file {root}")
     if root.name.lower().endswith(suffixes):
-        raise ValueError(f"{root} is a single image; give a folder of images, or a text file of paths")
+        raise UserError(f"{root} is a single image; give a folder of images, or a text file of paths")
     return _read_list(root)
 
 
@@ -85,7 +86,7 @@ def find_items(data: str | Path, channels: int, rank: int) -> tuple[list[str], b
     chosen = arrays if rank != 2 or channels not in (1, 3) or not images else images
     if not chosen:
         kind = f"{channels} channel(s)" if rank == 2 else {1: "signals", 3: "volumes"}[rank]
-        raise ValueError(
+        raise UserError(
             f"{data} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
             f"{', '.join(ARRAY_SUFFIXES)} files"
         )
@@ -96,14 +97,14 @@ def _read_list(file: Path) -> list[str]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is neither a folder of images nor a text file of paths") from error
+        raise UserError(f"{file} is neither a folder of images nor a text file of paths") from error
     paths = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]  # noqa: PTH118
     if not paths:
-        raise ValueError(f"{file} names no image; it should have one path per line")
+        raise UserError(f"{file} names no image; it should have one path per line")
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 (a million of them)
     if missing:
         what = f"{len(missing):,} of the {len(paths):,} files that {file} names do not exist"
-        raise FileNotFoundError(f"{what}; the first is {missing[0]}")
+        raise MissingPath(f"{what}; the first is {missing[0]}")
     return paths
 
 
@@ -146,7 +147,7 @@ def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str
         if status is not None:
             status.stop()
     if not paths:
-        raise ValueError(f"no images in {root}: looked for {', '.join(suffixes)} at any depth, found {_inside(root)}")
+        raise UserError(f"no images in {root}: looked for {', '.join(suffixes)} at any depth, found {_inside(root)}")
     if len(paths) > CACHE_ABOVE:
         settled = {folder: found for folder, found in listings.items() if found.mtime_ns < begun - _SETTLED_NS}
         if settled != known:

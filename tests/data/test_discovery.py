@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sparkmim.data import find_images, sources
+from sparkmim.data import discovery, find_images
 
 
 def touch(root: Path, *names: str) -> None:
@@ -37,14 +37,14 @@ def root(tmp_path: Path) -> Path:
 def listed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The folders that are really listed, by name; even small scans are remembered."""
     calls: list[str] = []
-    true_list = sources._list
+    true_list = discovery._list
 
-    def spy(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> sources.Listing:
+    def spy(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> discovery.Listing:
         calls.append(Path(folder).name)
         return true_list(folder, mtime_ns, suffixes)
 
-    monkeypatch.setattr(sources, "_list", spy)
-    monkeypatch.setattr(sources, "CACHE_ABOVE", 0)
+    monkeypatch.setattr(discovery, "_list", spy)
+    monkeypatch.setattr(discovery, "CACHE_ABOVE", 0)
     return calls
 
 
@@ -104,14 +104,14 @@ def test_unreadable_folder_is_left_out(
     root: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     touch(root, "a.jpg", "locked/b.jpg")
-    true_list = sources._list
+    true_list = discovery._list
 
-    def locked(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> sources.Listing:
+    def locked(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> discovery.Listing:
         if folder.endswith("locked"):
             raise PermissionError(13, "Permission denied")
         return true_list(folder, mtime_ns, suffixes)
 
-    monkeypatch.setattr(sources, "_list", locked)
+    monkeypatch.setattr(discovery, "_list", locked)
     assert find_images(root) == [str(root / "a.jpg")]
     assert "locked" in caplog.text
     assert "Permission denied" in caplog.text
@@ -211,9 +211,9 @@ def test_slow_scan_shows_a_count_on_stderr(
 ) -> None:
     touch(root, *(f"{name}/a.jpg" for name in "abc"))
     ticks = iter(range(10**9, 10**12, 10**9))
-    monkeypatch.setattr(sources.time, "time_ns", lambda: next(ticks))
+    monkeypatch.setattr(discovery.time, "time_ns", lambda: next(ticks))
     shown: list[str] = []
-    monkeypatch.setattr(sources.Status, "update", lambda self, text: shown.append(text))
+    monkeypatch.setattr(discovery.Status, "update", lambda self, text: shown.append(text))
     find_images(root, progress=False)
     assert shown == []
     find_images(root)

@@ -13,28 +13,18 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from torch import Tensor
 
-from sparkmim.commands import ReconstructResult
-from sparkmim.evaluation.features import Preparation, device_named
-from sparkmim.evaluation.predict import own_module
+from sparkmim.drawing.figures import ACCENT, CONTRAST, check_picture, new_figure, shortened, show_picture, write_picture
+from sparkmim.drawing.pixels import HIDDEN, at_pixels, middle_slice, to_array
+from sparkmim.errors import UserError
+from sparkmim.interop.weights import open_weights
+from sparkmim.machine import device_named
 from sparkmim.models import SparK
+from sparkmim.models.encoders import own_module
 from sparkmim.models.masking import random_visible
 from sparkmim.models.patches import from_patches, patch_statistics, to_patches
-from sparkmim.training.weights import open_weights
+from sparkmim.results import ReconstructResult
+from sparkmim.visualize.inputs import Shown, read_shown
 from sparkmim.visualize.masks import mask_given, patches_given
-from sparkmim.visualize.pictures import (
-    ACCENT,
-    CONTRAST,
-    HIDDEN,
-    at_pixels,
-    check_picture,
-    middle_slice,
-    new_figure,
-    show_picture,
-    to_array,
-    write_picture,
-)
-from sparkmim.visualize.shown import Shown, read_shown
-from sparkmim.visualize.tiles import shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -81,13 +71,13 @@ class Reconstructor:
         self.device = device_named(accelerator)
         opened = open_weights(weights)
         if opened.kind != "pretrained":
-            raise ValueError(
+            raise UserError(
                 f"{opened.path} holds {'a classifier' if opened.kind == 'classifier' else 'an encoder alone'}, and no "
                 "decoder to rebuild images with; give a run folder of `sparkmim pretrain`, its "
                 "weights/spark.safetensors, or an original *_withdecoder_* file"
             )
         self.path = opened.path
-        self.preparation = Preparation.of(opened, image_size, crop=1.0)
+        self.preparation = opened.preparation(image_size, crop=1.0)
         self.model: SparK = opened.spark(own_module(model), self.preparation.image_size).to(self.device)
 
     @property
@@ -125,11 +115,11 @@ def run_reconstruction(settings: Mapping[str, Any]) -> ReconstructResult:
     out = check_picture(settings["out"], settings["overwrite"])
     masks, given = settings["masks"], [name for name in ("mask", "visible") if settings[name] is not None]
     if masks < 1:
-        raise ValueError(f"masks is {masks}; it must be above 0")
+        raise UserError(f"masks is {masks}; it must be above 0")
     if len(given) == 2 or (given and (masks > 1 or settings["mask_ratio"] is not None)):
         others = [*given[1:], *(["masks"] if masks > 1 else []),
                   *(["mask_ratio"] if settings["mask_ratio"] is not None else [])]  # fmt: skip
-        raise ValueError(f"{given[0]} says what is hidden, and so does {others[0]}; give one of them")
+        raise UserError(f"{given[0]} says what is hidden, and so does {others[0]}; give one of them")
     reconstructor = Reconstructor(
         settings["weights"], settings["model"], settings["image_size"], settings["accelerator"]
     )
@@ -164,6 +154,7 @@ def run_reconstruction(settings: Mapping[str, Any]) -> ReconstructResult:
         visible=visible.numpy(),
         errors=np.stack([of_mask.errors.cpu().numpy() for of_mask in rebuilt], axis=1),
         unreadable=shown.unreadable,
+        draw=draw_reconstructions,
         out=out,
     )
     if out is not None:

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from sparkmim.errors import UserError
+
 
 @dataclass
 class Findings:
@@ -27,7 +29,7 @@ class Findings:
             lines = [f"{what} cannot be used as it is:", *(f"- {line}" for line in self.fatal)]
             if self.notes:
                 lines += ["and worth knowing:", *(f"- {line}" for line in self.notes)]
-            raise ValueError("\n".join(lines))
+            raise UserError("\n".join(lines))
         return self.notes
 
 

@@ -15,13 +15,15 @@ from typing import Any
 
 from PIL import Image
 
-import sparkmim
-from sparkmim.commands import EvaluationResult, Score
+from sparkmim._version import __version__
+from sparkmim.drawing.charts import Curve, Form, Line, draw_chart, running_mean
+from sparkmim.drawing.figures import ACCENT, CONTRAST
+from sparkmim.drawing.pixels import GAP
+from sparkmim.errors import UserError
 from sparkmim.files import replacing
-from sparkmim.training.run import RunFolder
-from sparkmim.visualize.charts import Form, Line, draw_chart, running_mean
-from sparkmim.visualize.pictures import ACCENT, CONTRAST, GAP
-from sparkmim.visualize.record import Curve, Picture, Record
+from sparkmim.results import EvaluationResult, Score
+from sparkmim.runs.folder import RunFolder
+from sparkmim.runs.run import Picture, Record
 
 log = logging.getLogger("sparkmim")
 
@@ -57,7 +59,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """
     path = RunFolder(run).report if out is None else Path(out)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise ValueError(f"out is {path}; it names a file that ends in .html")
+        raise UserError(f"out is {path}; it names a file that ends in .html")
     page = _page(Record.of(run))
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
@@ -111,7 +113,7 @@ def _page(record: Record) -> str:
 </header>
 <main>
 {"".join(sections)}</main>
-<footer>sparkmim {escape(sparkmim.__version__)} · run folder <code>{escape(str(record.folder.path))}</code></footer>
+<footer>sparkmim {escape(__version__)} · run folder <code>{escape(str(record.folder.path))}</code></footer>
 </body>
 </html>
 """
@@ -355,10 +357,8 @@ def _classes(accuracies: dict[str, float]) -> str:
 
 def _evaluation(found: dict[str, Any]) -> str:
     """The table that `sparkmim evaluate` shows, and what it is of."""
-    from sparkmim.evaluation.evaluate import table_of
-
     rows = [Score(**row) for row in found["rows"]]
-    table = table_of(EvaluationResult(found["protocol"], rows, found["classes"], [], None))
+    table = EvaluationResult(found["protocol"], rows, found["classes"], [], None).table()
     heads = [str(column.header) for column in table.columns]
     body = zip(*(map(str, column.cells) for column in table.columns), strict=True)
     images = found["images"]

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparkmim.interop.network import Network
+from sparkmim.errors import UserError
+from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.models import Hierarchy
 from sparkmim.models.classifier import PooledClassifier
 from sparkmim.models.hierarchy import rank_of
@@ -65,7 +66,7 @@ class Logits(nn.Module):
         return logits
 
 
-def write_onnx(network: Network, path: Path, image_size: int | Sequence[int] | None) -> float | None:
+def write_onnx(network: ExportableNetwork, path: Path, image_size: int | Sequence[int] | None) -> float | None:
     """Writes an ONNX file, and compares it with PyTorch if onnxruntime is installed.
 
     The input `images` `[batch, C, *S]` may have any batch. Of a classifier, the output is `logits` `[batch, classes]`;
@@ -78,10 +79,10 @@ def write_onnx(network: Network, path: Path, image_size: int | Sequence[int] | N
         ValueError: if a package is missing, the network cannot be written so, or differs.
     """
     if sum(tensor.nbytes for tensor in network.module.state_dict().values()) > _LARGEST:
-        raise ValueError(f"{network.called()} is larger than an ONNX file can be, 2 GB; export it as torch-export")
+        raise UserError(f"{network.called()} is larger than an ONNX file can be, 2 GB; export it as torch-export")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
-        raise ValueError(f"onnx needs the package {missing[0]}; install it with: pip install 'sparkmim[onnx]'")
+        raise UserError(f"onnx needs the package {missing[0]}; install it with: pip install 'sparkmim[onnx]'")
     program, names, size = _program_of(network, image_size)
     exported = _exported(network, program, size)
     model = torch.onnx.export(exported, dynamo=True, input_names=["images"], output_names=names, verbose=False)
@@ -98,7 +99,7 @@ def write_onnx(network: Network, path: Path, image_size: int | Sequence[int] | N
     return _difference(network, "onnx", program, images, found)
 
 
-def write_torch_export(network: Network, path: Path, image_size: int | Sequence[int] | None) -> float:
+def write_torch_export(network: ExportableNetwork, path: Path, image_size: int | Sequence[int] | None) -> float:
     """Writes a `torch.export` program, and compares what it computes when read again with the network.
 
     Input and outputs as of ONNX: logits, or a tuple of feature maps.
@@ -121,7 +122,7 @@ def write_torch_export(network: Network, path: Path, image_size: int | Sequence[
 
 
 def _program_of(
-    network: Network, image_size: int | Sequence[int] | None
+    network: ExportableNetwork, image_size: int | Sequence[int] | None
 ) -> tuple[nn.Module, list[str], tuple[int, ...]]:
     """What to write, the names of its outputs, and the size of its images."""
     known = network.weights.metadata
@@ -135,11 +136,11 @@ def _program_of(
     )
     if any(extent % hierarchy.stride for extent in size):
         shown = "×".join(map(str, size))
-        raise ValueError(f"image_size {shown} is not a multiple of the network's stride, {hierarchy.stride}; use one")
+        raise UserError(f"image_size {shown} is not a multiple of the network's stride, {hierarchy.stride}; use one")
     return FeatureMaps(hierarchy).eval(), [f"stride{stride}" for stride in hierarchy.strides], size
 
 
-def _exported(network: Network, program: nn.Module, size: Sequence[int]) -> torch.export.ExportedProgram:
+def _exported(network: ExportableNetwork, program: nn.Module, size: Sequence[int]) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=65535)
     try:
         with torch.no_grad():
@@ -148,13 +149,15 @@ def _exported(network: Network, program: nn.Module, size: Sequence[int]) -> torc
             )
     except Exception as error:  # torch has many kinds, for what it cannot trace
         reason = str(error).strip().partition("\n")[0]
-        raise ValueError(
+        raise UserError(
             f"torch.export cannot trace {network.called()} at {'×'.join(map(str, size))}: {reason}; give another "
             "image_size, or export its weights as timm"
         ) from error
 
 
-def _difference(network: Network, format: str, program: nn.Module, images: Tensor, found: Sequence[Tensor]) -> float:
+def _difference(
+    network: ExportableNetwork, format: str, program: nn.Module, images: Tensor, found: Sequence[Tensor]
+) -> float:
     with torch.no_grad():
         outputs = program(images)
     expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
@@ -163,17 +166,17 @@ def _difference(network: Network, format: str, program: nn.Module, images: Tenso
         difference = (one - other).abs().max().item()
         worst = max(worst, difference)
         if not difference <= TOLERANCE * max(1.0, one.abs().max().item()):  # not: NaN is no agreement
-            raise ValueError(
+            raise UserError(
                 f"{network.called()} as {format} differs from PyTorch by {difference:.1e}; export its weights as timm"
             )
     return worst
 
 
-def _images(network: Network, size: Sequence[int], batch: int) -> Tensor:
+def _images(network: ExportableNetwork, size: Sequence[int], batch: int) -> Tensor:
     return torch.randn(batch, network.weights.channels, *size, generator=torch.Generator().manual_seed(batch))
 
 
-def _metadata(network: Network, size: Sequence[int]) -> dict[str, str]:
+def _metadata(network: ExportableNetwork, size: Sequence[int]) -> dict[str, str]:
     known = network.weights.metadata
     said: dict[str, Any] = {"model": network.name, "image_size": list(size), "mean": known.get("mean"),
                             "std": known.get("std"), "classes": network.classes}  # fmt: skip

@@ -13,8 +13,9 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from sparkmim.errors import UserError
 from sparkmim.visualize.masks import mask_text
-from sparkmim.visualize.playground import Playground, Refused, Session, View, strip, to_bytes
+from sparkmim.visualize.playground_session import Playground, Refused, Session, View, strip, to_bytes
 
 UPLOAD = "64mb"
 """Largest file that a visitor can send."""
@@ -213,7 +214,7 @@ def serve(app: Any, host: str, port: int | None) -> None:
     except OSError as error:
         if port is None:
             raise
-        raise ValueError(f"port {port} of {host} cannot be listened at; choose another --port") from error
+        raise UserError(f"port {port} of {host} cannot be listened at; choose another --port") from error
     print(f"the playground is open at {address} ; Ctrl-C ends it", flush=True)
     try:
         app.block_thread()

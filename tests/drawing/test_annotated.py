@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from sparkmim.data.label_maps import IGNORED, read_values
-from sparkmim.visualize.annotated import class_colour, draw_classes, save_label_map, side_by_side, with_legend
+from sparkmim.drawing.annotated import class_colour, draw_classes, save_label_map, side_by_side, with_legend
 
 
 @pytest.mark.parametrize(("classes", "reduced", "mode"), [(256, False, "P"), (255, True, "P"), (256, True, "I;16"),

@@ -10,8 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from sparkmim.visualize.pictures import ACCENT, new_figure
-from sparkmim.visualize.record import Curve
+from sparkmim.drawing.figures import ACCENT, new_figure
 
 Form = Literal["number", "count", "share"]
 
@@ -27,6 +26,21 @@ _FEW = 30
 
 _STEPS = (1, 2, 2.5, 5, 10)
 """Between ticks, times a power of ten."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A scalar over the steps of a run.
+
+    Attributes:
+        steps: rising.
+        values: at these.
+        times: at which they were logged, in seconds since 1970.
+    """
+
+    steps: list[int]
+    values: list[float]
+    times: list[float]
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from sparkmim.data.label_maps import IGNORED
-from sparkmim.visualize.tiles import QUIET, shortened
+from sparkmim.drawing.figures import QUIET, shortened
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont

@@ -12,10 +12,13 @@ from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
-import sparkmim
+from sparkmim._version import __version__
+from sparkmim.data.inference import Preparation
+from sparkmim.errors import UserError
 from sparkmim.interop import official
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
+from sparkmim.models.detector import create_detector
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 
 ENCODER_FILE = "encoder.safetensors"
@@ -52,7 +55,7 @@ def write(module: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
     A kill in the middle leaves an old file of that name whole.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", "sparkmim": json.dumps({"version": sparkmim.__version__, **metadata})}
+    header = {"format": "pt", "sparkmim": json.dumps({"version": __version__, **metadata})}
     partial = path.with_suffix(".partial")
     partial.write_bytes(to_bytes(tensors_of(module), header))  # safetensors' own files are for their owner alone
     partial.replace(path)
@@ -102,7 +105,7 @@ class Weights:
         """
         name = self.metadata.get("model")
         if not name:
-            raise ValueError(f"{self.path} does not name its network; give it as --model (from Python, a module)")
+            raise UserError(f"{self.path} does not name its network; give it as --model (from Python, a module)")
         return str(name)
 
     @property
@@ -113,7 +116,7 @@ class Weights:
             ValueError: if these are no weights of a classifier.
         """
         if self.kind != "classifier":
-            raise ValueError(f"{self.path} holds no classifier; `sparkmim finetune` makes one from it")
+            raise UserError(f"{self.path} holds no classifier; `sparkmim finetune` makes one from it")
         return list(self.metadata["classes"])
 
     def encoder(self, model: str | nn.Module | None = None) -> nn.Module:
@@ -147,8 +150,6 @@ class Weights:
         Raises:
             ValueError: if these are no weights of a detector, they do not fit, or no name is known.
         """
-        from sparkmim.models.detector import create_detector
-
         encoder, known = self._encoder_within("detector", model), self.metadata
         detector = create_detector(
             encoder, len(known["classes"]), known["masks"], mean=known["mean"], std=known["std"],
@@ -175,7 +176,7 @@ class Weights:
         """The network, not loaded yet, on which to build what these weights are of."""
         if self.kind != kind:
             command = {"detector": "detect", "segmenter": "segment"}[kind]
-            raise ValueError(f"{self.path} holds no {kind}; `sparkmim {command}` makes one from it")
+            raise UserError(f"{self.path} holds no {kind}; `sparkmim {command}` makes one from it")
         return model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
 
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
@@ -207,6 +208,14 @@ class Weights:
     def channels(self) -> int:
         """Image channels."""
         return int(self.metadata.get("channels", 3))
+
+    def preparation(self, image_size: int | Sequence[int] | None = None, crop: float | None = None) -> Preparation:
+        """How images become the network's input: as in training, but for what is given instead.
+
+        Raises:
+            ValueError: if a size or the crop is out of range.
+        """
+        return Preparation.of(self.metadata, self.channels, image_size, crop)
 
     def load_into(self, model: SparK) -> None:
         """Loads a model: all of it, or its encoder if there is no more.
@@ -281,7 +290,7 @@ def open_weights(path: str | Path) -> Weights:
     if path.is_dir():
         path = _file_of_run(path)
     if not path.is_file():
-        raise ValueError(f"{path} does not exist; name a run folder or a weight file")
+        raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if path.suffix == ".safetensors":
         tensors, metadata = _read_safetensors(path)
     else:
@@ -308,7 +317,7 @@ def _file_of_run(folder: Path) -> Path:
         return max(best, key=lambda file: float(_read_metadata(file).get("top1", 0.0)))
     found.append(folder / "weights" / MODEL_FILE)
     if not found[0].is_file():
-        raise ValueError(f"{folder} is a folder without weights/{MODEL_FILE}; name a run folder or a weight file")
+        raise UserError(f"{folder} is a folder without weights/{MODEL_FILE}; name a run folder or a weight file")
     return found[0]
 
 
@@ -318,7 +327,7 @@ def _read_metadata(path: Path) -> dict[str, Any]:
             metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("sparkmim", "{}"))
             return metadata
     except Exception as error:
-        raise ValueError(f"{path} cannot be read as a safetensors file: {error}") from error
+        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -355,4 +364,4 @@ def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     except RuntimeError as error:
         lines = str(error).splitlines()
         detail = " ".join(line.strip() for line in lines[1:3])[:300]
-        raise ValueError(f"the weights in {path} do not fit this model: {detail}") from error
+        raise UserError(f"the weights in {path} do not fit this model: {detail}") from error

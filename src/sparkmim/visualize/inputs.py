@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from sparkmim.data import normalisation
-from sparkmim.evaluation.features import Preparation, still_batches
-from sparkmim.evaluation.predict import images_source
-from sparkmim.visualize.pictures import Tones, to_array
+from sparkmim.data.inference import Preparation, still_batches
+from sparkmim.data.source import images_source
+from sparkmim.drawing.pixels import Tones, to_array
+from sparkmim.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -46,8 +47,8 @@ def read_shown(images: Any, preparation: Preparation, limit: int, device: torch.
         FileNotFoundError: if a path does not exist.
     """
     if limit < 1:
-        raise ValueError(f"limit is {limit}; it must be above 0")
-    source = images_source(images, preparation)
+        raise UserError(f"limit is {limit}; it must be above 0")
+    source = images_source(images, preparation.channels, preparation.rank)
     preparation = preparation.settled(source)
     found: list[Tensor] = []
     names: list[str] = []
@@ -60,7 +61,7 @@ def read_shown(images: Any, preparation: Preparation, limit: int, device: torch.
         if len(names) >= limit:
             break
     if not found:
-        raise ValueError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
+        raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
     tones = tones_of(preparation, source.arrays)
     return Shown(torch.cat(found)[:limit], names[:limit], tones, unreadable, preparation)
 

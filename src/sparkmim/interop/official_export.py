@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
-from sparkmim.interop.network import Network, convnext_name, linear_weights, without_head
+from sparkmim.errors import UserError
+from sparkmim.interop.exportable import ExportableNetwork
+from sparkmim.interop.names import convnext_name, linear_weights, without_head
 from sparkmim.models import Hierarchy
 
 _CONVNEXT = {"conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
@@ -39,7 +41,7 @@ def original_name(name: str, maps: int = 4) -> str:
     return name.replace("decoder.head.", "dense_decoder.proj.")
 
 
-def original_file(network: Network) -> dict[str, Any]:
+def original_file(network: ExportableNetwork) -> dict[str, Any]:
     """The content of a `.pth` file.
 
     Of pretrained weights, encoder and decoder under `module`, with the keys beside it that the release has
@@ -60,7 +62,7 @@ def original_file(network: Network) -> dict[str, Any]:
     if known.get("decoder", "spark") != "spark" or len({*size}) != 1 or len(size) != 2 or (
         channels != 3 and not network.is_own
     ):  # fmt: skip
-        raise ValueError(
+        raise UserError(
             "the original SparK has one decoder, spark, and square images of 3 channels; export the encoder alone "
             "(its file encoder.safetensors)"
         )
@@ -68,7 +70,7 @@ def original_file(network: Network) -> dict[str, Any]:
     maps = sum(key.endswith(".mask_token") for key in tensors)
     blocks = len({key.split(".")[2] for key in tensors if key.startswith("decoder.blocks.")})
     if known.get("patch_size") not in (None, 2**blocks):
-        raise ValueError(
+        raise UserError(
             f"the original SparK hides patches of the network's stride, {2**blocks}, not of {known['patch_size']}; "
             "export the encoder alone (its file encoder.safetensors)"
         )
@@ -77,7 +79,7 @@ def original_file(network: Network) -> dict[str, Any]:
         known.get("stages")
         and (stride := Hierarchy(network.module, channels, image_size=size, feature_modules=names).stride) != 2**blocks
     ):
-        raise ValueError(
+        raise UserError(
             f"the original SparK rebuilds from the deepest map, at stride {stride}, but this was trained at stride "
             f"{2**blocks} (--stages); export the encoder alone (its file encoder.safetensors)"
         )
@@ -115,12 +117,12 @@ def original_file(network: Network) -> dict[str, Any]:
     }
 
 
-def _encoder(network: Network) -> tuple[str, dict[str, Tensor]]:
+def _encoder(network: ExportableNetwork) -> tuple[str, dict[str, Tensor]]:
     """The original's name of the network, and its tensors under the names that they have there."""
     if network.is_own:
         return network.factory, network.own_backbone()
     if network.family() is None or network.name.startswith("convnextv2"):
-        raise ValueError(
+        raise UserError(
             f"the original SparK takes ordinary ResNets and ConvNeXts (V1), and {network.called()} is neither; use "
             "timm, onnx or torch-export"
         )

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sparkmim.errors import UserError
+from sparkmim.files import new_file, replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -61,3 +67,60 @@ def shortened(name: str, most: int) -> str:
         return name
     end = (most - 1) // 2
     return f"{name[: most - 1 - end]}…{name[-end:]}"
+
+
+FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
+"""What the name of a picture may end in."""
+
+
+ACCENT = "#1f6f8b"
+
+
+CONTRAST = "#c8553d"
+"""The two colours of curves: ours, and what it is held against."""
+
+
+def sample_photograph() -> str:
+    """A photograph that comes with matplotlib: Grace Hopper, by the United States Navy, in the public domain."""
+    from matplotlib import get_data_path
+
+    return str(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg")
+
+
+def new_figure(width: float, height: float, **arguments: Any) -> Figure:
+    """An empty figure, `width` by `height` inches, that no window is opened for."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=120, **arguments)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def check_picture(out: str | Path | None, overwrite: bool) -> Path | None:
+    """Where a picture is to be written; asked before any work is done for it.
+
+    Raises:
+        ValueError: if its name does not end in a format's, or it is taken.
+    """
+    if out is None:
+        return None
+    if Path(out).suffix.lower() not in FORMATS:
+        raise UserError(f"out is {out}; the name of a picture ends in {', '.join(FORMATS)}")
+    return new_file(out, overwrite)
+
+
+def write_picture(figure: Figure, path: Path | None) -> None:
+    """Saves a figure in the format that `path` ends in, if there is one."""
+    if path is not None:
+        with replacing(path) as partial:
+            figure.savefig(partial)
+
+
+def show_picture(axes: Any, pixels: Any, title: str = "", note: str = "") -> None:
+    """Draws `[H, W, 3]` without axes; a title above, a note below."""
+    axes.imshow(np.clip(pixels, 0, 1), interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+    axes.set_title(title, fontsize=9)
+    axes.set_xlabel(note, fontsize=8, labelpad=2)

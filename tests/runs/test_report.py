@@ -26,9 +26,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 import sparkmim
 from sparkmim.cli import main
-from sparkmim.visualize.charts import Line, draw_chart, running_mean, thinned
-from sparkmim.visualize.record import PICTURES, Curve, Record, read_events
-from sparkmim.visualize.report import MOST_LINES, renew_report, write_report
+from sparkmim.drawing.charts import Curve, Line, draw_chart, running_mean, thinned
+from sparkmim.runs.report import MOST_LINES, renew_report, write_report
+from sparkmim.runs.run import PICTURES, Record, read_events
 
 SMALL: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "decoder_width": 16, "batch_size": 8, "epochs": 2, "warmup_epochs": 1,
@@ -446,7 +446,7 @@ def test_a_report_that_fails_leaves_the_run_whole(
     def fail(*_: Any) -> str:
         raise OSError("no space left")
 
-    monkeypatch.setattr("sparkmim.visualize.report._charts", fail)
+    monkeypatch.setattr("sparkmim.runs.report._charts", fail)
     result = sparkmim.pretrain(**SMALL, data=str(photos), model=network, out=tmp_path / "run")
     assert result.finished
     assert f"the report could not be written: no space left; try `sparkmim report {tmp_path / 'run'}`" in caplog.text

@@ -13,9 +13,9 @@ from torch import nn
 
 import sparkmim
 from sparkmim.cli import main
+from sparkmim.interop import weights
 from sparkmim.models.patches import reconstruction_loss
-from sparkmim.training import weights
-from sparkmim.visualize.reconstruction import Reconstructor
+from sparkmim.visualize.reconstruct import Reconstructor
 
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.25, 0.3]
 
@@ -59,7 +59,7 @@ def test_losses_are_those_of_training(run: Path, photos: Path) -> None:
     result = sparkmim.reconstruct(weights=run, images=str(photos), limit=2, seed=3)
     reconstructor = Reconstructor(run)
     transform = reconstructor.preparation.transform
-    from sparkmim.evaluation.predict import images_source
+    from sparkmim.data.source import images_source
 
     source = images_source(str(photos), reconstructor.preparation)
     images = torch.stack([transform(source)(source.read(item, item)) for item in source.items[:2]])

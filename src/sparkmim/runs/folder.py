@@ -4,18 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import platform
 from collections.abc import Mapping, Sequence
-from datetime import datetime
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
 import yaml
 
-import sparkmim
+from sparkmim.errors import UserError
 from sparkmim.files import replacing
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
@@ -67,11 +62,11 @@ class RunFolder:
             ValueError: naming what to do instead.
         """
         if self.config.is_file():
-            raise ValueError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
+            raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
         if self.path.is_dir() and any(self.path.iterdir()):
-            raise ValueError(f"{self.path} is not empty and holds no run; choose another --out")
+            raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
         if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"{self.path} is a file; --out names a folder")
+            raise UserError(f"{self.path} is a file; --out names a folder")
 
     def read_config(self) -> dict[str, Any]:
         """The settings of an existing run.
@@ -80,7 +75,7 @@ class RunFolder:
             ValueError: if there is no run.
         """
         if not self.config.is_file():
-            raise ValueError(f"{self.path} holds no run to resume; leave out --resume to start one there")
+            raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one there")
         text = self.config.read_text()
         settings: dict[str, Any] = yaml.safe_load(text)
         first = text.partition("\n")[0]
@@ -101,49 +96,6 @@ class RunFolder:
         before = json.loads(self.environment.read_text()) if resumed and self.environment.is_file() else []
         with replacing(self.environment) as partial:
             partial.write_text(json.dumps([*before, dict(found)], indent=1) + "\n")
-
-
-def environment(accelerator: str, processes: int) -> dict[str, Any]:
-    """The machine, the versions of what matters, and the time.
-
-    Args:
-        accelerator: cpu or cuda.
-        processes: in all; each uses as many threads as are named.
-
-    Returns:
-        what JSON takes; None for what cannot be found out.
-    """
-    cuda = accelerator == "cuda"
-    return {
-        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
-        "sparkmim": sparkmim.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        **{name: import_module(name).__version__ for name in ("torchvision", "timm", "lightning")},
-        "platform": platform.platform(),
-        "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
-        "memory_gib": _memory(),
-        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
-        "cuda": torch.version.cuda if cuda else None,
-        "processes": processes,
-    }
-
-
-def _cpu() -> str:
-    """The processor's name, which Linux tells in a file only."""
-    file = Path("/proc/cpuinfo")
-    lines = file.read_text().splitlines() if file.is_file() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
-def _memory() -> float | None:
-    """In GiB; None where the system has no such call, as Windows."""
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (AttributeError, ValueError, OSError):
-        return None
 
 
 def log_to(path: Path) -> tuple[logging.Logger, logging.Handler]:

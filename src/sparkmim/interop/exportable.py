@@ -11,9 +11,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparkmim.evaluation.predict import own_module
+from sparkmim.errors import UserError
+from sparkmim.interop.names import torchvision_name
+from sparkmim.interop.weights import Weights, open_weights, tensors_of
 from sparkmim.models.classifier import PooledClassifier, encoder_of
-from sparkmim.training.weights import Weights, open_weights, tensors_of
+from sparkmim.models.encoders import own_module
 
 Family = Literal["resnet", "convnext"]
 
@@ -26,12 +28,10 @@ IN_BOTH_LIBRARIES = frozenset({
 
 _PLAIN_RESNETS = {name for name in IN_BOTH_LIBRARIES if not name.startswith("convnext")} | {"resnet200"}
 _PLAIN_CONVNEXT = re.compile(r"convnext(v2)?_(atto|femto|pico|nano|tiny|small|base|large|xlarge|huge)")
-_HEAD = re.compile(r"(fc|head\.fc)\.")
-_BEHIND_MAPS = re.compile(r"(fc|head)\.")
 
 
 @dataclass(frozen=True)
-class Network:
+class ExportableNetwork:
     """A network with its weights.
 
     Attributes:
@@ -55,7 +55,7 @@ class Network:
         """The tensors of the user's network, under its own names, without what stands behind the last feature map."""
         return self.weights.without_unreached(encoder_of(self.module))
 
-    def own_alone(self) -> Network:
+    def own_alone(self) -> ExportableNetwork:
         """Without a classifier that was put behind the user's network."""
         if self.is_own and isinstance(self.module, PooledClassifier):
             return replace(self, module=self.module.encoder, classes=None)
@@ -85,20 +85,18 @@ class Network:
             return self.factory, tensors_of(self.module)
         base = self.name.removeprefix("torchvision/")
         if base == self.name and (not base or not timm.is_model(base)):
-            raise ValueError(
+            raise UserError(
                 f"{self.called()} is not known to be a network of timm; give its name there as model, or export it as "
                 "onnx or torch-export, which take any network"
             )
         if base != self.name and base not in IN_BOTH_LIBRARIES:
-            raise ValueError(
+            raise UserError(
                 f"timm computes no network as {self.name} does; export it as torchvision, onnx or torch-export"
             )
         with torch.device("meta"):
             target = timm.create_model(base, num_classes=len(self.classes or ()), in_chans=self.weights.channels)
         tensors = tensors_of(self.module)
         if base != self.name:
-            from sparkmim.interop.torchvision import torchvision_name
-
             given = tensors
             tensors = {
                 name: given[torchvision_name(name)].reshape(tensor.shape)
@@ -115,7 +113,7 @@ class Network:
         return "convnext" if _PLAIN_CONVNEXT.fullmatch(name) else None
 
 
-def open_network(path: str | Path, model: str | nn.Module | None = None) -> Network:
+def open_exportable(path: str | Path, model: str | nn.Module | None = None) -> ExportableNetwork:
     """Opens weights and builds their network.
 
     Args:
@@ -131,7 +129,7 @@ def open_network(path: str | Path, model: str | nn.Module | None = None) -> Netw
     name = str(name or weights.metadata.get("model") or "")
     if ".py:" not in name:
         name = name.partition(".")[0]  # resnet50.a1_in1k: the tag names weights
-    return Network(weights, name, module, weights.classes if weights.kind == "classifier" else None)
+    return ExportableNetwork(weights, name, module, weights.classes if weights.kind == "classifier" else None)
 
 
 def check_fit(target: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
@@ -140,44 +138,7 @@ def check_fit(target: nn.Module, tensors: Mapping[str, Tensor], what: str) -> No
     given = {name: tensor.shape for name, tensor in tensors.items()}
     different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))
     if different:
-        raise ValueError(
+        raise UserError(
             f"the weights do not fit {what}: {len(different)} names or shapes differ, the first is {different[0]}; "
             "give the network's own name as model"
         )
-
-
-def without_head(tensors: Mapping[str, Tensor], norm: bool = False) -> dict[str, Tensor]:
-    """Without the linear classifier of a plain ResNet or ConvNeXt; without all behind the last map unless `norm`."""
-    left_out = _HEAD if norm else _BEHIND_MAPS
-    return {name: tensor for name, tensor in tensors.items() if not left_out.match(name)}
-
-
-def convnext_name(name: str, parts: Mapping[str, str]) -> str:
-    """A ConvNeXt tensor's name where blocks are `stages.i.j` and stem and downsampling `downsample_layers.i`.
-
-    Args:
-        name: timm's.
-        parts: names of what is in a block, by timm's; others stay as they are.
-
-    >>> convnext_name("stages.2.blocks.4.mlp.fc1.weight", {"mlp.fc1": "pwconv1"})
-    'stages.2.4.pwconv1.weight'
-    >>> convnext_name("stem.0.bias", {}), convnext_name("stages.1.downsample.1.bias", {})
-    ('downsample_layers.0.0.bias', 'downsample_layers.1.1.bias')
-    """
-    if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
-        stage, block, rest = match.groups()
-        for timm_part, part in parts.items():
-            if rest == timm_part or rest.startswith(f"{timm_part}."):
-                rest = part + rest.removeprefix(timm_part)
-                break
-        return f"stages.{stage}.{block}.{rest}"
-    name = re.sub(r"^stem\.", "downsample_layers.0.", name)
-    return re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", name)
-
-
-def linear_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With weights `[out, in]` for pointwise layers that timm may build as 1×1 convolutions, `[out, in, 1, 1]`."""
-    return {
-        name: tensor.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", name) else tensor
-        for name, tensor in tensors.items()
-    }

@@ -14,26 +14,13 @@ from typing import Any, TypeVar
 
 import yaml
 
-from sparkmim.training.run import PICTURES, RunFolder
+from sparkmim.drawing.charts import Curve
+from sparkmim.errors import UserError
+from sparkmim.runs.folder import PICTURES, RunFolder
 
 T = TypeVar("T")
 Point = tuple[float, int, T]
 """Time in seconds since 1970, step, and what was logged."""
-
-
-@dataclass(frozen=True)
-class Curve:
-    """A scalar over the steps of a run.
-
-    Attributes:
-        steps: rising.
-        values: at these.
-        times: at which they were logged, in seconds since 1970.
-    """
-
-    steps: list[int]
-    values: list[float]
-    times: list[float]
 
 
 @dataclass(frozen=True)
@@ -97,9 +84,9 @@ class Record:
         """
         folder = RunFolder(run)
         if not folder.path.exists():
-            raise ValueError(f"{folder.path} does not exist; name the run folder of a pretraining or a fine-tuning")
+            raise UserError(f"{folder.path} does not exist; name the run folder of a pretraining or a fine-tuning")
         if not folder.config.is_file():
-            raise ValueError(
+            raise UserError(
                 f"{folder.path} holds no run, for there is no {folder.config.name} in it; name the run folder of a "
                 "pretraining or a fine-tuning"
             )
@@ -107,7 +94,7 @@ class Record:
             settings = folder.read_config()
             objects = list(settings.pop("from_python", ()))
         except (yaml.YAMLError, AttributeError) as error:
-            raise ValueError(f"{folder.config} cannot be read as the settings of a run") from error
+            raise UserError(f"{folder.config} cannot be read as the settings of a run") from error
         curves, pictures = read_events(folder.path / "tensorboard")
         found = [_read_json(path) for path in sorted((folder.path / "evaluation").glob("*.json"))]
         return cls(
@@ -191,7 +178,7 @@ def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error
+        raise UserError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error
 
 
 # TensorBoard's event files. Its own reader verifies checksums of all pictures byte by byte, in Python: minutes for a

@@ -1,0 +1,82 @@
+"""Names and shapes of tensors in other libraries, by those that they have in timm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from torch import Tensor
+
+_TORCHVISION_BLOCK = {
+    "conv_dw": "block.0",
+    "norm": "block.2",
+    "mlp.fc1": "block.3",
+    "mlp.fc2": "block.5",
+    "gamma": "layer_scale",
+}
+
+
+_TORCHVISION_HEAD = {"head.norm": "classifier.0", "head.fc": "classifier.2"}
+
+
+def torchvision_name(name: str) -> str:
+    """torchvision's name of a tensor of timm's ResNet or ConvNeXt.
+
+    >>> torchvision_name("stages.1.blocks.0.gamma"), torchvision_name("stages.1.downsample.0.bias")
+    ('features.3.0.layer_scale', 'features.2.0.bias')
+    >>> torchvision_name("layer1.0.conv1.weight")
+    'layer1.0.conv1.weight'
+    """
+    if name.startswith("stem."):
+        return "features.0." + name.removeprefix("stem.")
+    if match := re.fullmatch(r"stages\.(\d+)\.downsample\.(.+)", name):
+        return f"features.{2 * int(match[1])}.{match[2]}"
+    if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|norm|mlp\.fc1|mlp\.fc2|gamma)(.*)", name):
+        return f"features.{2 * int(match[1]) + 1}.{match[2]}.{_TORCHVISION_BLOCK[match[3]]}{match[4]}"
+    for timm_part, part in _TORCHVISION_HEAD.items():
+        if name.startswith(f"{timm_part}."):
+            return part + name.removeprefix(timm_part)
+    return name
+
+
+_HEAD = re.compile(r"(fc|head\.fc)\.")
+
+
+_BEHIND_MAPS = re.compile(r"(fc|head)\.")
+
+
+def without_head(tensors: Mapping[str, Tensor], norm: bool = False) -> dict[str, Tensor]:
+    """Without the linear classifier of a plain ResNet or ConvNeXt; without all behind the last map unless `norm`."""
+    left_out = _HEAD if norm else _BEHIND_MAPS
+    return {name: tensor for name, tensor in tensors.items() if not left_out.match(name)}
+
+
+def convnext_name(name: str, parts: Mapping[str, str]) -> str:
+    """A ConvNeXt tensor's name where blocks are `stages.i.j` and stem and downsampling `downsample_layers.i`.
+
+    Args:
+        name: timm's.
+        parts: names of what is in a block, by timm's; others stay as they are.
+
+    >>> convnext_name("stages.2.blocks.4.mlp.fc1.weight", {"mlp.fc1": "pwconv1"})
+    'stages.2.4.pwconv1.weight'
+    >>> convnext_name("stem.0.bias", {}), convnext_name("stages.1.downsample.1.bias", {})
+    ('downsample_layers.0.0.bias', 'downsample_layers.1.1.bias')
+    """
+    if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
+        stage, block, rest = match.groups()
+        for timm_part, part in parts.items():
+            if rest == timm_part or rest.startswith(f"{timm_part}."):
+                rest = part + rest.removeprefix(timm_part)
+                break
+        return f"stages.{stage}.{block}.{rest}"
+    name = re.sub(r"^stem\.", "downsample_layers.0.", name)
+    return re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", name)
+
+
+def linear_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """With weights `[out, in]` for pointwise layers that timm may build as 1×1 convolutions, `[out, in, 1, 1]`."""
+    return {
+        name: tensor.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", name) else tensor
+        for name, tensor in tensors.items()
+    }

@@ -1,0 +1,57 @@
+"""The machine and the versions that a run starts in."""
+
+from __future__ import annotations
+
+import os
+import platform
+from datetime import datetime
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparkmim._version import __version__
+
+
+def environment(accelerator: str, processes: int) -> dict[str, Any]:
+    """The machine, the versions of what matters, and the time.
+
+    Args:
+        accelerator: cpu or cuda.
+        processes: in all; each uses as many threads as are named.
+
+    Returns:
+        what JSON takes; None for what cannot be found out.
+    """
+    cuda = accelerator == "cuda"
+    return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "sparkmim": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: import_module(name).__version__ for name in ("torchvision", "timm", "lightning")},
+        "platform": platform.platform(),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "memory_gib": _memory(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
+        "cuda": torch.version.cuda if cuda else None,
+        "processes": processes,
+    }
+
+
+def _cpu() -> str:
+    """The processor's name, which Linux tells in a file only."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _memory() -> float | None:
+    """In GiB; None where the system has no such call, as Windows."""
+    try:
+        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
+    except (AttributeError, ValueError, OSError):
+        return None

@@ -1,0 +1,227 @@
+"""A page to hide patches of images on, and to see them rebuilt. The public function is in `sparkmim.commands`.
+
+`Playground` is what the page does, without the page; `page.py` puts Gradio's components around it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sparkmim.data import decode
+from sparkmim.data.decoding import UnreadableImage, pixels_of
+from sparkmim.data.source import Source
+from sparkmim.drawing.pixels import HIDDEN, at_pixels, to_array
+from sparkmim.errors import UserError
+from sparkmim.models.masking import random_visible
+from sparkmim.visualize.inputs import tones_of
+from sparkmim.visualize.masks import mask_of_text
+from sparkmim.visualize.reconstruct import Reconstructor
+
+SHOWN_SIDE = 448
+"""Pixels that the shorter side of a picture is enlarged to, by a whole factor, so that small images can be clicked."""
+
+GRID = np.array([1.0, 1.0, 1.0], np.float32)
+"""Colour of the lines between patches."""
+
+
+class Refused(UserError):
+    """What a visitor asked cannot be; the sentence is for them."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """What one visitor looks at.
+
+    Attributes:
+        image: uint8 `[C, H, W]`, as it was decoded, but no larger than it is needed.
+        name: of the file.
+        visible: bool `[*grid]`.
+        seed: of the random mask.
+    """
+
+    image: Tensor
+    name: str
+    visible: Tensor
+    seed: int
+
+
+@dataclass(frozen=True)
+class View:
+    """What is shown of a session.
+
+    Attributes:
+        seen: the image with hidden patches in grey, and lines between patches, float32 `[H, W, 3]`, enlarged.
+        rebuilt: by each model, with the visible pixels pasted in, at the same size.
+        losses: of each model, the error over hidden patches.
+    """
+
+    seen: Any
+    rebuilt: list[Any]
+    losses: list[float]
+
+
+class Playground:
+    """Hides and shows patches of images, and has models rebuild them.
+
+    Args:
+        models: one, or several that are to be compared under the same mask.
+        max_pixels: of an upload.
+
+    Raises:
+        ValueError: if a model is not of images, or their patches differ.
+    """
+
+    def __init__(self, models: Sequence[Reconstructor], max_pixels: int = 50_000_000) -> None:
+        self.models = list(models)
+        self.max_pixels = max_pixels
+        for model in models:
+            if len(model.grid) != 2 or model.preparation.channels not in (1, 3):
+                raise UserError(
+                    f"{model.path} is a model of {model.preparation.channels} channel(s) and {len(model.grid)} axes; "
+                    "the playground shows colour and grey images only"
+                )
+            if model.grid != self.grid or model.preparation.image_size != self.size:
+                raise UserError(
+                    f"{model.path} has {_times(model.grid)} patches on {_times(model.preparation.image_size)} pixels, "
+                    f"but {self.models[0].path} {_times(self.grid)} on {_times(self.size)}; only models of the same "
+                    "patches can be compared under one mask"
+                )
+            if model.preparation.channels != self.models[0].preparation.channels:
+                raise UserError(
+                    f"{model.path} takes images of {model.preparation.channels} channel(s), but "
+                    f"{self.models[0].path} of {self.models[0].preparation.channels}; only models of the same images "
+                    "can be compared"
+                )
+
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Patches down and across."""
+        return self.models[0].grid
+
+    @property
+    def channels(self) -> int:
+        """Of the images."""
+        return self.models[0].preparation.channels
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        """Height and width of the images."""
+        return self.models[0].preparation.image_size
+
+    @property
+    def scale(self) -> int:
+        """How often pixels are enlarged for showing."""
+        return max(1, -(-SHOWN_SIDE // min(self.size)))
+
+    @property
+    def mask_ratio(self) -> float:
+        """That of training."""
+        return self.models[0].model.mask_ratio
+
+    def open(self, path: str | Path, ratio: float, seed: int = 0) -> Session:
+        """Reads an image and hides patches at random.
+
+        Raises:
+            Refused: if it is too large, or cannot be read.
+        """
+        name = Path(path).name
+        try:
+            if pixels_of(path) > self.max_pixels:  # before any of them is decoded
+                limit = f"{self.max_pixels / 1e6:.0f} megapixels"
+                raise Refused(f"{name} is larger than {limit}; send a smaller copy of it")
+            image = decode(path, self.models[0].preparation.channels)
+        except UnreadableImage as error:
+            raise Refused(f"{name} cannot be read as an image: {error.reason}") from error
+        return Session(self._no_larger(image), name, self.draw(ratio, seed), seed)
+
+    def _no_larger(self, image: Tensor) -> Tensor:
+        """Twice the size that is needed at most, so that a session remembers little."""
+        factor = min(image.shape[1:]) // (2 * max(self.size))
+        if factor < 2:
+            return image
+        pooled = torch.nn.functional.avg_pool2d(image.float()[None], factor)[0]
+        return pooled.round().to(torch.uint8)
+
+    def draw(self, ratio: float, seed: int) -> Tensor:
+        """A random mask; of one seed, a larger ratio hides what a smaller one hides, and more."""
+        return random_visible(1, self.grid, ratio, torch.Generator().manual_seed(seed))[0]
+
+    def toggle(self, session: Session, x: float, y: float) -> Session:
+        """Hides the patch at a pixel of the picture that is shown, or shows it.
+
+        Raises:
+            Refused: if nothing would be hidden then, or nothing visible.
+        """
+        row, column = (
+            min(int(at) * cells // (pixels * self.scale), cells - 1)
+            for at, cells, pixels in zip((y, x), self.grid, self.size, strict=True)
+        )
+        visible = session.visible.clone()
+        visible[row, column] = not visible[row, column]
+        if visible.all() or not visible.any():
+            what = "the last visible patch" if not visible.any() else "the last hidden patch"
+            raise Refused(f"that is {what}; a model needs something to see, and something to rebuild")
+        return replace(session, visible=visible)
+
+    def written(self, session: Session, text: str) -> Session:
+        """Takes a mask as text.
+
+        Raises:
+            Refused: if it is none.
+        """
+        try:
+            return replace(session, visible=mask_of_text(text, self.grid))
+        except UserError as error:
+            raise Refused(str(error)) from error
+
+    def view(self, session: Session) -> View:
+        """Rebuilds the hidden patches."""
+        visible = session.visible[None]  # [1, *grid]
+        rebuilt, losses = [], []
+        for place, model in enumerate(self.models):
+            source = Source([], False, model.preparation.channels, 2)
+            images = model.preparation.transform(source)(session.image)[None]  # [1, C, H, W]
+            tones = tones_of(model.preparation)
+            found = model(images, visible)
+            rebuilt.append(self._enlarged(to_array(tones(found.pasted))[0]))
+            losses.append(found.errors.cpu()[~visible].mean().item())
+            if place == 0:
+                mask = at_pixels(visible, self.size)
+                pixels = to_array(torch.where(mask, tones(images), HIDDEN))[0]
+        return View(self._with_lines(self._enlarged(pixels)), rebuilt, losses)
+
+    def _enlarged(self, pixels: Any) -> Any:
+        return pixels.repeat(self.scale, 0).repeat(self.scale, 1)
+
+    def _with_lines(self, pixels: Any) -> Any:
+        """Faint lines where patches meet."""
+        pixels = pixels.copy()
+        height, width = (side // cells for side, cells in zip(pixels.shape[:2], self.grid, strict=True))
+        pixels[height::height] = 0.5 * pixels[height::height] + 0.5 * GRID
+        pixels[:, width::width] = 0.5 * pixels[:, width::width] + 0.5 * GRID
+        return pixels
+
+
+def strip(view: View) -> Image.Image:
+    """Everything that is shown, side by side, as one picture."""
+    pictures = [view.seen, *view.rebuilt]
+    gap = np.ones((view.seen.shape[0], 8, 3), np.float32)
+    joined = np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
+    return Image.fromarray(to_bytes(joined))
+
+
+def to_bytes(pixels: Any) -> Any:
+    """`[H, W, 3]` in 0…1 to uint8."""
+    return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
+
+
+def _times(sizes: Sequence[int]) -> str:
+    return "×".join(map(str, sizes))
