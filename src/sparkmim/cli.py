@@ -8,14 +8,16 @@ import logging
 import re
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jsonargparse import ActionConfigFile, ArgumentParser
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 from sparkmim import commands, results
 from sparkmim._version import __version__
 from sparkmim.errors import UserError
+from sparkmim.runs.config import commented_yaml
+from sparkmim.training.recipes import RECIPES, notes_for
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
@@ -37,7 +39,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "weights": commands.weights,
 }
 
-_PYTHON_ONLY: set[str | int] = {"callbacks"}
+_PYTHON_ONLY: set[str | int] = {"callbacks", "loggers"}
 
 _POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "report": "run"}
 """Arguments that may stand by themselves, without their flag."""
@@ -50,12 +52,30 @@ _PICTURES = ("reconstruct", "explain", "features", "neighbors")
 """Commands that draw a picture: in the shell they always write it."""
 
 
+class _Formatter(DefaultHelpFormatter):
+    """Shows what the recipe decides as the default of an argument."""
+
+    notes: Mapping[str, str] = {}
+
+    def _expand_help(self, action: Any) -> str:
+        shown = super()._expand_help(action)
+        return shown.replace("default: null", f"default: {self.notes.get(action.dest, 'none')}")
+
+
 class _Parser(ArgumentParser):
-    """Shows flags with dashes, as the shell expects them; both spellings are understood."""
+    """Parser of a command.
+
+    Shows flags with dashes, as the shell expects them; both spellings are understood. Help and `--print_config` say
+    what the recipe decides.
+    """
 
     def format_help(self, *args: Any, **kwargs: Any) -> str:
         shown = super().format_help(*args, **kwargs)
         return re.sub(r"--(?!print_config)[a-z]+(_[a-z]+)+", lambda flag: flag[0].replace("_", "-"), shown)
+
+    def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
+        values = {name: value for name, value in vars(cfg).items() if name != "config"}
+        return commented_yaml(values, notes_for(self.prog.rpartition(" ")[2], values))
 
 
 def _spelled_as_arguments(argv: list[str]) -> list[str]:
@@ -105,7 +125,9 @@ def build_parser() -> ArgumentParser:
     subcommands = parser.add_subcommands(dest="command", required=True)
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
-        sub = _Parser(prog=f"sparkmim {name}", description=summary)
+        defaults = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
+        formatter = type("_Formatter", (_Formatter,), {"notes": notes_for(name, defaults)})
+        sub = _Parser(prog=f"sparkmim {name}", description=summary, formatter_class=formatter)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file of arguments; a run's config.yaml is one")
         sub.add_function_arguments(function, skip=_PYTHON_ONLY, as_group=False, fail_untyped=False)
         subcommands.add_subcommand(name, sub, help=summary)
@@ -123,6 +145,10 @@ def main(argv: list[str] | None = None) -> None:
         arguments.out = f"{config.command}.png"
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
+    if config.command in RECIPES:
+        from sparkmim.machine import keep_freed_memory
+
+        keep_freed_memory()
     try:
         result = COMMANDS[config.command](**_given(vars(arguments), words))
     except UserError as error:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
@@ -50,6 +50,16 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
             _given.reset(token)
 
     return checked
+
+
+def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a training, without what is no setting."""
+    return {name: value for name, value in values.items() if name not in ("callbacks", "loggers")}
+
+
+def _taken(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
+    """Returns those arguments that a function takes."""
+    return {name: arguments[name] for name in inspect.signature(function).parameters}
 
 
 @_command
@@ -98,6 +108,7 @@ def pretrain(
     log_every: int = 10,
     picture_every: int = 10,
     callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
 ) -> PretrainResult:
     """Pretrain a convolutional network on unlabelled images.
 
@@ -149,6 +160,7 @@ def pretrain(
         log_every: optimiser steps between scalars
         picture_every: epochs between pictures of reconstructions in TensorBoard; 0 for none
         callbacks: further Lightning callbacks (from Python)
+        loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
     Returns:
         A `PretrainResult`: step, loss, speed, and the trained model.
@@ -157,11 +169,10 @@ def pretrain(
         ValueError: if an argument cannot be met; says which and what would do. Nothing is written then.
         NonFiniteLoss: if training diverges.
     """
-    settings = dict(locals())
-    settings.pop("callbacks")
+    asked = _arguments(locals())
     from sparkmim.training.pretrain import run_pretraining
 
-    return run_pretraining(settings, _given.get(), callbacks)
+    return run_pretraining(asked, _given.get(), callbacks, loggers)
 
 
 @_command
@@ -216,6 +227,7 @@ def finetune(
     save_minutes: float = 10.0,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
 ) -> FinetuneResult:
     """Train a classifier from pretrained weights, or from scratch.
 
@@ -273,6 +285,7 @@ def finetune(
         save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
         log_every: optimiser steps between scalars
         callbacks: further Lightning callbacks (from Python)
+        loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
     Returns:
         A `FinetuneResult`: accuracies, and the trained classifier.
@@ -281,11 +294,10 @@ def finetune(
         ValueError: if an argument cannot be met; says which and what would do. Nothing is written then.
         NonFiniteLoss: if training diverges.
     """
-    settings = dict(locals())
-    settings.pop("callbacks")
+    asked = _arguments(locals())
     from sparkmim.training.finetune import run_finetuning
 
-    return run_finetuning(settings, _given.get(), callbacks)
+    return run_finetuning(asked, _given.get(), callbacks, loggers)
 
 
 @_command
@@ -341,6 +353,7 @@ def detect(
     save_minutes: float = 10.0,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
 ) -> DetectResult:
     """Train a detector, with instance masks where there are some, from pretrained weights or from scratch.
 
@@ -400,6 +413,7 @@ def detect(
         save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
         log_every: optimiser steps between scalars
         callbacks: further Lightning callbacks (from Python)
+        loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
     Returns:
         A `DetectResult`: COCO's figures, and the trained detector.
@@ -409,11 +423,18 @@ def detect(
         FileNotFoundError: if a path does not exist.
         NonFiniteLoss: if training diverges.
     """
-    settings = dict(locals())
-    settings.pop("callbacks")
+    asked = _arguments(locals())
+    if predict is not None:
+        from sparkmim.evaluation.detector import predict_detections
+
+        return predict_detections(**_taken(asked, predict_detections))
+    if eval_only:
+        from sparkmim.evaluation.detector import score_detector
+
+        return score_detector(**_taken(asked, score_detector))
     from sparkmim.training.detect import run_detection
 
-    return run_detection(settings, _given.get(), callbacks)
+    return run_detection(asked, _given.get(), callbacks, loggers)
 
 
 @_command
@@ -468,6 +489,7 @@ def segment(
     save_minutes: float = 10.0,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
+    loggers: Sequence[Any] = (),
 ) -> SegmentResult:
     """Train a network that tells the class of each pixel, from pretrained weights or from scratch.
 
@@ -527,6 +549,7 @@ def segment(
         save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
         log_every: optimiser steps between scalars
         callbacks: further Lightning callbacks (from Python)
+        loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
     Returns:
         A `SegmentResult`: mean intersection over union, pixel accuracy, and the trained segmenter.
@@ -536,11 +559,18 @@ def segment(
         FileNotFoundError: if a path does not exist.
         NonFiniteLoss: if training diverges.
     """
-    settings = dict(locals())
-    settings.pop("callbacks")
+    asked = _arguments(locals())
+    if predict is not None:
+        from sparkmim.evaluation.segmenter import predict_label_maps
+
+        return predict_label_maps(**_taken(asked, predict_label_maps))
+    if eval_only:
+        from sparkmim.evaluation.segmenter import score_segmenter
+
+        return score_segmenter(**_taken(asked, score_segmenter))
     from sparkmim.training.segment import run_segmentation
 
-    return run_segmentation(settings, _given.get(), callbacks)
+    return run_segmentation(asked, _given.get(), callbacks, loggers)
 
 
 @_command

@@ -1,51 +1,109 @@
-"""The machine that a command runs on: device, precision, processes, allocator."""
+"""The machine that a command runs on: device, processes, precision, random generators, allocator."""
 
 from __future__ import annotations
 
 import ctypes
 import os
+import random
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
 
 from sparkmim.errors import UserError
 
 
-def is_main_process() -> bool:
-    """Whether this process speaks for all; known before any of them is started."""
-    ranks = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK")
-    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+def device_named(accelerator: str) -> torch.device:
+    """Returns the device that an accelerator stands for.
 
+    Args:
+        accelerator: `auto`, `cpu` or `cuda`.
 
-def keep_freed_memory() -> None:
-    """Has glibc's allocator keep what is freed for the next step, instead of giving it back to the system.
-
-    A training step frees and asks for the same hundreds of megabytes again; each time, the kernel has to clear them
-    page by page. Does nothing where the C library is another, or its allocator was replaced.
+    Raises:
+        UserError: if it is `cuda` and there is no GPU.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        arenas, mapped, trim, pad = -8, -4, -1, -2  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-        for option, value in ((arenas, 1), (mapped, 0), (trim, 2**31 - 1), (pad, 64 * 2**20)):
-            mallopt(option, value)
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise UserError("accelerator is cuda, but PyTorch finds no GPU here; use --accelerator cpu")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def settle_machine(
+    accelerator: str, devices: str | int, num_nodes: int, precision: str, workers: int | None
+) -> dict[str, Any]:
+    """Decides what was left open to the machine.
+
+    Under torchrun, its environment decides the numbers of devices and nodes.
+
+    Args:
+        accelerator: `auto`, `cpu` or `cuda`.
+        devices: processes on each node; `auto` for all GPUs, or one CPU process.
+        num_nodes: machines.
+        precision: `auto`, `bf16-mixed` or `32-true`.
+        workers: loader processes of each process; None to share out the cores of the node.
+
+    Returns:
+        All five, settled.
+
+    Raises:
+        UserError: if there are no such devices.
+    """
+    kind = device_named(accelerator).type
+    gpus = torch.cuda.device_count() if kind == "cuda" else 0
+    if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
+        local = int(os.environ["LOCAL_WORLD_SIZE"])
+        num_nodes = int(os.environ["WORLD_SIZE"]) // local
+    else:
+        local = (gpus or 1) if devices == "auto" else int(devices)
+    if gpus and local > gpus:
+        raise UserError(f"devices is {local}, but there are {gpus} GPUs; use --devices {gpus} or less")
+    if precision == "auto":
+        precision = "bf16-mixed" if has_bfloat16(kind) else "32-true"
+    if workers is None:
+        workers = max(1, ((os.cpu_count() or 2) - 1) // local) if gpus else 2
+    return {
+        "accelerator": kind, "devices": local, "num_nodes": num_nodes, "precision": precision, "workers": workers,
+    }  # fmt: skip
 
 
 def has_bfloat16(accelerator: str) -> bool:
-    """Whether the hardware multiplies bfloat16 matrices itself."""
+    """Tells whether the hardware multiplies bfloat16 matrices itself."""
     if accelerator == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
     return accelerator == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
-def device_named(accelerator: str) -> torch.device:
-    """The device of a command.
+def is_main_process() -> bool:
+    """Tells whether this process speaks for all processes of a run; works before any of the others is started."""
+    ranks = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK")
+    return all(os.environ.get(rank, "0") == "0" for rank in ranks)
 
-    Raises:
-        ValueError: if there is none of that kind.
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Puts the global random generators of Python, numpy and torch back as they were."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    try:
+        with torch.random.fork_rng(devices=list(gpus)):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def keep_freed_memory() -> None:
+    """Makes glibc keep freed memory for the next step instead of returning it to the system.
+
+    A training step on a CPU frees and asks for the same hundreds of megabytes again; each time, the kernel has to
+    clear them page by page. Concerns the whole process, so the command line alone calls it. Does nothing with another
+    C library or allocator.
     """
-    if accelerator not in ("auto", "cpu", "cuda"):
-        raise UserError(f"accelerator is {accelerator!r}; choose auto, cpu or cuda")
-    if accelerator == "cuda" and not torch.cuda.is_available():
-        raise UserError("accelerator is cuda, but PyTorch finds no GPU here; use --accelerator cpu")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        arenas, mapped, trim, pad = -8, -4, -1, -2  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
+        for option, value in ((arenas, 1), (mapped, 0), (trim, 2**31 - 1), (pad, 64 * 2**20)):
+            mallopt(option, value)

@@ -16,7 +16,7 @@ import torch
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.interop.detectron2 import detectron2_name
 from sparkmim.interop.openmmlab import openmmlab_name
-from sparkmim.training import layer_decay_exponents
+from sparkmim.training.layer_decay import layer_decay_exponents
 from sparkmim.training.recipes import DETECT_RECIPES, DetectRecipe
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import sparkmim
+from sparkmim.data.problems import counted
 from sparkmim.interop.weights import open_weights, save
 from sparkmim.models import SparK, create_classifier, create_encoder
 from sparkmim.training.finetune import recipe_rows
@@ -42,12 +44,13 @@ def test_recipes_print_the_papers_settings(name: str) -> None:
     augment, whole = ("auto", "whole image") if size == 384 else ("trivial", "crop 0.95")
     recipe = FINETUNE_RECIPES[name]
     assert recipe.image_size == size
-    assert recipe_rows(vars(recipe)) == {
+    assert recipe_rows(SimpleNamespace(**vars(recipe))) == {
         "length": f"batch {batch}, {epochs} epochs, warm-up {warmup}",
         "optimiser": f"{optimizer}, rate {rate:g} per 256, layer decay {layers:g}, weight decay {decay:g}, clip none",
         "loss": f"{loss}, mixup {mixup:g}, cutmix 1, smoothing 0.1",
         "regularisation": f"drop path {drop:g}, EMA {ema:g}",
-        "augmentation": f"{augment}, crops from 0.08, erasing 0.25, repeated {repeats} time(s); validation {whole}",
+        "augmentation": f"{augment}, crops from 0.08, erasing 0.25, repeated {counted(repeats, 'time')}; validation "
+        f"{whole}",
     }
 
 
@@ -196,7 +199,7 @@ SINGLE = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 4
         ({"smoothing": 1.0}, "smoothing is 1.0"),
         ({"repeats": 0}, "repeats is 0"),
         ({"epochs": 0}, "epochs is 0; it must be above 0"),
-        ({"optimizer": "sgd"}, "there is no optimizer 'sgd'"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose lamb or adamw"),
         ({"mean": [0.5]}, r"mean has 1 value\(s\) for 3 channel\(s\)"),
         ({"data": SINGLE, "val_data": SINGLE}, "there is 1 class; a classifier needs 2 or more"),
     ],

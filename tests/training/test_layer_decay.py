@@ -10,7 +10,7 @@ import timm
 
 from sparkmim.interop.official import encoder_name
 from sparkmim.models import create_classifier
-from sparkmim.training import layer_decay_exponents
+from sparkmim.training.layer_decay import layer_decay_exponents
 
 GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "layer_decay.json").read_text())
 CONVNEXT_HEAD = {

@@ -20,7 +20,9 @@ from torch.utils.data import Dataset
 
 import sparkmim
 from sparkmim.interop import weights
+from sparkmim.machine import device_named
 from sparkmim.results import PretrainResult
+from sparkmim.runs.history import read_history, settled_settings
 from sparkmim.training.modules import NonFiniteLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
@@ -55,6 +57,10 @@ def scalars(out: Path, name: str = "loss") -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(name)}
 
 
+def settled(out: Path) -> Any:
+    return settled_settings(read_history(out / "history.jsonl"))
+
+
 def same_weights(a: Path, b: Path) -> bool:
     one, two = (load_file(folder / "weights" / "spark.safetensors") for folder in (a, b))
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
@@ -75,10 +81,11 @@ def test_a_run_learns_and_leaves_what_it_promises(photos: Path, network: str, tm
     events.Reload()
     assert len(events.Images("input, masked, reconstruction")) == 6
 
-    settings = yaml.safe_load((out / "config.yaml").read_text())
-    assert settings["epochs"] == 12
-    assert settings["beta2"] == 0.95
-    assert settings["mean"] == [0.485, 0.456, 0.406]
+    asked, settings = yaml.safe_load((out / "config.yaml").read_text()), settled(out)
+    assert asked["epochs"] == settings["epochs"] == 12
+    assert (asked["beta2"], settings["beta2"]) == (None, 0.95)
+    assert (asked["mean"], settings["mean"]) == (None, [0.485, 0.456, 0.406])
+    assert (asked["accelerator"], settings["accelerator"]) == ("auto", device_named("auto").type)
     assert "epoch 12/12" in (out / "log.txt").read_text()
     assert (out / "checkpoints" / "last.ckpt").is_file()
 
@@ -122,7 +129,7 @@ def test_a_dataset_of_volumes_and_resuming_it(tmp_path: Path) -> None:
     assert whole.step == 4
     stopped = pretrain(None, copy.deepcopy(network), tmp_path / "run", **settings, callbacks=[StopAt(2)])
     assert not stopped.finished
-    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved = settled(tmp_path / "run")
     assert all(-100 < mean < 200 for mean in saved["mean"])
     assert saved["flip"] == 0.0
     resumed = sparkmim.pretrain(out=tmp_path / "run", resume=True, data=Volumes(), model=copy.deepcopy(network))
@@ -134,7 +141,7 @@ def test_a_recipes_batch_shrinks_to_the_images_there_are(photos: Path, network: 
     """The default recipe's 128 are more than these 24; what is in force is saved, so that resuming agrees."""
     result = pretrain(photos, network, tmp_path / "run", batch_size=None, accumulate=5, epochs=2)
     assert result.steps == 2
-    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["batch_size"] == 20
+    assert settled(tmp_path / "run")["batch_size"] == 20
 
 
 def test_two_runs_with_one_seed_agree_to_the_bit(photos: Path, network: str, tmp_path: Path) -> None:
@@ -300,8 +307,8 @@ def test_nothing_is_overwritten(photos: Path, network: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"recipe": "papre"}, "no recipe 'papre'; choose one of default, paper"),
-        ({"optimizer": "sgd"}, "no optimizer 'sgd'; choose lamb or adamw"),
+        ({"recipe": "papre"}, "no recipe 'papre'; did you mean paper"),
+        ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose lamb or adamw"),
         ({"epochs": 0}, "epochs is 0; it must be above 0"),
         ({"learning_rate": -1.0}, "learning_rate is -1.0"),
         ({"batch_size": 100}, "batch_size 100 is more than the 24 images there are; use 24 or less"),

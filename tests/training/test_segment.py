@@ -23,7 +23,7 @@ from sparkmim.models import create_encoder
 from sparkmim.models.segmenter import create_segmenter
 from sparkmim.training.modules import OptimizerSettings, SegmentModule
 from sparkmim.training.recipes import SEGMENT_RECIPES
-from sparkmim.training.segment import in_force
+from sparkmim.training.segment import Segmentation
 
 SMALL = {
     "crop": 32, "short_side": 32, "eval_short_side": 32, "workers": 0, "warmup_iterations": 2, "precision": "32-true",
@@ -209,9 +209,9 @@ def test_the_recipe_for_ade20k() -> None:
     assert (recipe.learning_rate, recipe.weight_decay, recipe.layer_decay, recipe.drop_path) == (1e-4, 0.05, 0.9, 0.4)
     defaults = {name: each.default for name, each in inspect.signature(sparkmim.segment).parameters.items()}
     given = {**defaults, "out": "run", "model": "resnet18", "recipe": "ade20k", "norm": "batch"}
-    settled = in_force(given, None)
-    assert (settled["schedule"], settled["norm"], settled["epochs"]) == ("linear", "batch", None)
-    assert settled["layer_decay"] == 1.0  # from scratch, all layers must learn
+    settled = Segmentation().settle(given, {}, None)
+    assert (settled.schedule, settled.norm, settled.epochs) == ("linear", "batch", None)
+    assert settled.layer_decay == 1.0  # from scratch, all layers must learn
 
 
 @pytest.mark.parametrize(
@@ -225,7 +225,7 @@ def test_the_recipe_for_ade20k() -> None:
         ({"ema": 1.0}, "ema is 1.0"),
         ({"iterations": 0, "epochs": None}, "iterations is 0"),
         ({"crop": 0}, "crop is 0"),
-        ({"schedule": "steps"}, "there is no schedule 'steps'"),
+        ({"schedule": "steps"}, "schedule is 'steps'; choose cosine or linear"),
         ({"mean": [0.5]}, r"mean has 1 value\(s\) for 3 channel\(s\)"),
         ({"channels": 4}, "holds image files only, which have 1 or 3 channels"),
         ({"eval_only": True}, "no weights given; --weights names the run folder or the weight file of a segmenter"),

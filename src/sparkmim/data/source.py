@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from sparkmim.data import ChannelStatistics, channel_statistics, to_array, to_image
 from sparkmim.data.arrays import ARRAY_SUFFIXES, MissingPackage
+from sparkmim.data.augmentation import normalisation
 from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.discovery import SUFFIXES, find_items
 from sparkmim.data.labelled import Labelled
@@ -45,6 +47,18 @@ class Source:
         """Mean and deviation per channel; of images in 0..1."""
         scale = 1.0 if self.arrays else 255.0
         return channel_statistics(self.items, self.read, scale, samples, Console(stderr=True))
+
+    def normalisation(
+        self, mean: Sequence[float] | None, std: Sequence[float] | None
+    ) -> tuple[Sequence[float], Sequence[float]]:
+        """Returns what is given; else ImageNet's mean and deviation for images, or those measured for arrays."""
+        if mean is not None and std is not None:
+            return mean, std
+        if self.arrays:
+            found = self.statistics()
+            return mean or found.mean, std or found.std
+        usual = normalisation(self.channels)
+        return mean or usual[0], std or usual[1]
 
 
 def open_source(data: Any, channels: int, rank: int) -> Source:

@@ -30,6 +30,13 @@ SEGMENTER_FILE = "segmenter.safetensors"
 Kind = Literal["pretrained", "encoder", "classifier", "detector", "segmenter"]
 
 
+class WeightsMetadata(dict[str, Any]):
+    """Stub."""
+
+    def __init__(self, **values: Any) -> None:
+        super().__init__(values)
+
+
 # Writing
 
 
@@ -231,7 +238,7 @@ class Weights:
         else:
             self.load_into_encoder(model.encoder, model.hierarchy.unreached)
 
-    def load_into_encoder(self, encoder: nn.Module, unreached: Sequence[str] | None = None) -> None:
+    def load_into_encoder(self, encoder: nn.Module, unreached: Any = None) -> None:
         """Loads an encoder, or the part of a classifier that is one.
 
         What no feature map depends on (a classifier, a norm before it) is loaded where it fits, and stays as it is
@@ -245,6 +252,8 @@ class Weights:
             ValueError: if the weights do not fit.
         """
         encoder = encoder_of(encoder)
+        if isinstance(unreached, Hierarchy):
+            unreached = unreached.unreached
         if unreached is None:
             unreached = self._hierarchy(encoder).unreached
         own, optional = encoder.state_dict(), set(unreached)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import yaml
 
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
+from sparkmim.runs.config import commented_yaml, plain_yaml
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 PICTURES = "input, masked, reconstruction"
@@ -52,6 +52,14 @@ class RunFolder:
         return self.path / "environment.json"
 
     @property
+    def history(self) -> Path:
+        return self.path / "history.jsonl"
+
+    @property
+    def pictures(self) -> Path:
+        return self.path / "pictures"
+
+    @property
     def report(self) -> Path:
         return self.path / "report.html"
 
@@ -83,26 +91,27 @@ class RunFolder:
             settings["from_python"] = first.removeprefix(_FROM_PYTHON).split(", ")
         return settings
 
-    def write_config(self, settings: Mapping[str, Any], from_python: Sequence[str] = ()) -> None:
-        """Saves settings in a form that `--config` takes, and notes which were Python objects and are left out."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        text = yaml.safe_dump(dict(settings), sort_keys=False)
+    def write_config(
+        self, asked: Mapping[str, Any], settled: Mapping[str, Any], from_python: Sequence[str] = ()
+    ) -> None:
+        """Saves arguments in a form that `--config` takes.
+
+        Args:
+            asked: arguments as they were given; open ones are noted with what they were settled to.
+            settled: settings by name.
+            from_python: names of arguments that were Python objects and are left out.
+        """
+        notes = {
+            name: plain_yaml(value)
+            for name, value in settled.items()
+            if value is not None and asked.get(name) in (None, "auto") and value != asked.get(name)
+        }
         note = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
         with replacing(self.config) as partial:
-            partial.write_text(note + text)
+            partial.write_text(note + commented_yaml(asked, notes), encoding="utf-8")
 
     def write_environment(self, found: Mapping[str, Any], resumed: bool) -> None:
         """Notes what a run starts in; after what it started in before, if it is resumed."""
         before = json.loads(self.environment.read_text()) if resumed and self.environment.is_file() else []
         with replacing(self.environment) as partial:
             partial.write_text(json.dumps([*before, dict(found)], indent=1) + "\n")
-
-
-def log_to(path: Path) -> tuple[logging.Logger, logging.Handler]:
-    """The run's logger, writing to `path`; close the handler when the run is over."""
-    logger = logging.getLogger("sparkmim")
-    logger.setLevel(logging.INFO)
-    handler = logging.FileHandler(path)
-    handler.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
-    logger.addHandler(handler)
-    return logger, handler

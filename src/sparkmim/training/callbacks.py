@@ -1,30 +1,34 @@
-"""What happens around the training step: progress, curves, pictures, checkpoints, and leaving safely."""
+"""Callbacks around the training step: history, progress, averages, pictures and checkpoints."""
 
 from __future__ import annotations
 
-import logging
 import os
+import re
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from sparkmim.data import SkipLog
+from sparkmim.data.unreadable import SkipLog
 from sparkmim.drawing.pixels import reconstruction_grid
+from sparkmim.files import replacing
 from sparkmim.runs.folder import PICTURES, RunFolder
+from sparkmim.runs.history import Event, History
 from sparkmim.training.modules import NonFiniteLoss, PretrainModule, ScheduledModule
-
-log = logging.getLogger("sparkmim")
+from sparkmim.training.plan import Plan
 
 
 class StepCallback(pl.Callback):
@@ -45,40 +49,37 @@ class StepCallback(pl.Callback):
             self.on_step(trainer, pl_module, self._seen)
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
-        """Called after optimiser step `step`, counted from 1."""
+        """Acts after optimiser step `step`, counted from 1."""
         raise NotImplementedError
 
 
 class Monitor(StepCallback):
-    """Scalars for TensorBoard, a line per epoch for the log, the progress bar, and the watch over the loss.
+    """Adds steps, epochs and unreadable images to the history, and stops a run whose loss is not finite.
+
+    Metrics are logged through Lightning as well, so that other callbacks find `loss`: of the step, and at the end of
+    an epoch, its mean.
 
     Args:
-        batch_size: images per optimiser step, over all processes.
-        steps_per_epoch: optimiser steps.
-        log_every: steps between scalars.
+        history: of the run.
+        plan: length of the run.
+        log_every: steps between `step` events.
         checkpoint: named when training diverges.
-        skipped: collects unreadable images.
-        console: where the bar is drawn; None for no bar.
+        skipped: account of unreadable images.
+
+    Attributes:
+        images_per_second: over the last logging interval.
+        epoch_loss: mean loss over the last finished epoch.
     """
 
-    def __init__(
-        self,
-        batch_size: int,
-        steps_per_epoch: int,
-        log_every: int,
-        checkpoint: Path,
-        skipped: SkipLog,
-        console: Console | None,
-    ) -> None:
+    def __init__(self, history: History, plan: Plan, log_every: int, checkpoint: Path, skipped: SkipLog) -> None:
         super().__init__()
-        self.batch_size = batch_size
-        self.steps_per_epoch = steps_per_epoch
+        self.history = history
+        self.plan = plan
         self.log_every = log_every
         self.checkpoint = checkpoint
         self.skipped = skipped
-        self.console = console
-        self.progress: Progress | None = None
-        self._losses: list[Tensor] = []
+        self._total = torch.zeros(())  # of losses since the epoch began, or since the run went on within it
+        self._steps = 0
         self._pending: tuple[Tensor, int, float] | None = None
         self._clock = (0, 0.0)
         self.images_per_second = 0.0
@@ -87,24 +88,13 @@ class Monitor(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._clock = (trainer.global_step, time.perf_counter())
-        if self.console is not None and trainer.is_global_zero:
-            self.progress = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                TextColumn("loss {task.fields[loss]:.4f} · {task.fields[speed]:,.0f} images/s"),
-                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
-                console=self.console, refresh_per_second=4,
-            )  # fmt: skip
-            self.progress.add_task(
-                "starting", total=trainer.max_steps, completed=trainer.global_step, loss=float("nan"), speed=0.0
-            )
-            self.progress.start()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         assert isinstance(pl_module, ScheduledModule)
-        for report in self.skipped.add(batch):
-            log.warning("unreadable image skipped: %s", report)
+        for complaint in self.skipped.add(batch):
+            add_unreadable(self.history, trainer.global_step, complaint, "training")
         # The loss of the batch before is there already: looking at it keeps no device waiting.
         self.check_finite()
         self._pending = (pl_module.step_losses[-1], trainer.global_step, pl_module.rate)
@@ -128,68 +118,129 @@ class Monitor(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         loss = torch.stack(module.step_losses).mean()
         module.step_losses.clear()
+        module.log("loss", loss, on_step=True, on_epoch=False, logger=False)
+        self._total = self._total.to(loss.device) + loss
+        self._steps += 1
+        epoch_done = step % self.plan.steps_per_epoch == 0 or step == self.plan.steps
+        if step % self.log_every and not epoch_done:
+            return
+        self.check_finite()
+        since, then = self._clock
+        now = time.perf_counter()
+        self.images_per_second = (step - since) * self.plan.batch_size / (now - then)
+        self._clock = (step, now)
+        both = torch.stack([loss, self._total / self._steps])
         if trainer.world_size > 1:
-            loss = trainer.strategy.reduce(loss, reduce_op="mean")
-        self._losses.append(loss)
-        last = step == trainer.max_steps
-        epoch_done = step % self.steps_per_epoch == 0
-        if step % self.log_every == 0 or epoch_done or last:
-            self.check_finite()
-            since, then = self._clock
-            now = time.perf_counter()
-            self.images_per_second = (step - since) * self.batch_size / (now - then)
-            self._clock = (step, now)
-            for logger in trainer.loggers:
-                logger.log_metrics(
-                    {
-                        "loss": loss.item(),
-                        "learning_rate": module.rate,
-                        "weight_decay": module.decay,
-                        "gradient_norm": module.grad_norm.item(),
-                        "images_per_second": self.images_per_second,
-                        "epoch": step / self.steps_per_epoch,
-                    },
-                    step,
-                )
-        if epoch_done or last:
-            self.epoch_loss = torch.stack(self._losses).mean().item()
-            self._losses.clear()
-            epochs = -(-trainer.max_steps // self.steps_per_epoch)
-            log.info(
-                "epoch %d/%d  step %d  loss %.4f  rate %.3g  %.0f images/s",
-                -(-step // self.steps_per_epoch), epochs, step, self.epoch_loss, module.rate, self.images_per_second,
-            )  # fmt: skip
-            self.skipped.check()
-        if self.progress is not None:
-            epochs = -(-trainer.max_steps // self.steps_per_epoch)
-            self.progress.update(
-                self.progress.task_ids[0],
-                completed=step,
-                description=f"epoch {min(step // self.steps_per_epoch + 1, epochs)}/{epochs}",
-                loss=loss.item() if step % self.log_every == 0 else self._shown(),
-                speed=self.images_per_second,
+            both = trainer.strategy.reduce(both, reduce_op="mean")
+        of_step, mean = both.tolist()
+        speed = {"images_per_second": self.images_per_second}
+        self.history.add(
+            "step", step, epoch=step / self.plan.steps_per_epoch, loss=of_step, learning_rate=module.rate,
+            weight_decay=module.decay, gradient_norm=module.grad_norm.item(), **speed,
+        )  # fmt: skip
+        if epoch_done:
+            self.epoch_loss, self._steps = mean, 0
+            self._total = torch.zeros_like(self._total)
+            epoch = -(-step // self.plan.steps_per_epoch)
+            self.history.add(
+                "epoch", step, epoch=epoch, epochs=self.plan.epochs, loss=mean, learning_rate=module.rate, **speed
             )
+            self.skipped.check()
 
-    def _shown(self) -> float:
-        assert self.progress is not None
-        shown: float = self.progress.tasks[0].fields["loss"]
-        return shown
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        pl_module.log("loss", self.epoch_loss, logger=False)
 
-    def stop_bar(self) -> None:
-        """Leaves the bar where it is."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self.stop_bar()
+def add_unreadable(history: History, step: int, complaint: str, part: str) -> None:
+    """Adds an unreadable image to the history, given as `path: reason`."""
+    image, _, reason = complaint.partition(": ")
+    history.add("unreadable", step, image=image, reason=reason, part=part)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self.stop_bar()
+
+# Listeners of the history
+
+
+class ProgressBar:
+    """Draws a progress bar from the events of a run, within a context.
+
+    Args:
+        console: where to draw it.
+        plan: length of the run.
+        step: optimiser steps done before.
+    """
+
+    def __init__(self, console: Console, plan: Plan, step: int) -> None:
+        self.plan = plan
+        self.progress = Progress(
+            TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[speed]:,.0f} images/s"),
+            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
+            console=console, refresh_per_second=4,
+        )  # fmt: skip
+        self.task = self.progress.add_task("starting", total=plan.steps, completed=step, loss=float("nan"), speed=0.0)
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "step":
+            epoch = min(event.step // self.plan.steps_per_epoch + 1, self.plan.epochs)
+            self.progress.update(
+                self.task, completed=event.step, description=f"epoch {epoch}/{self.plan.epochs}",
+                loss=event.fields["loss"], speed=event.fields["images_per_second"],
+            )  # fmt: skip
+
+
+class LoggerFeed:
+    """Passes scalars and pictures of the history on to Lightning's loggers.
+
+    Args:
+        trainer: whose loggers these are.
+        folder: of the run.
+    """
+
+    def __init__(self, trainer: pl.Trainer, folder: RunFolder) -> None:
+        self.trainer, self.folder = trainer, folder
+
+    def __call__(self, event: Event) -> None:
+        if event.kind == "step":
+            self._scalars(event.fields, event.step)
+        elif event.kind == "validation":
+            average = "ema_" if event.fields["weights"] == "ema" and event.fields["beside_model"] else ""
+            self._scalars(
+                {f"val/{average}{name}": value for name, value in event.fields["figures"].items()}, event.step
+            )
+        elif event.kind == "picture":
+            with Image.open(self.folder.path / event.fields["file"]) as picture:
+                pixels = pil_to_tensor(picture)  # uint8 [3, h, w]
+            for logger in self.trainer.loggers:
+                if isinstance(logger, TensorBoardLogger):
+                    logger.experiment.add_image(event.fields["name"], pixels, event.step)
+
+    def _scalars(self, values: dict[str, float], step: int) -> None:
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step)
+
+
+def add_picture(history: History, folder: RunFolder, step: int, name: str, pixels: Tensor) -> None:
+    """Saves a picture in the run folder and adds it to the history.
+
+    Args:
+        history: of the run.
+        folder: of the run.
+        step: optimiser steps done.
+        name: of the picture; those of one name are shown as one over time.
+        pixels: RGB `[3, H, W]`, uint8 or float in 0…1.
+    """
+    words = re.findall(r"\w+", name)
+    file = folder.pictures / f"{'-'.join(words)}-{step:08d}.png"
+    with replacing(file) as partial:
+        to_pil_image(pixels.cpu()).save(partial, "PNG")
+    history.add("picture", step, name=name, file=file.relative_to(folder.path).as_posix())
+
+
+# What else happens after a step
 
 
 class Ema(StepCallback):
-    """Keeps an exponential moving average of the weights (timm's `ModelEmaV3`), and its files beside the others."""
+    """Keeps an exponential moving average of the weights (timm's `ModelEmaV3`)."""
 
     def __init__(self, module: ScheduledModule, decay: float) -> None:
         super().__init__()
@@ -210,16 +261,28 @@ class Ema(StepCallback):
 
 
 class Pictures(StepCallback):
-    """Every so many epochs, a picture of inputs, masked inputs and reconstructions of the same few images."""
+    """Draws inputs, masked inputs and reconstructions of the same few images at intervals.
+
+    Args:
+        history: of the run.
+        folder: of the run.
+        samples: of the training set.
+        every_steps: optimiser steps between pictures.
+        mean: that images were normalised by; None for arrays in other units.
+        std: as mean.
+    """
 
     def __init__(
         self,
+        history: History,
+        folder: RunFolder,
         samples: Sequence[dict[str, Any]],
         every_steps: int,
         mean: Sequence[float] | None,
         std: Sequence[float] | None,
     ) -> None:
         super().__init__()
+        self.history, self.folder = history, folder
         self.images = torch.stack([sample["image"] for sample in samples])
         self.visible = torch.stack([sample["visible"] for sample in samples])
         self.every_steps = every_steps
@@ -232,12 +295,13 @@ class Pictures(StepCallback):
         model = module.model
         model.eval()
         with torch.no_grad():
-            output = model(self.images.to(module.device), self.visible.to(module.device))
+            output = model(self.images.to(module.device), self.visible)
         model.train()
-        for logger in trainer.loggers:
-            if isinstance(logger, TensorBoardLogger):
-                picture = reconstruction_grid(output, self.mean, self.std)
-                logger.experiment.add_image(PICTURES, picture, step)
+        add_picture(self.history, self.folder, step, PICTURES, reconstruction_grid(output, self.mean, self.std))
+
+
+class Abandon(BaseException):
+    """Leaves training at once, on a second Ctrl-C; Lightning would end the process on a `KeyboardInterrupt`."""
 
 
 class Keeper(StepCallback):
@@ -247,6 +311,7 @@ class Keeper(StepCallback):
     moment. A second Ctrl-C leaves at once.
 
     Args:
+        history: of the run.
         folder: of the run.
         minutes: between checkpoints.
         write_weights: writes the weight files; given the number of steps done.
@@ -254,29 +319,51 @@ class Keeper(StepCallback):
     """
 
     def __init__(
-        self, folder: RunFolder, minutes: float, write_weights: Callable[[int], None], monitor: Monitor
+        self,
+        history: History,
+        folder: RunFolder,
+        minutes: float,
+        write_weights: Callable[[int], None],
+        monitor: Monitor,
     ) -> None:
         super().__init__()
+        self.history = history
         self.folder = folder
         self.minutes = minutes
         self.write_weights = write_weights
         self.monitor = monitor
         self.signal: int | None = None
         self._saved = 0.0
-        self._handlers: dict[int, Any] = {}
+        self._listens = self._ended = False
+        self._group: Any = None
+        self._vote: tuple[Any, Tensor] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved = time.monotonic()
-        try:
+        if self._listens:  # now, since Lightning has put its own handlers there
             for number in (signal.SIGINT, signal.SIGTERM):
-                self._handlers[number] = signal.signal(number, self._on_signal)
+                signal.signal(number, self._on_signal)
+        if trainer.world_size > 1:
+            self._group = torch.distributed.new_group(backend="gloo")
+
+    @contextmanager
+    def signals(self) -> Iterator[None]:
+        """Makes Ctrl-C and SIGTERM end training after a step, within the context; then puts handlers back."""
+        try:
+            before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread: signals are somebody else's
-            self._handlers.clear()
+            before = {}
+        self._listens = bool(before)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: Any) -> None:
         if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
+            raise Abandon
         self.signal = number
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(
@@ -284,32 +371,49 @@ class Keeper(StepCallback):
             )
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
-        last = step == trainer.max_steps
-        due = time.monotonic() - self._saved > 60 * self.minutes
-        stop = self._agree(trainer, self.signal is not None)
-        if last or stop or self._agree(trainer, due):
-            self.save(trainer, module, step)
-        if stop:
-            log.info("stopped at step %d on request; continue with --resume", step)
-            trainer.should_stop = True
+        stop, due = self._agreed(self.signal is not None, time.monotonic() - self._saved > 60 * self.minutes)
+        if step == trainer.max_steps or stop or due:
+            self.save(trainer, step)
+        if step == trainer.max_steps or stop:
+            self.history.add("finish" if step == trainer.max_steps else "stop", step)
+            trainer.should_stop = self._ended = True
 
-    @staticmethod
-    def _agree(trainer: pl.Trainer, wish: bool) -> bool:
-        """One process's wish becomes all processes' act; clocks and signals differ between them."""
-        return trainer.strategy.reduce_boolean_decision(wish, all=False) if trainer.world_size > 1 else wish
+    def _agreed(self, stop: bool, due: bool) -> tuple[bool, bool]:
+        """Makes one process's wish all processes' act; clocks and signals differ between them.
 
-    def save(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
+        Votes are counted on the CPU while the next step is computed, so that no process waits: they count one step
+        later.
+        """
+        if self._group is None:
+            return stop, due
+        counted = self._count_votes()
+        votes = torch.tensor([stop, due], dtype=torch.uint8)
+        work = torch.distributed.all_reduce(votes, torch.distributed.ReduceOp.MAX, self._group, async_op=True)
+        self._vote = work, votes
+        return counted
+
+    def _count_votes(self) -> tuple[bool, bool]:
+        if self._vote is None:
+            return False, False
+        work, votes = self._vote
+        self._vote = None
+        work.wait()
+        return bool(votes[0]), bool(votes[1])
+
+    def save(self, trainer: pl.Trainer, step: int) -> None:
         """Writes checkpoint and weights."""
         self.monitor.check_finite()
+        self._count_votes()  # those cast before this save do not ask for another one
         path = self.folder.checkpoint
         partial = path.with_suffix(".partial")
         trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
             partial.replace(path)
             self.write_weights(step)
+            self.history.add("checkpoint", step)
         self._saved = time.monotonic()
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not self._ended and self._seen:  # another callback, such as EarlyStopping, has ended the run
+            self.save(trainer, self._seen)
+            self.history.add("stop", self._seen)

@@ -1,298 +1,291 @@
-"""Fine-tuning, top to bottom. The public function with its documentation is in `sparkmim.commands`."""
+"""Fine-tuning. The public function with its documentation is in `sparkmim.commands`."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence, Set
-from dataclasses import fields
-from pathlib import Path
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
-from sparkmim.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    LabelledDataset,
-    SkipLog,
-    classify_transform,
-    eval_transform,
-    open_labelled,
-)
-from sparkmim.data.arrays import WholeArray, array_transform, to_array
-from sparkmim.data.labelled import Labelled, few_of
+from sparkmim.data.arrays import WholeArray, array_transform
+from sparkmim.data.augmentation import classify_transform, eval_transform
+from sparkmim.data.dataset import LabelledDataset, collate
+from sparkmim.data.labelled import Labelled, few_of, open_labelled
+from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.problems import counted
+from sparkmim.data.source import Source, labelled_source
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
+from sparkmim.evaluation.classification import ClassificationScores, score_classifier
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, open_weights
-from sparkmim.machine import is_main_process
-from sparkmim.models import PooledClassifier, create_classifier
-from sparkmim.models.classifier import encoder_of
+from sparkmim.interop.weights import Weights, WeightsMetadata
+from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
 from sparkmim.runs.folder import RunFolder
-from sparkmim.training.callbacks import Ema, Keeper, Monitor
-from sparkmim.training.loop import Plan, begun, fit, network_text, plan_for, say_end, say_settings, settle_machine
-from sparkmim.training.modules import ClassifyModule, OptimizerSettings
-from sparkmim.training.recipes import FinetuneRecipe, finetune_recipe_named
-from sparkmim.training.validation import Scores, Validator
+from sparkmim.training.callbacks import add_unreadable
+from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
+from sparkmim.training.modules import ClassifyModule, OptimizerSettings, ScheduledModule
+from sparkmim.training.plan import Plan, plan_for
+from sparkmim.training.recipes import FINETUNE_RECIPES, recipe_named
+from sparkmim.training.scoring import Scorer, share_of
+from sparkmim.training.settings import FinetuneSettings, check_colours, known_of, settle
 
-log = logging.getLogger("sparkmim")
-
-MAY_CHANGE = {
-    "data", "val_data", "out", "workers", "devices", "accelerator", "num_nodes", "save_minutes",
-    "log_every", "max_unreadable", "resume", "weights",
-}  # fmt: skip
-"""Arguments that a resumed run may be given anew: they change no result."""
+_FEW = 1000
+"""Up to this many validation images, reading in-process beats starting workers."""
 
 
-def run_finetuning(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> FinetuneResult:
-    """Runs `sparkmim.finetune`.
-
-    Args:
-        settings: its arguments.
-        given: names of those that are no defaults.
-        callbacks: further Lightning callbacks.
-    """
-    console = Console(stderr=True)
-    folder, main = RunFolder(settings["out"]), is_main_process()
-    settings = begun(settings, given, folder, MAY_CHANGE)
-    batch_is_free = settings["batch_size"] is None
-    start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
-    settings = in_force(settings, start)
-    train, val = open_labelled(settings["data"], settings["val_data"], settings["val_split"], settings["seed"])
-    if val is None:
-        raise UserError(
-            "there are no validation images; put them in a folder val/ beside train/, or set some apart with "
-            "--val-split 0.2"
-        )
-    if warning := few_of(train.labels, train.classes):
-        console.print(f"[yellow]note:[/] {warning}")
-
-    torch.manual_seed(settings["seed"])
-    model = build_model(settings, len(train.classes), start)
-    train_set, val_set = build_datasets(settings, train, val)
-    plan = plan_for(settings, batch_is_free, len(train_set))
-    if settings["channels_last"] and len(settings["image_size"]) == 2:
-        model = model.to(memory_format=torch.channels_last)
-
-    module = ClassifyModule(
-        model,
-        OptimizerSettings(
-            optimizer=settings["optimizer"],
-            peak=settings["learning_rate"] * plan.batch_size / 256,
-            betas=(settings["beta1"], settings["beta2"]),
-            weight_decay=settings["weight_decay"],
-            weight_decay_end=settings["weight_decay"],
-            clip_grad=settings["clip_grad"],
-            steps=plan.steps,
-            warmup=min(round(settings["warmup_epochs"] * plan.steps_per_epoch), plan.steps - 1),
-        ),
-        seed=settings["seed"],
-        classes=len(train.classes),
-        layer_decay=settings["layer_decay"],
-        mixup=settings["mixup"],
-        cutmix=settings["cutmix"],
-        smoothing=settings["smoothing"],
-        loss=settings["loss"],
-        freeze=settings["freeze"],
+def run_finetuning(
+    asked: Mapping[str, Any],
+    given: frozenset[str],
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Any] = (),
+) -> FinetuneResult:
+    """Runs `sparkmim.finetune`; for the arguments, see `train`."""
+    finished = train(Finetuning(), asked, given, callbacks, loggers, draw=_leave)
+    scorer = finished.prepared.scorer
+    assert scorer is not None
+    return FinetuneResult(
+        out=finished.folder.path,
+        step=finished.step,
+        steps=finished.prepared.plan.steps,
+        top1={name: scores.top1 for name, scores in scorer.last.items()},
+        best_top1={name: scores.top1 for name, scores in scorer.best.items()},
+        model=finished.model,
     )
-    skipped = SkipLog(settings["max_unreadable"], epoch_size=len(train_set))
-    monitor = Monitor(
-        plan.batch_size, plan.steps_per_epoch, settings["log_every"], folder.checkpoint, skipped,
-        console if console.is_terminal and main else None,
-    )  # fmt: skip
-    ema = Ema(module, settings["ema"]) if settings["ema"] else None
-    metadata = _metadata(settings, model, train.classes)
-
-    def write_classifier(classifier: nn.Module, suffix: str, scores: Scores | None) -> None:
-        known = {} if scores is None else {"top1": scores.top1, "top5": scores.top5}
-        path = folder.weights / weights.CLASSIFIER_FILE.replace(".", f"{suffix}.")
-        weights.write(classifier, path, {**metadata, **known})
-
-    def write_weights(step: int) -> None:
-        write_classifier(model, "", validator.last.get("model"))
-        if ema is not None:
-            write_classifier(ema.average.module, "_ema", validator.last.get("ema"))
-        if validator.last:
-            validator.write(folder.path)
-
-    every_steps = max(1, round(settings["eval_every"] * plan.steps_per_epoch))
-    validator = Validator(
-        val_set, 2 * plan.batch_size // (plan.parts * plan.world_size), settings["workers"], every_steps, ema,
-        write_classifier,
-    )  # fmt: skip
-    keeper = Keeper(folder, settings["save_minutes"], write_weights, monitor)
-    every = [monitor, *([ema] if ema else []), validator, *callbacks, keeper]
-    rows = _rows(settings, model, train, val, plan)
-    trainer = fit(
-        settings, module, train_set, plan, folder, every, say=lambda: say_settings(console, settings, rows),
-        repeats=settings["repeats"],
-    )  # fmt: skip
-    return _finish(console, folder, trainer, plan, validator, skipped, model)
 
 
-def _finish(
-    console: Console, folder: RunFolder, trainer: pl.Trainer, plan: Plan, validator: Validator, skipped: SkipLog,
-    model: nn.Module,
-) -> FinetuneResult:  # fmt: skip
-    """Says how it went, and draws the confusion matrix of the best weights."""
-    best = max(validator.best.values(), key=lambda scores: scores.top1, default=None)
-    result = FinetuneResult(
-        out=folder.path,
-        step=trainer.global_step,
-        steps=plan.steps,
-        top1={name: scores.top1 for name, scores in validator.last.items()},
-        best_top1={name: scores.top1 for name, scores in validator.best.items()},
-        model=model.eval(),
-    )
-    if not trainer.is_global_zero:
-        return result
-    if best is not None:
-        title = f"top-1 {best.top1:.1%}, {len(validator.dataset):,} validation images"
-        draw_confusion(best.confusion, validator.dataset.classes, folder.path / "confusion.png", title)
-    table = Table("weights", "top-1", "top-5", "best top-1", box=None, padding=(0, 2, 0, 0))
-    for name, scores in validator.last.items():
-        label = "model" if name == "model" else "average"
-        table.add_row(label, f"{scores.top1:.2%}", f"{scores.top5:.2%}", f"{validator.best[name].top1:.2%}")
-    done = f"done: weights in {folder.weights}, figures in metrics.json and confusion.png beside them"
-    say_end(console, folder, trainer, plan, skipped, table, done)
-    return result
+class Finetuning(Training[FinetuneSettings]):
+    """Training of a classifier."""
 
+    kind = FinetuneSettings
 
-def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
-    """Fills what was left to the recipe, to the pretrained weights and to the machine.
-
-    Raises:
-        ValueError: if a setting is out of its range.
-    """
-    settings = dict(settings)
-    recipe = finetune_recipe_named(settings["recipe"])
-    if start is None and settings["layer_decay"] is None:
-        settings["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
-    for field in fields(FinetuneRecipe):
-        if settings[field.name] is None:
-            settings[field.name] = getattr(recipe, field.name)
-    known = {} if start is None else start.metadata
-    if settings["model"] is None:
+    def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> FinetuneSettings:
+        recipe = asdict(recipe_named(asked["recipe"], FINETUNE_RECIPES))
         if start is None:
-            raise UserError("no model given; --model names the network to train from scratch")
-        settings["model"] = start.model
-    for name, otherwise in (("channels", 3), ("image_size", 224), ("feature_modules", None)):
-        if settings[name] is None:
-            settings[name] = known.get(name) or otherwise
-    size = settings["image_size"]
-    settings["image_size"] = [size, size] if isinstance(size, int) else list(size)
-    grey = settings["channels"] != 3
-    for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-        default = [sum(usual) / 3] * settings["channels"] if grey else list(usual)
-        settings[name] = list(settings[name] or known.get(name) or default)
-        if len(settings[name]) != settings["channels"]:
-            raise UserError(f"{name} has {len(settings[name])} value(s) for {settings['channels']} channel(s)")
-    settle_machine(settings)
-    for name in ("out", "weights", "data", "val_data"):
-        if isinstance(settings[name], Path):
-            settings[name] = str(settings[name])
-    for name in ("epochs", "batch_size", "learning_rate", "accumulate", "save_minutes", "log_every", "eval_every"):
-        if settings[name] <= 0:
-            raise UserError(f"{name} is {settings[name]}; it must be above 0")
-    for name in ("mixup", "cutmix", "weight_decay", "warmup_epochs", "clip_grad"):
-        if settings[name] < 0:
-            raise UserError(f"{name} is {settings[name]}; it must be 0 or more")
-    for name in ("smoothing", "ema"):
-        if not 0 <= settings[name] < 1:
-            raise UserError(f"{name} is {settings[name]}; it must be 0 or more, and below 1")
-    if not 0 < settings["layer_decay"] <= 1:
-        raise UserError(f"layer_decay is {settings['layer_decay']}; it is a factor above 0, at most 1 (none)")
-    if settings["optimizer"] not in ("lamb", "adamw"):
-        raise UserError(f"there is no optimizer {settings['optimizer']!r}; choose lamb or adamw")
-    if settings["repeats"] < 1:
-        raise UserError(f"repeats is {settings['repeats']}; it must be 1 (none) or more")
-    if settings["freeze"] and start is None and not settings["resume"]:
-        raise UserError("freeze trains the head alone, so it needs --weights; a random network has nothing to keep")
-    return settings
+            recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
+        known = known_of(asked, before, start)
+        settings = settle(FinetuneSettings, asked, before, recipe, known, {"channels": 3, "image_size": 224})
+        if settings.freeze and start is None and not settings.resume:
+            raise UserError("freeze trains the head alone, so it needs --weights; a random network has nothing to keep")
+        check_colours(settings.mean, settings.std, settings.channels)
+        size: Any = settings.image_size
+        return replace(settings, image_size=[size, size] if isinstance(size, int) else size)
+
+    def prepare(
+        self, settings: FinetuneSettings, batch_is_free: bool, start: Weights | None, console: Console
+    ) -> Prepared[FinetuneSettings]:
+        train_images, val_images = open_labelled(settings.data, settings.val_data, settings.val_split, settings.seed)
+        if val_images is None:
+            raise UserError(
+                "there are no validation images; put them in a folder val/ beside train/, or set some apart with "
+                "--val-split 0.2"
+            )
+        if warning := few_of(train_images.labels, train_images.classes):
+            console.print(f"[yellow]note:[/] {warning}")
+        source = labelled_source(train_images, settings.channels, len(settings.image_size))
+        mean, std = source.normalisation(settings.mean, settings.std)
+        settings = replace(settings, mean=list(mean), std=list(std))
+        model = build_model(settings, len(train_images.classes), start)
+        train_set, val_set = build_datasets(settings, train_images, val_images, source)
+        plan = plan_for(settings, batch_is_free, len(train_set))
+        settings = replace(settings, batch_size=plan.batch_size)
+        if settings.channels_last and len(settings.image_size) == 2:
+            model = model.to(memory_format=torch.channels_last)
+        optimizer = OptimizerSettings(
+            optimizer=settings.optimizer,
+            peak=settings.learning_rate * plan.batch_size / 256,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+            weight_decay_end=settings.weight_decay,
+            clip_grad=settings.clip_grad,
+            steps=plan.steps,
+            warmup=min(round(settings.warmup_epochs * plan.steps_per_epoch), plan.steps - 1),
+        )
+        module = ClassifyModule(
+            model,
+            optimizer,
+            seed=settings.seed,
+            classes=len(train_images.classes),
+            layer_decay=settings.layer_decay,
+            mixup=settings.mixup,
+            cutmix=settings.cutmix,
+            smoothing=settings.smoothing,
+            loss=settings.loss,
+            freeze=settings.freeze,
+        )
+        batch = 2 * plan.batch_size // (plan.parts * plan.world_size)
+        return Prepared(
+            settings=settings,
+            module=module,
+            dataset=train_set,
+            plan=plan,
+            metadata=_metadata(settings, model, train_images.classes),
+            save=_save,
+            rows=_rows(settings, model, train_images, val_images, plan),
+            scorer=ClassificationScorer(val_set, batch, settings.workers),
+            repeats=settings.repeats,
+        )
 
 
-def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -> nn.Module:
-    """The classifier that settings in force describe, with the pretrained weights in it."""
+def build_model(settings: FinetuneSettings, classes: int, start: Weights | None) -> nn.Module:
+    """Builds the classifier, with the pretrained weights in it."""
     model = create_classifier(
-        settings["model"], classes, settings["channels"], settings["drop_path"], settings["image_size"],
-        settings["feature_modules"],
-    )  # fmt: skip
+        settings.model, classes, settings.channels, settings.drop_path, settings.image_size, settings.feature_modules
+    )
     if start is not None:
-        start.load_into_encoder(encoder_of(model))
+        start.load_into_encoder(encoder_of(model), model.hierarchy if isinstance(model, PooledClassifier) else None)
     return model
 
 
-def build_datasets(settings: dict[str, Any], train: Labelled, val: Labelled) -> tuple[LabelledDataset, LabelledDataset]:
-    """Training images, augmented, and validation images, whole; of arrays where the channels or axes ask for it."""
-    size, mean, std = settings["image_size"], settings["mean"], settings["std"]
-    channels, seed = settings["channels"], settings["seed"]
-    if len(size) == 2 and channels in (1, 3):
+def build_datasets(
+    settings: FinetuneSettings, train_images: Labelled, val_images: Labelled, source: Source
+) -> tuple[LabelledDataset, LabelledDataset]:
+    """Makes data sets of training images, augmented, and validation images, whole."""
+    size, mean, std = settings.image_size, settings.mean, settings.std
+    assert mean is not None
+    assert std is not None
+    scale = (settings.crop_scale, 1.0)
+    augmented: Any
+    whole: Any
+    if source.arrays:
+        augmented = array_transform(size, mean, std, scale, settings.flip if len(size) == 2 else 0.0)
+        whole = WholeArray(size, mean, std)
+    else:
         side = (size[0], size[1])
-        augmented = classify_transform(
-            side, mean, std, (settings["crop_scale"], 1.0), settings["flip"], settings["augment"], settings["erase"]
-        )
-        return (
-            LabelledDataset(train, augmented, seed, channels),
-            LabelledDataset(val, eval_transform(side, mean, std, settings["eval_crop"] or None), seed, channels),
-        )
-
-    def read(item: Any, name: str) -> Any:
-        return to_array(item, channels, len(size), name)
-
-    flip = settings["flip"] if len(size) == 2 else 0.0
+        augmented = classify_transform(side, mean, std, scale, settings.flip, settings.augment, settings.erase)
+        whole = eval_transform(side, mean, std, settings.eval_crop or None)
+    seed, channels = settings.seed, settings.channels
     return (
-        LabelledDataset(
-            train, array_transform(size, mean, std, (settings["crop_scale"], 1.0), flip), seed, channels, read
-        ),
-        LabelledDataset(val, WholeArray(size, mean, std), seed, channels, read),
+        LabelledDataset(train_images, augmented, seed, channels, source.read),
+        LabelledDataset(val_images, whole, seed, channels, source.read),
     )
 
 
-def _metadata(settings: dict[str, Any], model: nn.Module, classes: list[str]) -> dict[str, Any]:
-    return {
-        "model": settings["model"] if isinstance(settings["model"], str) else None,
-        "pooled": isinstance(model, PooledClassifier),
-        "classes": classes,
-        "image_size": settings["image_size"],
-        "crop": settings["eval_crop"] or None,
-        "channels": settings["channels"],
-        "feature_modules": settings["feature_modules"],
-        "mean": settings["mean"],
-        "std": settings["std"],
-    }
+class ClassificationScorer(Scorer[ClassificationScores]):
+    """Scores a classifier and its average.
+
+    Args:
+        dataset: validation images.
+        batch_size: images at once on each process.
+        workers: loader processes.
+    """
+
+    state_key = "Validator"
+
+    def __init__(self, dataset: LabelledDataset, batch_size: int, workers: int) -> None:
+        super().__init__(self._read)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.workers = workers if len(dataset) > _FEW else 0
+        self._complained: set[str] = set()
+
+    def _read(self, per_class: Any, **fields: Any) -> ClassificationScores:
+        if isinstance(per_class, list):  # as 0.1.0 wrote it
+            per_class = dict(zip(self.dataset.classes, per_class, strict=True))
+        return ClassificationScores(per_class=per_class, **fields)
+
+    def candidates(self, module: ScheduledModule) -> dict[str, nn.Module]:
+        return {"model": module.model, **super().candidates(module)}
+
+    def score(
+        self, trainer: pl.Trainer, model: nn.Module, device: torch.device
+    ) -> tuple[ClassificationScores, dict[str, Tensor]]:
+        precision = trainer.precision_plugin.forward_context
+        return score_classifier(model, self._batches(trainer), self.dataset.classes, device, precision), {}
+
+    def _batches(self, trainer: pl.Trainer) -> Iterator[dict[str, Any]]:
+        own = share_of(trainer, self.dataset)
+        keys = [[(0, index) for index in own[first : first + self.batch_size]]
+                for first in range(0, len(own), self.batch_size)]  # fmt: skip
+        loader = DataLoader(
+            self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
+            worker_init_fn=leave_signals_to_the_parent,
+        )  # fmt: skip
+        for batch in loader:
+            for complaint in batch["unreadable"]:
+                if complaint not in self._complained:
+                    self._complained.add(complaint)
+                    add_unreadable(self.events, trainer.global_step, complaint, "validation")
+            yield batch
+
+    def metrics(self) -> dict[str, Any]:
+        """Returns what `metrics.json` holds: last and best scores of the model and its average, and all so far."""
+        return {
+            "classes": self.dataset.classes,
+            "validation_images": len(self.dataset),
+            **{f"last_{name}": scores.as_json() for name, scores in self.last.items()},
+            **{f"best_{name}": scores.as_json() for name, scores in self.best.items()},
+            "history": self.history,
+        }
 
 
-def _rows(settings: dict[str, Any], model: nn.Module, train: Labelled, val: Labelled, plan: Plan) -> dict[str, str]:
-    """Settings in words."""
-    rate = settings["learning_rate"]
-    side = "×".join(map(str, settings["image_size"]))
+def _leave(finished: Finished[FinetuneSettings]) -> list[Any]:
+    """Draws the confusion matrix of the best weights; returns a table of accuracies."""
+    scorer: Any = finished.prepared.scorer
+    folder = finished.folder
+    best = max(scorer.best.values(), key=lambda scores: scores.top1, default=None)
+    if best is not None:
+        title = f"top-1 {best.top1:.1%}, {counted(len(scorer.dataset), 'validation image')}"
+        draw_confusion(best.confusion, scorer.dataset.classes, folder.path / "confusion.png", title)
+    table = Table("weights", "top-1", "top-5", "best top-1", box=None, padding=(0, 2, 0, 0))
+    for name, scores in scorer.last.items():
+        label = "model" if name == "model" else "average"
+        table.add_row(label, f"{scores.top1:.2%}", f"{scores.top5:.2%}", f"{scorer.best[name].top1:.2%}")
+    return [table, f"done: weights in {folder.weights}, figures in metrics.json and confusion.png beside them"]
+
+
+def _save(model: nn.Module, folder: RunFolder, metadata: WeightsMetadata, suffix: str) -> None:
+    weights.write(model, folder.weights / weights.CLASSIFIER_FILE.replace(".", f"{suffix}."), metadata)
+
+
+def _metadata(settings: FinetuneSettings, model: nn.Module, classes: list[str]) -> WeightsMetadata:
+    return WeightsMetadata(
+        model=settings.model_name,
+        pooled=isinstance(model, PooledClassifier),
+        classes=classes,
+        image_size=settings.image_size,
+        crop=settings.eval_crop or None,
+        channels=settings.channels,
+        feature_modules=settings.feature_modules,
+        mean=settings.mean,
+        std=settings.std,
+    )
+
+
+def _rows(
+    settings: FinetuneSettings, model: nn.Module, train_images: Labelled, val_images: Labelled, plan: Plan
+) -> dict[str, str]:
+    """Returns settings in words."""
+    rate = settings.learning_rate
+    side = "×".join(map(str, settings.image_size))
     return {
-        "model": network_text(settings, model) + (", head alone" if settings["freeze"] else ""),
-        "data": f"{len(train):,} images of {len(train.classes)} classes at {side}, {len(val):,} for validation",
+        "model": network_text(settings, model) + (", head alone" if settings.freeze else ""),
+        "data": f"{counted(len(train_images), 'image')} of {len(train_images.classes)} classes at {side}, "
+        f"{len(val_images):,} for validation",
         **recipe_rows(settings),
-        "in all": f"{plan.steps:,} steps, {plan.steps_per_epoch} per epoch; peak rate {rate * plan.batch_size / 256:g}",
+        "in all": f"{counted(plan.steps, 'step')}, {plan.steps_per_epoch} per epoch; peak rate "
+        f"{rate * plan.batch_size / 256:g}",
     }
 
 
-def recipe_rows(settings: dict[str, Any]) -> dict[str, str]:
-    """What a recipe decides, as it is printed."""
-    drop = settings["drop_path"]
+def recipe_rows(settings: FinetuneSettings) -> dict[str, str]:
+    """Returns what a recipe decides, in words."""
+    drop = settings.drop_path
     dropped = "as the network has it" if drop is None else f"{drop:g}"
-    whole = "whole image" if settings["eval_crop"] == 0 else f"crop {settings['eval_crop']:g}"
+    whole = "whole image" if settings.eval_crop == 0 else f"crop {settings.eval_crop:g}"
     return {
-        "length": f"batch {settings['batch_size']}, {settings['epochs']:g} epochs, warm-up "
-        f"{settings['warmup_epochs']:g}",
-        "optimiser": f"{settings['optimizer']}, rate {settings['learning_rate']:g} per 256, layer decay "
-        f"{settings['layer_decay']:g}, weight decay {settings['weight_decay']:g}, clip "
-        f"{settings['clip_grad'] or 'none'}",
-        "loss": f"{settings['loss']}, mixup {settings['mixup']:g}, cutmix {settings['cutmix']:g}, smoothing "
-        f"{settings['smoothing']:g}",
-        "regularisation": f"drop path {dropped}, EMA {settings['ema']:g}",
-        "augmentation": f"{settings['augment']}, crops from {settings['crop_scale']:g}, erasing {settings['erase']:g}, "
-        f"repeated {settings['repeats']} time(s); validation {whole}",
+        "length": f"batch {settings.batch_size}, {settings.epochs:g} epochs, warm-up {settings.warmup_epochs:g}",
+        "optimiser": f"{settings.optimizer}, rate {settings.learning_rate:g} per 256, layer decay "
+        f"{settings.layer_decay:g}, weight decay {settings.weight_decay:g}, clip {settings.clip_grad or 'none'}",
+        "loss": f"{settings.loss}, mixup {settings.mixup:g}, cutmix {settings.cutmix:g}, smoothing "
+        f"{settings.smoothing:g}",
+        "regularisation": f"drop path {dropped}, EMA {settings.ema:g}",
+        "augmentation": f"{settings.augment}, crops from {settings.crop_scale:g}, erasing {settings.erase:g}, "
+        f"repeated {counted(settings.repeats, 'time')}; validation {whole}",
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -70,22 +71,26 @@ class ScheduledModule(pl.LightningModule):
         self.grad_norm = torch.zeros(())
         self.step_losses: list[Tensor] = []
         self.rate = self.decay = 0.0
-        # Set while training only: neither the optimiser nor DDP's reducer should wait for gradients that never come.
-        self._frozen: list[nn.Parameter] = []
 
     def untrained(self) -> set[str]:
-        """Names of the model's parameters that stay as they are."""
+        """Returns names of the model's parameters that stay as they are."""
         return set()
 
-    def setup(self, stage: str) -> None:
-        names = self.untrained()
-        self._frozen = [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
-        for parameter in self._frozen:
-            parameter.requires_grad_(False)
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freezes what stays as it is, within the context.
 
-    def teardown(self, stage: str) -> None:
-        for parameter in self._frozen:
-            parameter.requires_grad_(True)
+        Neither the optimiser nor DDP's reducer should wait for gradients that never come.
+        """
+        names = self.untrained()
+        frozen = [p for name, p in self.model.named_parameters() if name in names and p.requires_grad]
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         """Groups of parameters, with weight decay above 0 where they decay; `scale` is their share of the rate."""
@@ -112,14 +117,19 @@ class ScheduledModule(pl.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         step, settings = self.global_step, self.settings
-        # What the network draws in a step depends on (seed, step, rank) alone.
-        torch.manual_seed(counted_seed(self.seed, batch_idx, self.global_rank, "network"))
+        # What the network draws for a batch depends on (seed, batch, rank) alone, with batches counted over the run.
+        torch.manual_seed(self.counted_seed(batch_idx, "network"))
         self.rate = self.rate_at(step)
         self.decay = schedules.weight_decay(step, settings.steps, settings.weight_decay, settings.weight_decay_end)
         optimizer: Any = self.optimizers()
         for group in optimizer.param_groups:
             group["lr"] = self.rate * group["scale"]
             group["weight_decay"] = self.decay if group["decays"] else 0.0
+
+    def counted_seed(self, batch_idx: int, purpose: str) -> int:
+        """Returns the seed of a batch, by its place in the run."""
+        parts = self.trainer.accumulate_grad_batches
+        return counted_seed(self.seed, self.global_step * parts + batch_idx % parts, self.global_rank, purpose)
 
     def configure_gradient_clipping(
         self,
@@ -216,7 +226,7 @@ class ClassifyModule(ScheduledModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
-        np.random.seed(counted_seed(self.seed, batch_idx, self.global_rank, "mix") & 0xFFFFFFFF)  # noqa: NPY002
+        np.random.seed(self.counted_seed(batch_idx, "mix") & 0xFFFFFFFF)  # noqa: NPY002
         if self.freeze_encoder:
             self.model.eval()  # running statistics and dropout are the encoder's too
 

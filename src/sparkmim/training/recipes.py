@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
-from sparkmim.data.detection import Crop
 from sparkmim.errors import UserError
-from sparkmim.models.decoder import NormKind
-from sparkmim.models.detector import BoxHead
-from sparkmim.models.pyramid import PyramidNorm
 
 
 @dataclass(frozen=True)
-class Recipe:
+class PretrainRecipe:
     """What a recipe decides; every field is an argument of `sparkmim.pretrain` too.
 
     Attributes:
@@ -35,7 +33,7 @@ class Recipe:
     batch_size: int
     optimizer: str
     learning_rate: float
-    beta2: dict[NormKind, float]
+    beta2: Mapping[str, float]
     warmup_epochs: float
     weight_decay: float
     weight_decay_end: float
@@ -45,7 +43,7 @@ class Recipe:
     crop_scale: float
 
 
-PAPER = Recipe(
+PAPER = PretrainRecipe(
     epochs=1600,
     batch_size=4096,
     optimizer="lamb",
@@ -80,23 +78,12 @@ features than one of 64 after the same epochs, and as good ones in the same time
 PAPER_384 = replace(PAPER, batch_size=2048, learning_rate=4e-4, mask_ratio=0.75)
 """The same at 384²."""
 
-RECIPES = {"default": DEFAULT, "paper": PAPER, "paper_384": PAPER_384}
+PRETRAIN_RECIPES = {"default": DEFAULT, "paper": PAPER, "paper_384": PAPER_384}
 
 PAPER_DROP_PATH = {
     "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10, "resnet200": 0.15,
     "convnext_small": 0.2, "convnext_base": 0.3, "convnext_large": 0.4,
 }  # fmt: skip
-
-
-def recipe_named(name: str) -> Recipe:
-    """Looks a recipe up.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    if name not in RECIPES:
-        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]
 
 
 @dataclass(frozen=True)
@@ -136,11 +123,11 @@ class FinetuneRecipe:
     mixup: float
     cutmix: float
     smoothing: float
-    loss: Literal["bce", "ce"]
+    loss: str
     repeats: int
     drop_path: float | None
     ema: float
-    augment: Literal["trivial", "auto", "none"]
+    augment: str
     erase: float
     crop_scale: float
     eval_crop: float
@@ -220,17 +207,6 @@ FINETUNE_RECIPES = {
 `downstream_imagenet/arg.py` and `data.py` for what the table leaves open)."""
 
 
-def finetune_recipe_named(name: str) -> FinetuneRecipe:
-    """Looks a recipe up.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    if name not in FINETUNE_RECIPES:
-        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(FINETUNE_RECIPES)}")
-    return FINETUNE_RECIPES[name]
-
-
 @dataclass(frozen=True)
 class DetectRecipe:
     """What a recipe decides; every field is an argument of `sparkmim.detect` too. The optimiser is AdamW.
@@ -271,9 +247,9 @@ class DetectRecipe:
     short_sides: tuple[int, ...]
     long_side: int
     eval_short_side: int
-    crop: Crop
-    box_head: BoxHead
-    norm: PyramidNorm
+    crop: str
+    box_head: str
+    norm: str
     regions: int
     clip_grad: float
 
@@ -348,20 +324,6 @@ DETECT_RECIPES = {
 """`default`, and the paper's for COCO (appendix; `downstream_d2` and `downstream_mmdet` of the original)."""
 
 
-def detect_recipe_named(name: str) -> DetectRecipe:
-    """Looks a recipe up.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    if name not in DETECT_RECIPES:
-        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(DETECT_RECIPES)}")
-    return DETECT_RECIPES[name]
-
-
-SegmentSchedule = Literal["cosine", "linear"]
-
-
 @dataclass(frozen=True)
 class SegmentRecipe:
     """What a recipe decides; every field is an argument of `sparkmim.segment` too. The optimiser is AdamW.
@@ -391,13 +353,13 @@ class SegmentRecipe:
     layer_decay: float
     weight_decay: float
     warmup_iterations: int
-    schedule: SegmentSchedule
+    schedule: str
     drop_path: float | None
     short_side: int
     crop: int
     jitter: float
     eval_short_side: int
-    norm: PyramidNorm
+    norm: str
     clip_grad: float
 
 
@@ -448,3 +410,53 @@ def segment_recipe_named(name: str) -> SegmentRecipe:
     if name not in SEGMENT_RECIPES:
         raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(SEGMENT_RECIPES)}")
     return SEGMENT_RECIPES[name]
+
+
+RECIPES: dict[str, Mapping[str, Any]] = {
+    "pretrain": PRETRAIN_RECIPES,
+    "finetune": FINETUNE_RECIPES,
+    "detect": DETECT_RECIPES,
+    "segment": SEGMENT_RECIPES,
+}
+"""Recipes by command and name."""
+
+R = TypeVar("R")
+
+
+def recipe_named(name: str, recipes: Mapping[str, R]) -> R:
+    """Looks a recipe up.
+
+    Raises:
+        UserError: if there is none of that name.
+    """
+    if name not in recipes:
+        near = difflib.get_close_matches(name, recipes, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(recipes)}"
+        raise UserError(f"there is no recipe {name!r}; {hint}")
+    return recipes[name]
+
+
+def notes_for(command: str, asked: Mapping[str, Any]) -> dict[str, str]:
+    """Returns what the recipe decides of a command's arguments that are left open, such as `200 (recipe default)`.
+
+    Args:
+        command: its name.
+        asked: its arguments by name.
+    """
+    name = str(asked.get("recipe"))
+    recipe = RECIPES.get(command, {}).get(name)
+    if recipe is None:
+        return {}
+    return {
+        field.name: f"{_written(value)} (recipe {name})"
+        for field in fields(recipe)
+        if field.name in asked and asked[field.name] is None and (value := getattr(recipe, field.name)) is not None
+    }
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, Mapping):  # by the network's norm
+        return " or ".join(dict.fromkeys(f"{item:g}" for item in value.values()))
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_written, value))}]"
+    return f"{value:g}" if isinstance(value, float) else str(value)

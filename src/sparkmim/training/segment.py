@@ -1,343 +1,198 @@
-"""Training segmenters, top to bottom. The public function with its documentation is in `sparkmim.commands`."""
+"""Training of segmenters. The public function with its documentation is in `sparkmim.commands`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparkmim.data import TargetDataset, normalisation
-from sparkmim.data.label_maps import (
-    SegmentationFiles,
-    SegmentationImages,
-    check_segmentation,
-    find_segmentation,
-    open_segmentation,
-    read_class_names,
-)
-from sparkmim.data.labelled import Part
-from sparkmim.data.loading import one_by_one
+from sparkmim.data.dataset import TargetDataset
+from sparkmim.data.label_maps import SegmentationFiles, SegmentationImages, find_segmentation, open_segmentation
+from sparkmim.data.parts import find_part
 from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
 from sparkmim.data.source import Source
-from sparkmim.drawing.annotated import draw_classes, save_label_map, side_by_side, with_legend
-from sparkmim.drawing.pixels import Tones
-from sparkmim.errors import UserError
-from sparkmim.evaluation.segmentation import SegmentationScores, classes_at, evaluate_segmentation
+from sparkmim.drawing.annotated import draw_classes, side_by_side, with_legend
+from sparkmim.evaluation.segmentation import SegmentationScores, evaluate_segmentation
+from sparkmim.evaluation.segmenter import checked_classes, class_names, run_segmenter, tones_of
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, open_weights
-from sparkmim.models import create_encoder
-from sparkmim.models.encoders import own_module
+from sparkmim.interop.weights import Weights, WeightsMetadata
+from sparkmim.models.encoders import create_encoder
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.results import SegmentResult
 from sparkmim.runs.folder import RunFolder
-from sparkmim.training import downstream
-from sparkmim.training.downstream import Scorer
-from sparkmim.training.loop import Plan, begun, network_text, plan_for, settle_machine
+from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import SegmentModule
-from sparkmim.training.recipes import segment_recipe_named
-
-MAY_CHANGE = downstream.MAY_CHANGE | {"labels", "val_labels", "classes"}
-"""Arguments that a resumed run may be given anew: they change no result."""
-
-PAIR = ("images", "labels")
-"""Arguments that name a part of the data."""
+from sparkmim.training.plan import Plan, plan_for
+from sparkmim.training.recipes import SEGMENT_RECIPES, recipe_named
+from sparkmim.training.scoring import DRAWN, Scorer, share_of
+from sparkmim.training.settings import SegmentSettings, check_colours, known_of, length_of, settle
 
 
-def run_segmentation(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> SegmentResult:
-    """Runs `sparkmim.segment`.
-
-    Args:
-        settings: its arguments.
-        given: names of those that are no defaults.
-        callbacks: further Lightning callbacks.
-    """
-    console = Console(stderr=True)
-    if settings["predict"] is not None:
-        return predict_label_maps(settings, console)
-    if settings["eval_only"]:
-        return score_segmenter(settings, console)
-    settings = begun(settings, given, RunFolder(settings["out"]), MAY_CHANGE)
-    batch_is_free = settings["batch_size"] is None
-    start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
-    settings = in_force(settings, start)
-    train, val = open_parts(settings)
-    classes = checked(console, [train, val], class_names(settings))
-    settle_colours(settings, train)
-
-    torch.manual_seed(settings["seed"])
-    model = build_model(settings, len(classes), start)
-    transform = segmentation_transform(
-        settings["short_side"], settings["crop"], settings["mean"], settings["std"], settings["flip"],
-        settings["jitter"], train.arrays,
-    )  # fmt: skip
-    dataset = TargetDataset(train, transform, settings["seed"])
-    plan = plan_for(settings, batch_is_free, len(dataset))
-    module = SegmentModule(
-        model, downstream.adamw(settings, plan), settings["seed"], settings["layer_decay"], settings["schedule"]
-    )
-    scorer = SegmentationScorer(val, classes, settings)
-    trainer = downstream.train_scored(
-        console, settings, module, dataset, plan, scorer, weights.SEGMENTER_FILE, _metadata(settings, classes),
-        _rows(settings, model, train, val, classes, plan), callbacks,
-    )  # fmt: skip
-    figures = {} if scorer.last is None else scorer.last.figures
-    return SegmentResult(Path(settings["out"]), trainer.global_step, plan.steps, figures, model.eval())
+def run_segmentation(
+    asked: Mapping[str, Any],
+    given: frozenset[str],
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Any] = (),
+) -> SegmentResult:
+    """Runs `sparkmim.segment` where it trains; for the arguments, see `train`."""
+    finished = train(Segmentation(), asked, given, callbacks, loggers, draw=scored)
+    steps, model = finished.prepared.plan.steps, finished.model
+    return SegmentResult(finished.folder.path, finished.step, steps, finished.figures, model)
 
 
-def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
-    """Fills what was left to the recipe, to the pretrained weights and to the machine; `mean` and `std` may stay open.
+class Segmentation(Training[SegmentSettings]):
+    """Training of a pyramid with Panoptic FPN's head."""
 
-    Raises:
-        ValueError: if a setting is out of its range.
-    """
-    settings = dict(settings)
-    downstream.fill_from_recipe(settings, segment_recipe_named(settings["recipe"]), start is None)
-    downstream.fill_from_weights(settings, start, ("feature_modules", "channels", "mean", "std"))
-    for name, usual in (("channels", 3), ("ignore", 255)):
-        if settings[name] is None:
-            settings[name] = usual
-    settle_machine(settings)
-    downstream.check_ranges(settings, ("channels", "short_side", "crop", "eval_short_side"))
-    if settings["schedule"] not in ("cosine", "linear"):
-        raise UserError(f"there is no schedule {settings['schedule']!r}; choose cosine or linear")
-    return settings
+    kind = SegmentSettings
 
+    def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> SegmentSettings:
+        recipe = length_of(asked, asdict(recipe_named(asked["recipe"], SEGMENT_RECIPES)))
+        if start is None:
+            recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
+        known = known_of(asked, before, start)
+        settings = settle(SegmentSettings, asked, before, recipe, known, {"channels": 3, "ignore": 255})
+        check_colours(settings.mean, settings.std, settings.channels)
+        return settings
 
-def settle_colours(settings: dict[str, Any], train: SegmentationImages) -> None:
-    """Fills `mean` and `std`, where neither is given nor known of the weights: of arrays, they are measured.
-
-    Raises:
-        ValueError: if there is not one value for each channel.
-    """
-    channels = settings["channels"]
-    if settings["mean"] is None or settings["std"] is None:
-        usual = normalisation(channels)
-        if train.arrays:
-            paths = [str(train.files.images / train.name(place)) for place in range(len(train))]
-            found = Source(paths, True, channels, 2).statistics()
-            usual = tuple(found.mean), tuple(found.std)
-        settings["mean"], settings["std"] = settings["mean"] or usual[0], settings["std"] or usual[1]
-    for name in ("mean", "std"):
-        settings[name] = list(settings[name])
-        if len(settings[name]) != channels:
-            raise UserError(f"{name} has {len(settings[name])} value(s) for {channels} channel(s)")
-
-
-def open_parts(settings: dict[str, Any], wanted: Sequence[Part] = ("train", "val")) -> list[SegmentationImages]:
-    """Images to train on, and to validate on.
-
-    Raises:
-        ValueError: if a part is not named, or half of it.
-        FileNotFoundError: if it does not exist.
-    """
-    parts = downstream.parts_named(settings, SegmentationFiles, PAIR, find_segmentation, wanted)
-    more = settings["channels"], settings["ignore"], settings["reduce_labels"]
-    return [open_segmentation(*files, *more) for files in parts]
+    def prepare(
+        self, settings: SegmentSettings, batch_is_free: bool, start: Weights | None, console: Console
+    ) -> Prepared[SegmentSettings]:
+        train_images, val_images = open_parts(settings)
+        named = class_names(settings.data, settings.classes)
+        classes = checked_classes(console, [train_images, val_images], named)
+        mean, std = _source(train_images, settings).normalisation(settings.mean, settings.std)
+        settings = replace(settings, mean=list(mean), std=list(std))
+        model = build_model(settings, len(classes), start)
+        transform = segmentation_transform(
+            settings.short_side, settings.crop, mean, std, settings.flip, settings.jitter, train_images.arrays
+        )
+        dataset = TargetDataset(train_images, transform, settings.seed)
+        plan = plan_for(settings, batch_is_free, len(dataset), settings.iterations)
+        settings = replace(settings, batch_size=plan.batch_size)
+        return Prepared(
+            settings=settings,
+            module=SegmentModule(model, plan.adamw(settings), settings.seed, settings.layer_decay, settings.schedule),
+            dataset=dataset,
+            plan=plan,
+            metadata=_metadata(settings, classes),
+            save=_save,
+            rows=_rows(settings, model, train_images, val_images, classes, plan),
+            scorer=SegmentationScorer(val_images, classes, settings),
+        )
 
 
-def class_names(settings: dict[str, Any]) -> list[str] | None:
-    """Those in the file that `classes` names, or in `classes.txt` in the folder of the data, if there is one."""
-    if settings["classes"] is not None:
-        return read_class_names(settings["classes"])
-    beside = Path(settings["data"] or ".").expanduser() / "classes.txt"
-    return read_class_names(beside) if settings["data"] is not None and beside.is_file() else None
+def open_parts(settings: SegmentSettings) -> tuple[SegmentationImages, SegmentationImages]:
+    """Opens the images to train on, and to validate on."""
+    named = {"images": settings.images, "labels": settings.labels}
+    val_named = {"val_images": settings.val_images, "val_labels": settings.val_labels}
+    files = [
+        find_part("train", settings.data, named, SegmentationFiles, find_segmentation),
+        find_part("val", settings.data, val_named, SegmentationFiles, find_segmentation),
+    ]
+    channels, ignore, reduced = settings.channels, settings.ignore, settings.reduce_labels
+    train_images, val_images = (open_segmentation(*part, channels, ignore, reduced) for part in files)
+    return train_images, val_images
 
 
-def checked(console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None) -> list[str]:
-    """The classes of data that nothing is wrong with; says what is worth knowing of them."""
-    classes, notes = check_segmentation(parts, names)
-    downstream.say_notes(console, notes)
-    return classes
+def _source(images: SegmentationImages, settings: SegmentSettings) -> Source:
+    paths = [str(images.files.images / images.name(place)) for place in range(len(images))]
+    return Source(paths, images.arrays, settings.channels, 2)
 
 
-def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -> Segmenter:
-    """The segmenter that settings in force describe, with the pretrained encoder in it."""
-    encoder = settings["model"]
+def build_model(settings: SegmentSettings, classes: int, start: Weights | None) -> Segmenter:
+    """Builds the segmenter, with the pretrained encoder in it."""
+    encoder = settings.model
     if isinstance(encoder, str):
-        encoder = create_encoder(encoder, settings["channels"], settings["drop_path"])
-    if start is not None:
-        start.load_into_encoder(encoder)
-    size = [settings["crop"], settings["crop"]]
+        encoder = create_encoder(encoder, settings.channels, settings.drop_path)
     segmenter = create_segmenter(
-        encoder, classes, settings["channels"], settings["norm"], size, settings["feature_modules"]
+        encoder, classes, settings.channels, settings.norm, [settings.crop] * 2, settings.feature_modules
     )
-    segmenter.backbone.freeze(settings["frozen_stages"])
+    if start is not None:
+        start.load_into_encoder(encoder, segmenter.backbone.hierarchy)
+    segmenter.backbone.freeze(settings.frozen_stages)
     return segmenter
-
-
-def _metadata(settings: dict[str, Any], classes: list[str]) -> dict[str, Any]:
-    kept = ("channels", "mean", "std", "feature_modules", "norm", "eval_short_side", "ignore", "reduce_labels")
-    return {
-        "task": "segmentation",
-        "model": settings["model"] if isinstance(settings["model"], str) else None,
-        "image_size": [settings["crop"], settings["crop"]],
-        "classes": classes,
-        **{name: settings[name] for name in kept},
-    }
-
-
-# Validation
-
-
-class _Seen(torch.utils.data.Dataset[Any]):
-    """Images as a segmenter sees them whole, and their label maps as they are."""
-
-    def __init__(self, images: SegmentationImages, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.images[place]
-        return self.transform(image.as_subclass(Tensor)), labels.as_subclass(Tensor).long()
-
-
-@torch.no_grad()
-def label_maps_of(
-    model: nn.Module, images: SegmentationImages, places: Sequence[int], settings: dict[str, Any], device: torch.device,
-    see: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Label maps that a segmenter predicts, and the true ones, long `[H, W]`; unreadable images are logged.
-
-    Args:
-        model: in evaluation mode until the end.
-        images: to look at.
-        places: which of them.
-        settings: in force.
-        device: of the model.
-        see: given the place, the normalised image `[C, h, w]`, the prediction, and the truth.
-    """
-    transform = segmentation_resize(settings["eval_short_side"], settings["mean"], settings["std"])
-    training = model.training
-    model.eval()
-    try:
-        for place, (image, truth) in one_by_one(_Seen(images, transform), places, settings["workers"]):
-            found = predicted(model, image.to(device), truth.shape, settings["precision"])
-            if see is not None:
-                see(place, image, found.cpu(), truth)
-            yield found, truth.to(device)
-    finally:
-        model.train(training)
-
-
-def predicted(model: nn.Module, image: Tensor, size: Sequence[int], precision: str) -> Tensor:
-    """The class of each pixel of a normalised image `[C, h, w]` at another size, long `[*size]`."""
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        logits = model(image[None])[0]  # [classes, h, w]
-    return classes_at(logits, size)
 
 
 class SegmentationScorer(Scorer[SegmentationScores]):
     """Scores a segmenter.
 
     Args:
-        images: to validate on.
-        classes: their names.
-        settings: in force.
+        images: validation images.
+        classes: names.
+        settings: of the training.
     """
 
-    pictures = "image, truth, prediction"
-    logged = ("mIoU", "pixel_accuracy")
-    read_back = SegmentationScores
-
-    def __init__(self, images: SegmentationImages, classes: Sequence[str], settings: dict[str, Any]) -> None:
-        super().__init__()
+    def __init__(self, images: SegmentationImages, classes: Sequence[str], settings: SegmentSettings) -> None:
+        super().__init__(SegmentationScores)
         self.images, self.classes, self.settings = images, classes, settings
 
     def score(
         self, trainer: pl.Trainer, model: nn.Module, device: torch.device
     ) -> tuple[SegmentationScores, dict[str, Tensor]]:
         pictures: dict[str, Tensor] = {}
-        tones = _tones(self.settings, self.images.arrays)
+        settings = self.settings
+        mean, std = settings.mean, settings.std
+        assert mean is not None
+        assert std is not None
+        tones = tones_of(settings.channels, mean, std, self.images.arrays)
 
         def see(place: int, image: Tensor, found: Tensor, truth: Tensor) -> None:
-            if len(pictures) < downstream.DRAWN and trainer.is_global_zero:
+            if len(pictures) < DRAWN and trainer.is_global_zero:
                 pixels = tones(image[None])[0]  # [3, h, w]
                 maps = [_at_size(labels, pixels) for labels in (truth, found)]
                 drawn = [(255 * pixels).round().to(torch.uint8), *(draw_classes(pixels, labels) for labels in maps)]
-                pictures[self.images.name(place)] = with_legend(side_by_side(drawn), maps, self.classes)
+                name = f"image, truth, prediction/{self.images.name(place)}"
+                pictures[name] = with_legend(side_by_side(drawn), maps, self.classes)
 
-        own = range(trainer.global_rank, len(self.images), trainer.world_size)
-        maps = label_maps_of(model, self.images, own, self.settings, device, see)
+        maps = run_segmenter(
+            model, self.images, share_of(trainer, self.images),
+            segmentation_resize(settings.eval_short_side, mean, std), settings.workers, device,
+            settings.precision == "bf16-mixed", see,
+        )  # fmt: skip
         return evaluate_segmentation(maps, self.classes, device), pictures
 
 
 def _at_size(labels: Tensor, picture: Tensor) -> Tensor:
-    """A label map `[H, W]` at the size of a picture `[C, h, w]`."""
+    """Resizes a label map `[H, W]` to the size of a picture `[C, h, w]`."""
     return nn.functional.interpolate(labels[None, None].float(), picture.shape[1:], mode="nearest-exact")[0, 0].long()
 
 
-def _tones(known: dict[str, Any], arrays: bool) -> Tones:
-    """What undoes the normalisation of images, or of arrays in units of their own."""
-    return Tones.of(known["channels"], None if arrays else known["mean"], None if arrays else known["std"])
+def _save(model: nn.Module, folder: RunFolder, metadata: WeightsMetadata, suffix: str) -> None:
+    weights.write(model, folder.weights / weights.SEGMENTER_FILE.replace(".", f"{suffix}."), metadata)
 
 
-# Using a segmenter
-
-
-def opened(settings: dict[str, Any]) -> tuple[Segmenter, Weights, dict[str, Any], torch.device, Path]:
-    """The segmenter, its weights, settings in force, the device, and the folder to write into."""
-    found, device, out = downstream.opened_for_use(settings, "segmenter")
-    model = found.segmenter(own_module(settings["model"])).to(device)
-    reduced = settings["reduce_labels"] or found.metadata["reduce_labels"]
-    settings = {**settings, "channels": found.channels, "reduce_labels": reduced}
-    downstream.fill_from_weights(settings, found, ("mean", "std", "eval_short_side", "ignore"))
-    settle_machine(settings)
-    return model, found, settings, device, out
-
-
-def score_segmenter(settings: dict[str, Any], console: Console) -> SegmentResult:
-    """Scores a segmenter on the validation images; writes `metrics.json`."""
-    model, found, settings, device, out = opened(settings)
-    names, known = class_names(settings), found.metadata["classes"]
-    if names is not None and names != known:
-        raise UserError(f"the data have other classes than {found.path}: {len(names)} and {len(known)} names, which "
-                         "must be the same, in the same order")  # fmt: skip
-    (val,) = open_parts(settings, ("val",))
-    maps = label_maps_of(model, val, range(len(val)), settings, device)
-    scores = evaluate_segmentation(maps, checked(console, [val], known), device)
-    downstream.say_scores(console, out, scores)
-    return SegmentResult(out, 0, 0, scores.figures, model)
-
-
-@torch.no_grad()
-def predict_label_maps(settings: dict[str, Any], console: Console) -> SegmentResult:
-    """Writes the class of each pixel of images as PNG, and draws them on the images."""
-    model, found, settings, device, out = opened(settings)
-    classes = found.metadata["classes"]
-    transform = segmentation_resize(settings["eval_short_side"], settings["mean"], settings["std"])
-    means, deviations = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    seen: set[int] = set()
-    count = 0
-    for name, _, image in downstream.images_read(console, settings["predict"], settings):
-        labels = predicted(model, transform(image).to(device), image.shape[1:], settings["precision"]).cpu()  # [h, w]
-        arrays = image.is_floating_point()
-        normalised = ((image if arrays else image / 255) - means) / deviations  # [c, h, w]
-        picture = draw_classes(_tones(settings, arrays)(normalised[None])[0], labels)  # [3, h, w]
-        picture = with_legend(picture, [labels], classes)
-        out.mkdir(parents=True, exist_ok=True)
-        save_label_map(out / f"{name}.png", labels, len(classes), settings["reduce_labels"])
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
-        count += 1
-        seen.update(labels.flatten().bincount().nonzero().flatten().tolist())
-    console.print(f"{count:,} images, {len(seen)} of {len(classes)} classes found: {out}", markup=False)
-    return SegmentResult(out, 0, 0, {}, model)
+def _metadata(settings: SegmentSettings, classes: list[str]) -> WeightsMetadata:
+    return WeightsMetadata(
+        task="segmentation",
+        model=settings.model_name,
+        image_size=[settings.crop] * 2,
+        classes=classes,
+        channels=settings.channels,
+        mean=settings.mean,
+        std=settings.std,
+        feature_modules=settings.feature_modules,
+        norm=settings.norm,
+        eval_short_side=settings.eval_short_side,
+        ignore=settings.ignore,
+        reduce_labels=settings.reduce_labels,
+    )
 
 
 def _rows(
-    settings: dict[str, Any], model: nn.Module, train: SegmentationImages, val: SegmentationImages,
+    settings: SegmentSettings, model: nn.Module, train_images: SegmentationImages, val_images: SegmentationImages,
     classes: Sequence[str], plan: Plan,
 ) -> dict[str, str]:  # fmt: skip
-    """Settings in words."""
+    """Returns settings in words."""
     return {
-        "model": f"Panoptic FPN's head on {network_text(settings, model)}; norm {settings['norm']}",
-        "data": f"{len(train):,} images of {len(classes)} classes, {len(val):,} for validation",
-        "length": downstream.length_text(plan),
-        "optimiser": f"{downstream.optimizer_text(settings, plan)}, then {settings['schedule']}",
-        "sizes": f"shorter side 0.5 to 2 times {settings['short_side']}, crops of {settings['crop']}; validation "
-        f"{settings['eval_short_side']}",
+        "model": f"Panoptic FPN's head on {network_text(settings, model)}; norm {settings.norm}",
+        "data": f"{len(train_images):,} images of {len(classes)} classes, {len(val_images):,} for validation",
+        "length": str(plan),
+        "optimiser": f"{plan.adamw_text(settings)}, then {settings.schedule}",
+        "sizes": f"shorter side 0.5 to 2 times {settings.short_side}, crops of {settings.crop}; validation "
+        f"{settings.eval_short_side}",
     }

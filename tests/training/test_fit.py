@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import copy
 import functools
+import inspect
 import logging
 from dataclasses import replace
 from typing import Any
@@ -13,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import sparkmim
 from sparkmim import cli
 from sparkmim.models import SparK, create_encoder
 from sparkmim.models.detector import create_detector
 from sparkmim.models.pyramid import RegionBatchNorm
 from sparkmim.training.batch_norm import synchronised_batch_norm
-from sparkmim.training.downstream import fill_from_recipe
-from sparkmim.training.loop import plan_for, resumed
+from sparkmim.training.detect import Detection
 from sparkmim.training.modules import OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
-from sparkmim.training.recipes import detect_recipe_named
+from sparkmim.training.plan import Plan, plan_for
+from sparkmim.training.settings import PretrainSettings, resumed
 
 OPTIMIZER = OptimizerSettings("adamw", 0.1, (0.9, 0.999), 0.05, 0.05, clip_grad=0.0, steps=1, warmup=0)
 
@@ -77,15 +79,27 @@ def test_norms_of_another_kind_are_left_alone_and_named(caplog: pytest.LogCaptur
 SAVED = {"model": "resnet18", "flip": 0.0, "accumulate": 4, "workers": 3, "precision": "bf16-mixed", "out": "there"}
 
 
+def resume(given: set[str], **changes: Any) -> dict[str, Any]:
+    """Resumes a run of these settings, of which the batch size was settled, with some arguments given."""
+    asked = {**SAVED, "out": "run", "resume": True, "batch_size": None, **changes}
+    settled = {**SAVED, "batch_size": 16}
+    saved = {**SAVED, "batch_size": None}
+    return resumed(PretrainSettings, asked, frozenset({"out", "resume", *given}), saved, settled, ())
+
+
 def test_what_is_given_holds_even_where_it_is_the_default() -> None:
     """And what is left open does not."""
-    settings = {**SAVED, "out": "run", "resume": True, "accumulate": 1, "workers": 2, "precision": "auto"}
-    given = {"out", "resume", "precision", "workers", "callbacks"}
-    found = resumed(settings, given, SAVED, {"out", "resume", "workers"})
-    assert found == {**SAVED, "out": "run", "resume": True, "workers": 2}
-    assert resumed(settings, {"out", "resume"}, SAVED, {"out", "resume", "workers"})["workers"] == 3
+    found = resume({"precision", "workers", "callbacks"}, accumulate=1, workers=2, precision="auto")
+    assert found == {**SAVED, "out": "run", "resume": True, "workers": 2, "batch_size": None}
+    assert resume(set(), workers=2)["workers"] == 3
     with pytest.raises(ValueError, match="other settings: accumulate is 4 there and 1 here; leave them out"):
-        resumed(settings, {"out", "resume", "accumulate"}, SAVED, {"out", "resume"})
+        resume({"accumulate"}, accumulate=1)
+
+
+def test_what_was_left_open_is_compared_as_it_was_settled() -> None:
+    assert resume({"batch_size"}, batch_size=16)["batch_size"] is None
+    with pytest.raises(ValueError, match="batch_size is 16 there and 8 here"):
+        resume({"batch_size"}, batch_size=8)
 
 
 def test_the_command_line_tells_what_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,35 +123,32 @@ def test_the_command_line_tells_what_is_given(monkeypatch: pytest.MonkeyPatch) -
 # How long
 
 
-def length(**given: Any) -> dict[str, Any]:
-    """Settings, as far as they say how long a run is."""
-    nothing = {"epochs": None, "iterations": None, "layer_decay": None, "batch_size": None}
-    return {**nothing, "accelerator": "cpu", "devices": 1, "num_nodes": 1, "accumulate": 1, **given}
+def length(recipe: str, images: int, **given: Any) -> Plan:
+    """The plan of a detection with some arguments given."""
+    parameters = inspect.signature(sparkmim.detect).parameters
+    asked = {name: parameter.default for name, parameter in parameters.items()}
+    asked |= {"out": "run", "model": "resnet18", "recipe": recipe, "accelerator": "cpu", **given}
+    settings = Detection().settle(asked, {}, None)
+    if "iterations" in given:
+        assert settings.epochs is None
+    return plan_for(settings, "batch_size" not in given, images, settings.iterations)
 
 
-@pytest.mark.parametrize("more", [{}, {"batch_size": 8}, {"devices": 8}, {"accumulate": 3}])
+@pytest.mark.parametrize("more", [{}, {"batch_size": 8}, {"devices": 4}, {"accumulate": 3}])
 def test_iterations_are_steps_whatever_the_batch(more: dict[str, Any]) -> None:
-    settings = length(iterations=1000, **more)
-    fill_from_recipe(settings, detect_recipe_named("default"), False)
-    assert settings["epochs"] is None
-    plan = plan_for(settings, "batch_size" not in more, 120)
+    plan = length("default", 120, iterations=1000, **more)
     assert plan.steps == 1000
-    assert plan.batch_size == settings["batch_size"]
+    assert plan.batch_size == more.get("batch_size", plan.batch_size)
 
 
 def test_epochs_go_before_the_iterations_of_a_recipe() -> None:
-    settings = length(epochs=2.5, batch_size=16)
-    fill_from_recipe(settings, detect_recipe_named("resnet50_1x"), False)
-    assert settings["iterations"] is None
-    assert plan_for(settings, False, 160).steps == 25
-    settings = length()
-    fill_from_recipe(settings, detect_recipe_named("resnet50_1x"), False)
-    assert (settings["epochs"], settings["iterations"]) == (None, 90_000)
+    assert length("resnet50_1x", 160, epochs=2.5, batch_size=16).steps == 25
+    assert length("resnet50_1x", 160).steps == 90_000
 
 
 def test_two_lengths_are_one_too_many() -> None:
     with pytest.raises(ValueError, match="epochs 3 and iterations 100 both say how long to train; give one"):
-        fill_from_recipe(length(epochs=3, iterations=100), detect_recipe_named("default"), False)
+        length("default", 10, epochs=3, iterations=100)
 
 
 # What decays

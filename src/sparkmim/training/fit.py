@@ -1,0 +1,410 @@
+"""The training that all commands share, from arguments to a finished run."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Generic
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+
+from sparkmim.data.dataset import collate
+from sparkmim.data.loading import make_loader
+from sparkmim.data.problems import counted
+from sparkmim.data.samplers import StepBatchSampler
+from sparkmim.data.unreadable import SkipLog
+from sparkmim.errors import UserError
+from sparkmim.evaluation.scores import known_figures
+from sparkmim.interop.weights import Weights, WeightsMetadata, open_weights
+from sparkmim.machine import generators_restored, is_main_process
+from sparkmim.runs.environment import environment
+from sparkmim.runs.folder import RunFolder
+from sparkmim.runs.history import History, logged, read_history, settled_settings
+from sparkmim.runs.report import renew_report
+from sparkmim.training.batch_norm import synchronised_batch_norm
+from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
+from sparkmim.training.modules import ScheduledModule
+from sparkmim.training.plan import Plan
+from sparkmim.training.scoring import Scorer
+from sparkmim.training.settings import MACHINE, S, TrainSettings, is_open, plain, resumed
+
+log = logging.getLogger("sparkmim")
+
+OBJECTS = ("model", "data", "val_data")
+"""Arguments that may be Python objects, which no file can hold."""
+
+
+@dataclass
+class Prepared(Generic[S]):
+    """All that differs between trainings.
+
+    Attributes:
+        settings: of the training, with all that network and data decided.
+        module: what is trained.
+        dataset: training set, indexed by `(epoch, index)`.
+        plan: length of the run.
+        metadata: of the weight files.
+        save: writes weight files, given a model, the folder, metadata, and a suffix for the names.
+        rows: settings in words, to be printed.
+        scorer: scores the model while it is trained.
+        pictures: makes the callback that draws reconstructions.
+        repeats: times that each image stands in a row in the order of an epoch, with other augmentation each time.
+        collate: makes a batch of samples.
+        precision: of everything; None for that of the settings.
+        done: what is printed at the end of a finished run, before where things are.
+    """
+
+    settings: S
+    module: ScheduledModule
+    dataset: Dataset[Any]
+    plan: Plan
+    metadata: WeightsMetadata
+    save: Callable[[nn.Module, RunFolder, WeightsMetadata, str], None]
+    rows: Mapping[str, str]
+    scorer: Scorer[Any] | None = None
+    pictures: Callable[[History, RunFolder], Pictures] | None = None
+    repeats: int = 1
+    collate: Callable[[Any], dict[str, Any]] = collate
+    precision: str | None = None
+
+
+class Training(ABC, Generic[S]):
+    """One of the four trainings: how its settings are settled, and what it trains."""
+
+    kind: type[S]
+    """Its settings."""
+
+    @abstractmethod
+    def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> S:
+        """Settles what arguments, recipe, weights and machine decide.
+
+        Args:
+            asked: arguments by name.
+            before: settings as a resumed run had settled them.
+            start: weights to start from.
+
+        Raises:
+            UserError: if arguments do not go together.
+        """
+
+    @abstractmethod
+    def prepare(self, settings: S, batch_is_free: bool, start: Weights | None, console: Console) -> Prepared[S]:
+        """Opens the data and builds the model, with the pretrained weights in it.
+
+        Args:
+            settings: of the training.
+            batch_is_free: whether the batch size may shrink to the images there are.
+            start: weights to start from.
+            console: where notes are printed.
+        """
+
+
+@dataclass(frozen=True)
+class Finished(Generic[S]):
+    """A run that has ended, by itself or on request.
+
+    Attributes:
+        prepared: what was trained.
+        folder: of the run.
+        step: optimiser steps done.
+        monitor: knows loss and speed.
+        main: whether this is the process that speaks for all.
+    """
+
+    prepared: Prepared[S]
+    folder: RunFolder
+    step: int
+    monitor: Monitor
+    main: bool
+
+    @property
+    def model(self) -> nn.Module:
+        """The trained model, in evaluation mode."""
+        return self.prepared.module.model.eval()
+
+    @property
+    def scores(self) -> Any:
+        """The last scores, of the average where there is one; None if nothing was scored."""
+        last = {} if self.prepared.scorer is None else self.prepared.scorer.last
+        return last.get("ema", last.get("model"))
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures of the last scores."""
+        return {} if self.scores is None else self.scores.figures
+
+
+def scored(finished: Finished[Any]) -> list[Any]:
+    """Returns the last scores as a table, and where weights and figures are."""
+    table = [] if finished.scores is None else [finished.scores.table()]
+    return [*table, f"done: weights in {finished.folder.weights}, figures in metrics.json beside them"]
+
+
+def train(
+    training: Training[S],
+    asked: Mapping[str, Any],
+    given: frozenset[str],
+    callbacks: Sequence[pl.Callback] = (),
+    loggers: Sequence[Any] = (),
+    draw: Callable[[Finished[S]], Sequence[Any]] = lambda finished: (),
+) -> Finished[S]:
+    """Trains, from the start or from the last checkpoint, and leaves a run folder.
+
+    Args:
+        training: which of the four.
+        asked: arguments of the command.
+        given: names of the arguments passed explicitly.
+        callbacks: further Lightning callbacks.
+        loggers: further Lightning loggers, beside TensorBoard's.
+        draw: called at the end of a finished run, for what it leaves; returns what is printed.
+
+    Raises:
+        UserError: if an argument cannot be met; nothing is written then.
+        NonFiniteLoss: if training diverges.
+    """
+    console = Console(stderr=True, quiet=not is_main_process())
+    folder = RunFolder(asked["out"])
+    with generators_restored():
+        asked, before = begin(training.kind, asked, given, folder)
+        start = _start_of(asked)
+        settings = training.settle(asked, before, start)
+        torch.manual_seed(settings.seed)
+        batch_is_free = asked["batch_size"] is None and "batch_size" not in before
+        prepared = training.prepare(settings, batch_is_free, start, console)
+        finished = _fit(prepared, asked, folder, callbacks, loggers, console)
+    if finished.main:
+        _say_end(console, finished, draw)
+    return finished
+
+
+def begin(
+    kind: type[TrainSettings], asked: Mapping[str, Any], given: frozenset[str], folder: RunFolder
+) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Returns the arguments of a run that starts in a new folder or goes on in its own, and its settings so far.
+
+    Raises:
+        UserError: if the folder holds something else, or what was given does not agree with it.
+    """
+    if not asked["resume"]:
+        if is_main_process():
+            folder.check_new()
+        return asked, {}
+    saved = folder.read_config()
+    if not folder.checkpoint.is_file():
+        raise UserError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
+    settled = settled_settings(read_history(folder.history)) if folder.history.is_file() else {}
+    objects = saved.pop("from_python", ())
+    asked = resumed(kind, asked, given, saved, settled, objects)
+    changed = {name for name in given & asked.keys() if not is_open(name, asked[name])}
+    known = {
+        name: value for name, value in settled.items()
+        if name not in {*MACHINE, *OBJECTS, "out", "resume"} and name not in changed
+    }  # fmt: skip
+    return asked, known
+
+
+def _start_of(asked: Mapping[str, Any]) -> Weights | None:
+    """Weights to start from; None from scratch, and for a run that goes on."""
+    path = asked.get("weights", "none") if "weights" in asked else asked["init_weights"]
+    return None if asked["resume"] or path in (None, "none") else open_weights(path)
+
+
+def _fit(
+    prepared: Prepared[S],
+    asked: Mapping[str, Any],
+    folder: RunFolder,
+    callbacks: Sequence[pl.Callback],
+    loggers: Sequence[Any],
+    console: Console,
+) -> Finished[S]:
+    settings, module, plan = prepared.settings, prepared.module, prepared.plan
+    cuda = settings.accelerator == "cuda"
+    main = is_main_process()
+    history = History(folder.history if main else None)
+    images: Any = prepared.dataset
+    skipped = SkipLog(settings.max_unreadable, epoch_size=len(images))
+    monitor = Monitor(history, plan, settings.log_every, folder.checkpoint, skipped)
+    ema = Ema(module, settings.ema) if settings.ema else None
+    keeper = Keeper(history, folder, settings.save_minutes, _writer(prepared, folder, ema, history), monitor)
+    own = [prepared.pictures(history, folder) if prepared.pictures else None, monitor, ema, prepared.scorer]
+    every = [*(callback for callback in own if callback), *callbacks, keeper]
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    with ExitStack() as stack:
+        stack.enter_context(_intended())
+        trainer = pl.Trainer(
+            accelerator=settings.accelerator,
+            devices=settings.devices,
+            num_nodes=settings.num_nodes,
+            strategy="ddp" if plan.world_size > 1 else "auto",
+            precision=prepared.precision or settings.precision,  # type: ignore[arg-type]
+            max_steps=plan.steps,
+            max_epochs=-1,
+            limit_train_batches=plan.steps_per_epoch * plan.parts,
+            accumulate_grad_batches=plan.parts,
+            use_distributed_sampler=False,
+            default_root_dir=folder.path,
+            logger=[TensorBoardLogger(folder.path, name="tensorboard", version=""), *loggers],
+            callbacks=every,
+            enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            log_every_n_steps=1,
+        )
+        step = _step_of(folder) if settings.resume else 0
+        if main:
+            settled, found = _write_start(settings, asked, folder)
+            _say_settings(console, settings, prepared.rows)
+            stack.enter_context(logged(history, folder.log, lambda: trainer.global_step))
+            began = "resume" if settings.resume else "start"
+            history.add(began, step, steps=plan.steps, settings=settled, environment=found)
+            history.listeners.append(LoggerFeed(trainer, folder))
+            if console.is_terminal:
+                bar = ProgressBar(console, plan, step)
+                history.listeners.append(bar)
+                stack.enter_context(bar.progress)
+        sampler = StepBatchSampler(
+            len(images), plan.batch_size, plan.parts, trainer.global_rank, trainer.world_size, settings.seed,
+            position=lambda: trainer.global_step, repeats=prepared.repeats,
+        )  # fmt: skip
+        loader = make_loader(prepared.dataset, sampler, settings.workers, pin_memory=cuda, collate_fn=prepared.collate)
+        module.train()  # Lightning leaves it as it is, and what was loaded is in evaluation mode
+        stack.callback(gc.collect)  # lets go of the loader's iterator, and with it of the workers
+        stack.enter_context(module.frozen())
+        stack.enter_context(synchronised_batch_norm(module) if plan.world_size > 1 and cuda else nullcontext())
+        stack.enter_context(keeper.signals())
+        checkpoint = folder.checkpoint if settings.resume else None
+        try:
+            trainer.fit(module, Endless(loader), ckpt_path=checkpoint, weights_only=True)
+        except Abandon:
+            raise KeyboardInterrupt from None
+    return Finished(prepared, folder, trainer.global_step, monitor, trainer.is_global_zero)
+
+
+class Endless:
+    """Batches of a loader without an end, cut into epochs: each epoch goes on where the one before stopped.
+
+    Lightning asks for an iterator in every epoch. It gets the same one, so that loader workers go on reading ahead.
+    """
+
+    def __init__(self, loader: DataLoader[Any]) -> None:
+        self.loader = loader
+        self._batches: Iterator[Any] | None = None
+
+    def __iter__(self) -> Iterator[Any]:
+        if self._batches is None:
+            self._batches = iter(self.loader)
+        return self._batches
+
+
+def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: History) -> Callable[[int], None]:
+    """Returns what writes the weight files of a step; connects the scorer, which writes those of the best ones."""
+    scorer, model = prepared.scorer, prepared.module.model
+
+    def write(what: nn.Module, suffix: str, scores: Any) -> None:
+        figures = {} if scores is None else known_figures(scores)
+        prepared.save(what, folder, WeightsMetadata(**{**prepared.metadata, **figures}), suffix)
+
+    def write_step(step: int) -> None:
+        if scorer is None:
+            metadata = WeightsMetadata(**{**prepared.metadata, "step": step})
+            prepared.save(model, folder, metadata, "")
+            if ema is not None:
+                prepared.save(ema.average.module, folder, metadata, "_ema")
+            return
+        write(model, "", scorer.last.get("model"))
+        if ema is not None:
+            write(ema.average.module, "_ema", scorer.last.get("ema"))
+        scorer.write(folder.path)
+
+    if scorer is not None:
+        every = getattr(prepared.settings, "eval_every", 1.0)
+        scorer.attach(history, folder, max(1, round(every * prepared.plan.steps_per_epoch)), ema, write)
+    return write_step
+
+
+def _write_start(
+    settings: TrainSettings, asked: Mapping[str, Any], folder: RunFolder
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Writes arguments and environment into the run folder; returns settings and environment as plain values."""
+    objects = [name for name in OBJECTS if not isinstance(plain(asked.get(name)), str | None)]
+    settled = {name: None if name in objects else value for name, value in vars(settings).items()}
+    kept = {name: None if name in objects else plain(value) for name, value in asked.items()}
+    folder.write_config({**kept, "resume": False}, settled, objects)
+    found = environment(settings.accelerator, settings.world_size)
+    folder.write_environment(found, settings.resume)
+    return settled, found
+
+
+def _step_of(folder: RunFolder) -> int:
+    """Optimiser steps done at the last checkpoint."""
+    found: Any = torch.load(folder.checkpoint, map_location="cpu", mmap=True, weights_only=True)
+    return int(found["global_step"])
+
+
+@contextmanager
+def _intended() -> Iterator[None]:
+    """Silences Lightning's advice that does not apply; the stream of batches has no length by design."""
+    with warnings.catch_warnings():
+        for message in (
+            r".*does not have many workers.*", r".*`max_epochs`.*", r".*GPU available but not used.*",
+            r".*Checkpoint directory.*exists and is not empty.*",
+            r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
+            r".*in eval mode at the start of training.*",  # frozen stages
+            r".*your dataloader is not resumable.*",  # it starts where the run stands
+        ):  # fmt: skip
+            warnings.filterwarnings("ignore", message=message)
+        yield
+
+
+# What is said
+
+
+def network_text(settings: TrainSettings, model: nn.Module) -> str:
+    """Returns a network in words: its name, its size, and where its weights are from."""
+    origin = getattr(settings, "weights", "none")
+    name = settings.model_name or type(settings.model).__name__
+    return f"{name}, {millions(model):.1f} M parameters, from {'scratch' if origin == 'none' else origin}"
+
+
+def millions(module: nn.Module) -> float:
+    """Returns the number of parameters in millions."""
+    return sum(parameter.numel() for parameter in module.parameters()) / 1e6
+
+
+def _say_settings(console: Console, settings: TrainSettings, rows: Mapping[str, str]) -> None:
+    """Prints settings, a row each; those of the machine last."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    workers = counted(settings.workers, "loader worker")
+    device = f"{settings.accelerator}, {settings.precision}, {workers}, seed {settings.seed}"
+    for key, value in {**rows, "device": device, "run folder": settings.out}.items():
+        table.add_row(f"[bold]{key}", value)
+    console.print(table)
+
+
+def _say_end(console: Console, finished: Finished[S], draw: Callable[[Finished[S]], Sequence[Any]]) -> None:
+    """Says how a run went: what it leaves if it is finished, or else how to go on."""
+    folder, plan = finished.folder, finished.prepared.plan
+    left = draw(finished)
+    if finished.step >= plan.steps:
+        for line in left:
+            console.print(line)
+    else:
+        console.print(f"stopped at step {finished.step} of {plan.steps}; continue with --out {folder.path} --resume")
+    if count := finished.monitor.skipped.count:
+        console.print(f"{counted(count, 'unreadable image')} skipped; {folder.log} names them")
+    if path := renew_report(folder.path):
+        console.print(f"report: {path}", soft_wrap=True, markup=False)

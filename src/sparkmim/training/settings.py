@@ -1,0 +1,308 @@
+"""Settings of the four trainings, and how they are settled.
+
+A setting is what was asked for; or else what a resumed run had settled before; or else what the recipe, the pretrained
+weights or the machine say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from torch import nn
+
+from sparkmim.errors import UserError
+from sparkmim.interop.weights import Weights
+from sparkmim.machine import settle_machine
+
+MACHINE = ("accelerator", "devices", "num_nodes", "precision", "workers")
+"""Settings that the machine decides where they are left open; a run resumed elsewhere decides them anew."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """Settings that all trainings have; each is the settled argument of the same name (see `sparkmim.pretrain`)."""
+
+    data: Any
+    out: str
+    model: str | nn.Module
+    recipe: str
+    feature_modules: list[str] | None
+    drop_path: float | None
+    epochs: float | None
+    batch_size: int
+    accumulate: int
+    learning_rate: float
+    weight_decay: float
+    clip_grad: float
+    ema: float
+    mean: list[float] | None
+    std: list[float] | None
+    max_unreadable: float
+    resume: bool
+    seed: int
+    accelerator: str
+    devices: int
+    num_nodes: int
+    precision: str
+    workers: int
+    save_minutes: float
+    log_every: int
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({
+        "data", "out", "max_unreadable", "resume", "save_minutes", "log_every", *MACHINE,
+    })  # fmt: skip
+    """Arguments that may differ when a run is resumed: where things are, and what computes."""
+
+    @property
+    def model_name(self) -> str | None:
+        """Name of the network; None for a module from Python."""
+        return self.model if isinstance(self.model, str) else None
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes on all nodes."""
+        return self.devices * self.num_nodes
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainSettings(TrainSettings):
+    """Settings of `sparkmim.pretrain`; `beta2`, `flip`, `mean`, `std` None until network and data decide."""
+
+    init_weights: str | None
+    image_size: int | list[int]
+    patch_size: int | None
+    channels: int
+    stages: int | None
+    mask_ratio: float
+    decoder: Any
+    decoder_width: int | None
+    optimizer: str
+    warmup_epochs: float
+    beta1: float
+    beta2: float | None
+    weight_decay_end: float
+    crop_scale: float
+    flip: float | None
+    channels_last: bool
+    picture_every: int
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {"init_weights", "picture_every"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownstreamSettings(TrainSettings):
+    """Settings that trainings from pretrained weights have."""
+
+    weights: str
+    layer_decay: float
+    flip: float
+    eval_every: float
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {"weights"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(DownstreamSettings):
+    """Settings of `sparkmim.finetune`."""
+
+    val_data: Any
+    val_split: float | None
+    freeze: bool
+    image_size: list[int]
+    channels: int
+    optimizer: str
+    warmup_epochs: float
+    beta1: float
+    beta2: float
+    loss: Any
+    mixup: float
+    cutmix: float
+    smoothing: float
+    repeats: int
+    augment: Any
+    erase: float
+    crop_scale: float
+    eval_crop: float
+    channels_last: bool
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = DownstreamSettings.MAY_CHANGE | {"val_data"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PyramidSettings(DownstreamSettings):
+    """Settings that detection and segmentation have, which put a feature pyramid on the encoder."""
+
+    images: str | None
+    val_images: str | None
+    frozen_stages: int
+    iterations: int | None
+    warmup_iterations: int
+    eval_short_side: int
+    norm: Any
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = DownstreamSettings.MAY_CHANGE | {"images", "val_images"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetectSettings(PyramidSettings):
+    """Settings of `sparkmim.detect`; `masks` None until the annotations decide."""
+
+    annotations: str | None
+    val_annotations: str | None
+    masks: bool | None
+    warmup_start: float
+    drops: list[float]
+    drop_factor: float
+    short_sides: list[int]
+    long_side: int
+    crop: Any
+    box_head: Any
+    regions: int
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = PyramidSettings.MAY_CHANGE | {"annotations", "val_annotations"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentSettings(PyramidSettings):
+    """Settings of `sparkmim.segment`."""
+
+    labels: str | None
+    val_labels: str | None
+    classes: str | None
+    ignore: int
+    reduce_labels: bool
+    channels: int
+    schedule: Any
+    short_side: int
+    crop: int
+    jitter: float
+
+    MAY_CHANGE: ClassVar[frozenset[str]] = PyramidSettings.MAY_CHANGE | {"labels", "val_labels", "classes"}
+
+
+S = TypeVar("S", bound=TrainSettings)
+
+
+def is_open(name: str, value: Any) -> bool:
+    """Tells whether a value leaves its setting to be decided."""
+    return value is None or (name in MACHINE and isinstance(value, str) and value == "auto")
+
+
+def settle(kind: type[S], asked: Mapping[str, Any], *known: Mapping[str, Any]) -> S:
+    """Settles all settings of a training.
+
+    Args:
+        kind: the settings.
+        asked: arguments by name.
+        known: who decides, in turn, what was left open, such as a recipe.
+
+    Raises:
+        UserError: if the machine has no such devices.
+    """
+    machine = settle_machine(*(asked[name] for name in MACHINE))
+    values = {}
+    for field in fields(kind):
+        name = field.name
+        candidates = [machine] if name in machine else [asked, *known]
+        found = (candidate.get(name) for candidate in candidates)
+        values[name] = plain(next((value for value in found if value is not None), None))
+    return kind(**values)
+
+
+def plain(value: Any) -> Any:
+    """Makes a path a string and a tuple a list, as files of settings hold them; other values stay."""
+    if isinstance(value, Path):
+        return str(value)
+    return [plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def length_of(asked: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a recipe without its `epochs` and `iterations` where one of them was asked for.
+
+    Raises:
+        UserError: if both were.
+    """
+    given = [name for name in ("epochs", "iterations") if asked[name] is not None]
+    if len(given) == 2:
+        both = " and ".join(f"{name} {asked[name]}" for name in given)
+        raise UserError(f"{both} both say how long to train; give one, and null for the other")
+    return {name: value for name, value in recipe.items() if not given or name not in ("epochs", "iterations")}
+
+
+def known_of(asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> dict[str, Any]:
+    """Returns what pretrained weights say of network and images.
+
+    Raises:
+        UserError: if nobody names the network.
+    """
+    if start is None:
+        if asked["model"] is None and before.get("model") is None:
+            raise UserError("no model given; --model names the network to train from scratch")
+        return {}
+    names = ("channels", "image_size", "feature_modules", "mean", "std")
+    known = {name: start.metadata.get(name) for name in names}
+    return known if asked["model"] is not None else {**known, "model": start.model}
+
+
+def check_colours(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
+    """Checks that there is one mean and one standard deviation for each channel.
+
+    Raises:
+        UserError: if there is not.
+    """
+    for name, values in (("mean", mean), ("std", std)):
+        if values is not None and len(values) != channels:
+            raise UserError(
+                f"{name} has {len(values)} value(s) for {channels} channel(s); `sparkmim statistics` measures them"
+            )
+
+
+# Resuming
+
+
+def resumed(
+    kind: type[TrainSettings],
+    asked: Mapping[str, Any],
+    given: frozenset[str],
+    saved: Mapping[str, Any],
+    settled: Mapping[str, Any],
+    objects: Sequence[str],
+) -> dict[str, Any]:
+    """Returns the arguments of a run that is resumed: those saved, but for what is given anew and may change.
+
+    Args:
+        kind: the settings.
+        asked: arguments of this call.
+        given: names of the arguments passed explicitly.
+        saved: arguments that the run was started with.
+        settled: settings as the run settled them.
+        objects: names of arguments that were Python objects, which no file can hold.
+
+    Raises:
+        UserError: if a given argument differs and may not, or an object is missing.
+    """
+    free = kind.MAY_CHANGE | set(objects)
+    given = frozenset(name for name in given & asked.keys() if not is_open(name, asked[name]))
+    clash = []
+    for name in (name for name in asked if name in given - free):
+        before = settled.get(name) if is_open(name, saved.get(name)) else saved.get(name)
+        if not _same(asked[name], before):
+            clash.append(f"{name} is {before} there and {plain(asked[name])} here")
+    if clash:
+        raise UserError(
+            f"the run in {asked['out']} has other settings: {', '.join(clash)}; leave them out to resume it"
+        )
+    if missing := sorted(set(objects) - given):
+        names = ", ".join(missing)
+        raise UserError(f"the run in {asked['out']} was started from Python objects; pass {names} again to resume")
+    kept = {name: value for name, value in saved.items() if name in asked}
+    return {**asked, **kept, **{name: asked[name] for name in given & free}, "out": asked["out"], "resume": True}
+
+
+def _same(given: Any, saved: Any) -> bool:
+    if isinstance(given, int) and isinstance(saved, list):
+        return saved == [given] * len(saved)
+    return bool(given == saved or plain(given) == saved or str(given) == str(saved))
