@@ -1,31 +1,27 @@
-"""What detection and segmentation share: settings in force, training with scores, and using what was trained."""
+"""What detection and segmentation share: settings in force, and training with scores."""
 
 from __future__ import annotations
 
-import json
+import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from sparkmim.data import SkipLog, UnreadableImage, collate
-from sparkmim.data.labelled import PURPOSE, Part
-from sparkmim.data.source import images_source
+from sparkmim.data import SkipLog, collate
 from sparkmim.errors import UserError
-from sparkmim.files import replacing
+from sparkmim.evaluation.scores import Scores, known_figures, write_metrics
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, open_weights
-from sparkmim.machine import device_named, is_main_process
+from sparkmim.interop.weights import Weights
+from sparkmim.machine import is_main_process
 from sparkmim.runs.folder import RunFolder
 from sparkmim.training.callbacks import Ema, Keeper, Monitor, StepCallback
 from sparkmim.training.loop import Plan, fit, say_end, say_settings
@@ -102,50 +98,9 @@ def check_ranges(settings: dict[str, Any], above_zero: Sequence[str]) -> None:
         raise UserError(f"ema is {settings['ema']}; it is a decay between 0 (off) and 1, such as 0.999")
 
 
-F = TypeVar("F", bound=NamedTuple)
-
-
-def parts_named(
-    settings: dict[str, Any], kind: Callable[..., F], pair: tuple[str, str],
-    find: Callable[[Any, Part], F], wanted: Sequence[Part],
-) -> list[F]:  # fmt: skip
-    """Where the parts of a data set are, by the arguments that name them, or else in the folder `data`.
-
-    Args:
-        settings: with `data`, both names of `pair`, and both after `val_`.
-        kind: makes the files of a part of two paths.
-        pair: names of the arguments for these paths.
-        find: looks a folder through for a part.
-        wanted: which parts.
-
-    Raises:
-        ValueError: if a part is not named, or half of it.
-        FileNotFoundError: if it does not exist.
-    """
-    parts = []
-    for part in wanted:
-        first, second = (f"val_{name}" if part == "val" else name for name in pair)
-        named = settings[first], settings[second]
-        if any(named):
-            if not all(named):
-                raise UserError(f"{first} and {second} go together; give both, or neither")
-            parts.append(kind(Path(named[0]), Path(named[1])))
-        elif settings["data"] is not None:
-            parts.append(find(settings["data"], part))
-        else:
-            first, second = (name.replace("_", "-") for name in (first, second))
-            raise UserError(
-                f"there are no images to {PURPOSE[part]}; name them as --{first} and --{second}, or the folder of "
-                "both parts as --data"
-            )
-    return parts
-
-
-def say_notes(console: Console, notes: Sequence[str]) -> None:
-    """What is worth knowing of the data."""
-    for note in notes:
-        console.print("[yellow]note:[/] ", end="")
-        console.print(note, markup=False)
+def taken_by(function: Callable[..., Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings that a function has arguments for."""
+    return {name: settings[name] for name in inspect.signature(function).parameters}
 
 
 def adamw(settings: dict[str, Any], plan: Plan) -> OptimizerSettings:
@@ -178,24 +133,6 @@ def optimizer_text(settings: dict[str, Any], plan: Plan) -> str:
 
 
 # Scoring
-
-
-class Scores(Protocol):
-    """How good something is: figures from 0 to 1, NaN where they are not known."""
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """By name."""
-
-    @property
-    def main(self) -> float:
-        """That by which weights are compared."""
-
-    def as_json(self) -> dict[str, Any]:
-        """For `metrics.json`."""
-
-    def table(self) -> Table:
-        """For people."""
 
 
 S = TypeVar("S", bound=Scores)
@@ -268,17 +205,6 @@ class Scorer(StepCallback, Generic[S]):
             write_metrics(folder, {**self.last.as_json(), "best": self.best, "history": self.history})
 
 
-def known_figures(scores: Scores) -> dict[str, float]:
-    """Those that are numbers."""
-    return {name: value for name, value in scores.figures.items() if value == value}
-
-
-def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
-    """Writes `metrics.json`."""
-    with replacing(folder / "metrics.json") as partial:
-        partial.write_text(json.dumps(content, indent=1) + "\n")
-
-
 def train_scored(
     console: Console,
     settings: dict[str, Any],
@@ -339,56 +265,3 @@ def train_scored(
     done = f"done: weights in {folder.weights}, figures in metrics.json beside them"
     say_end(console, folder, trainer, plan, skipped, *table, done)
     return trainer
-
-
-# Using what was trained
-
-
-def opened_for_use(settings: dict[str, Any], what: str) -> tuple[Weights, torch.device, Path]:
-    """The weights of a detector or segmenter, the device, and the folder to write into, which is not made yet.
-
-    Raises:
-        ValueError: if there are none, or something stands in the folder.
-    """
-    if settings["weights"] == "none":
-        raise UserError(f"no weights given; --weights names the run folder or the weight file of a {what}")
-    out = Path(settings["out"])
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; choose another --out")
-    return open_weights(settings["weights"]), device_named(settings["accelerator"]), out
-
-
-def say_scores(console: Console, out: Path, scores: Scores) -> None:
-    """Writes `metrics.json` into a folder, which is made, and prints the table."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_metrics(out, scores.as_json())
-    console.print(scores.table())
-
-
-def images_read(console: Console, images: Any, known: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
-    """Images to predict on: a name for what is written, the path, and the image, `[C, H, W]`, in turn.
-
-    Images are uint8, arrays float32. Those that cannot be read are named.
-
-    Args:
-        console: to name them on.
-        images: what `images_source` takes.
-        known: metadata of the weights.
-
-    Raises:
-        ValueError: if none can be read.
-    """
-    source = images_source(images, known["channels"], 2)
-    unreadable = 0
-    for number, item in enumerate(source.items, 1):
-        try:
-            image = source.read(item, str(item))
-        except UnreadableImage as error:
-            unreadable += 1
-            console.print(f"left out: {error}", markup=False)
-            continue
-        if not isinstance(image, Tensor):
-            image = torch.from_numpy(np.array(image, dtype=np.float32))
-        yield f"{number:05d}-{Path(str(item)).stem}", str(item), image
-    if unreadable == len(source.items):
-        raise UserError(f"none of the {unreadable} images can be read")

@@ -27,6 +27,7 @@ from sparkmim.data.arrays import WholeArray, array_transform, to_array
 from sparkmim.data.labelled import Labelled, few_of
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
+from sparkmim.evaluation.classification import ClassificationScores
 from sparkmim.interop import weights
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import is_main_process
@@ -38,7 +39,7 @@ from sparkmim.training.callbacks import Ema, Keeper, Monitor
 from sparkmim.training.loop import Plan, begun, fit, network_text, plan_for, say_end, say_settings, settle_machine
 from sparkmim.training.modules import ClassifyModule, OptimizerSettings
 from sparkmim.training.recipes import FinetuneRecipe, finetune_recipe_named
-from sparkmim.training.validation import Scores, Validator
+from sparkmim.training.validation import Validator
 
 log = logging.getLogger("sparkmim")
 
@@ -108,7 +109,7 @@ def run_finetuning(settings: dict[str, Any], given: Set[str], callbacks: Sequenc
     ema = Ema(module, settings["ema"]) if settings["ema"] else None
     metadata = _metadata(settings, model, train.classes)
 
-    def write_classifier(classifier: nn.Module, suffix: str, scores: Scores | None) -> None:
+    def write_classifier(classifier: nn.Module, suffix: str, scores: ClassificationScores | None) -> None:
         known = {} if scores is None else {"top1": scores.top1, "top5": scores.top5}
         path = folder.weights / weights.CLASSIFIER_FILE.replace(".", f"{suffix}.")
         weights.write(classifier, path, {**metadata, **known})

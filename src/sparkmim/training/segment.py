@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Sequence, Set
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -16,23 +15,26 @@ from sparkmim.data import TargetDataset, normalisation
 from sparkmim.data.label_maps import (
     SegmentationFiles,
     SegmentationImages,
-    check_segmentation,
     find_segmentation,
     open_segmentation,
-    read_class_names,
 )
-from sparkmim.data.labelled import Part
-from sparkmim.data.loading import one_by_one
+from sparkmim.data.parts import find_part
 from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
 from sparkmim.data.source import Source
-from sparkmim.drawing.annotated import draw_classes, save_label_map, side_by_side, with_legend
-from sparkmim.drawing.pixels import Tones
+from sparkmim.drawing.annotated import draw_classes, side_by_side, with_legend
 from sparkmim.errors import UserError
-from sparkmim.evaluation.segmentation import SegmentationScores, classes_at, evaluate_segmentation
+from sparkmim.evaluation.segmentation import SegmentationScores, evaluate_segmentation
+from sparkmim.evaluation.segmenter import (
+    checked_classes,
+    class_names,
+    predict_label_maps,
+    run_segmenter,
+    score_segmenter,
+    tones_of,
+)
 from sparkmim.interop import weights
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.models import create_encoder
-from sparkmim.models.encoders import own_module
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.results import SegmentResult
 from sparkmim.runs.folder import RunFolder
@@ -45,9 +47,6 @@ from sparkmim.training.recipes import segment_recipe_named
 MAY_CHANGE = downstream.MAY_CHANGE | {"labels", "val_labels", "classes"}
 """Arguments that a resumed run may be given anew: they change no result."""
 
-PAIR = ("images", "labels")
-"""Arguments that name a part of the data."""
-
 
 def run_segmentation(settings: dict[str, Any], given: Set[str], callbacks: Sequence[pl.Callback]) -> SegmentResult:
     """Runs `sparkmim.segment`.
@@ -59,15 +58,15 @@ def run_segmentation(settings: dict[str, Any], given: Set[str], callbacks: Seque
     """
     console = Console(stderr=True)
     if settings["predict"] is not None:
-        return predict_label_maps(settings, console)
+        return predict_label_maps(**downstream.taken_by(predict_label_maps, settings))
     if settings["eval_only"]:
-        return score_segmenter(settings, console)
+        return score_segmenter(**downstream.taken_by(score_segmenter, settings))
     settings = begun(settings, given, RunFolder(settings["out"]), MAY_CHANGE)
     batch_is_free = settings["batch_size"] is None
     start = None if settings["resume"] or settings["weights"] == "none" else open_weights(settings["weights"])
     settings = in_force(settings, start)
     train, val = open_parts(settings)
-    classes = checked(console, [train, val], class_names(settings))
+    classes = checked_classes(console, [train, val], class_names(settings["data"], settings["classes"]))
     settle_colours(settings, train)
 
     torch.manual_seed(settings["seed"])
@@ -129,31 +128,19 @@ def settle_colours(settings: dict[str, Any], train: SegmentationImages) -> None:
             raise UserError(f"{name} has {len(settings[name])} value(s) for {channels} channel(s)")
 
 
-def open_parts(settings: dict[str, Any], wanted: Sequence[Part] = ("train", "val")) -> list[SegmentationImages]:
+def open_parts(settings: dict[str, Any]) -> list[SegmentationImages]:
     """Images to train on, and to validate on.
 
     Raises:
         ValueError: if a part is not named, or half of it.
         FileNotFoundError: if it does not exist.
     """
-    parts = downstream.parts_named(settings, SegmentationFiles, PAIR, find_segmentation, wanted)
+    parts = []
+    for part, prefix in (("train", ""), ("val", "val_")):
+        named = {f"{prefix}{name}": settings[f"{prefix}{name}"] for name in ("images", "labels")}
+        parts.append(find_part(part, settings["data"], named, SegmentationFiles, find_segmentation))
     more = settings["channels"], settings["ignore"], settings["reduce_labels"]
     return [open_segmentation(*files, *more) for files in parts]
-
-
-def class_names(settings: dict[str, Any]) -> list[str] | None:
-    """Those in the file that `classes` names, or in `classes.txt` in the folder of the data, if there is one."""
-    if settings["classes"] is not None:
-        return read_class_names(settings["classes"])
-    beside = Path(settings["data"] or ".").expanduser() / "classes.txt"
-    return read_class_names(beside) if settings["data"] is not None and beside.is_file() else None
-
-
-def checked(console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None) -> list[str]:
-    """The classes of data that nothing is wrong with; says what is worth knowing of them."""
-    classes, notes = check_segmentation(parts, names)
-    downstream.say_notes(console, notes)
-    return classes
 
 
 def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -> Segmenter:
@@ -185,52 +172,6 @@ def _metadata(settings: dict[str, Any], classes: list[str]) -> dict[str, Any]:
 # Validation
 
 
-class _Seen(torch.utils.data.Dataset[Any]):
-    """Images as a segmenter sees them whole, and their label maps as they are."""
-
-    def __init__(self, images: SegmentationImages, transform: Callable[[Tensor], Tensor]) -> None:
-        self.images, self.transform = images, transform
-
-    def __getitem__(self, place: int) -> tuple[Tensor, Tensor]:
-        image, labels = self.images[place]
-        return self.transform(image.as_subclass(Tensor)), labels.as_subclass(Tensor).long()
-
-
-@torch.no_grad()
-def label_maps_of(
-    model: nn.Module, images: SegmentationImages, places: Sequence[int], settings: dict[str, Any], device: torch.device,
-    see: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Label maps that a segmenter predicts, and the true ones, long `[H, W]`; unreadable images are logged.
-
-    Args:
-        model: in evaluation mode until the end.
-        images: to look at.
-        places: which of them.
-        settings: in force.
-        device: of the model.
-        see: given the place, the normalised image `[C, h, w]`, the prediction, and the truth.
-    """
-    transform = segmentation_resize(settings["eval_short_side"], settings["mean"], settings["std"])
-    training = model.training
-    model.eval()
-    try:
-        for place, (image, truth) in one_by_one(_Seen(images, transform), places, settings["workers"]):
-            found = predicted(model, image.to(device), truth.shape, settings["precision"])
-            if see is not None:
-                see(place, image, found.cpu(), truth)
-            yield found, truth.to(device)
-    finally:
-        model.train(training)
-
-
-def predicted(model: nn.Module, image: Tensor, size: Sequence[int], precision: str) -> Tensor:
-    """The class of each pixel of a normalised image `[C, h, w]` at another size, long `[*size]`."""
-    with torch.autocast(image.device.type, torch.bfloat16, enabled=precision == "bf16-mixed"):
-        logits = model(image[None])[0]  # [classes, h, w]
-    return classes_at(logits, size)
-
-
 class SegmentationScorer(Scorer[SegmentationScores]):
     """Scores a segmenter.
 
@@ -252,7 +193,8 @@ class SegmentationScorer(Scorer[SegmentationScores]):
         self, trainer: pl.Trainer, model: nn.Module, device: torch.device
     ) -> tuple[SegmentationScores, dict[str, Tensor]]:
         pictures: dict[str, Tensor] = {}
-        tones = _tones(self.settings, self.images.arrays)
+        settings = self.settings
+        tones = tones_of(settings["channels"], settings["mean"], settings["std"], self.images.arrays)
 
         def see(place: int, image: Tensor, found: Tensor, truth: Tensor) -> None:
             if len(pictures) < downstream.DRAWN and trainer.is_global_zero:
@@ -262,70 +204,15 @@ class SegmentationScorer(Scorer[SegmentationScores]):
                 pictures[self.images.name(place)] = with_legend(side_by_side(drawn), maps, self.classes)
 
         own = range(trainer.global_rank, len(self.images), trainer.world_size)
-        maps = label_maps_of(model, self.images, own, self.settings, device, see)
+        transform = segmentation_resize(settings["eval_short_side"], settings["mean"], settings["std"])
+        low_precision = settings["precision"] == "bf16-mixed"
+        maps = run_segmenter(model, self.images, own, transform, settings["workers"], device, low_precision, see)
         return evaluate_segmentation(maps, self.classes, device), pictures
 
 
 def _at_size(labels: Tensor, picture: Tensor) -> Tensor:
     """A label map `[H, W]` at the size of a picture `[C, h, w]`."""
     return nn.functional.interpolate(labels[None, None].float(), picture.shape[1:], mode="nearest-exact")[0, 0].long()
-
-
-def _tones(known: dict[str, Any], arrays: bool) -> Tones:
-    """What undoes the normalisation of images, or of arrays in units of their own."""
-    return Tones.of(known["channels"], None if arrays else known["mean"], None if arrays else known["std"])
-
-
-# Using a segmenter
-
-
-def opened(settings: dict[str, Any]) -> tuple[Segmenter, Weights, dict[str, Any], torch.device, Path]:
-    """The segmenter, its weights, settings in force, the device, and the folder to write into."""
-    found, device, out = downstream.opened_for_use(settings, "segmenter")
-    model = found.segmenter(own_module(settings["model"])).to(device)
-    reduced = settings["reduce_labels"] or found.metadata["reduce_labels"]
-    settings = {**settings, "channels": found.channels, "reduce_labels": reduced}
-    downstream.fill_from_weights(settings, found, ("mean", "std", "eval_short_side", "ignore"))
-    settle_machine(settings)
-    return model, found, settings, device, out
-
-
-def score_segmenter(settings: dict[str, Any], console: Console) -> SegmentResult:
-    """Scores a segmenter on the validation images; writes `metrics.json`."""
-    model, found, settings, device, out = opened(settings)
-    names, known = class_names(settings), found.metadata["classes"]
-    if names is not None and names != known:
-        raise UserError(f"the data have other classes than {found.path}: {len(names)} and {len(known)} names, which "
-                         "must be the same, in the same order")  # fmt: skip
-    (val,) = open_parts(settings, ("val",))
-    maps = label_maps_of(model, val, range(len(val)), settings, device)
-    scores = evaluate_segmentation(maps, checked(console, [val], known), device)
-    downstream.say_scores(console, out, scores)
-    return SegmentResult(out, 0, 0, scores.figures, model)
-
-
-@torch.no_grad()
-def predict_label_maps(settings: dict[str, Any], console: Console) -> SegmentResult:
-    """Writes the class of each pixel of images as PNG, and draws them on the images."""
-    model, found, settings, device, out = opened(settings)
-    classes = found.metadata["classes"]
-    transform = segmentation_resize(settings["eval_short_side"], settings["mean"], settings["std"])
-    means, deviations = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
-    seen: set[int] = set()
-    count = 0
-    for name, _, image in downstream.images_read(console, settings["predict"], settings):
-        labels = predicted(model, transform(image).to(device), image.shape[1:], settings["precision"]).cpu()  # [h, w]
-        arrays = image.is_floating_point()
-        normalised = ((image if arrays else image / 255) - means) / deviations  # [c, h, w]
-        picture = draw_classes(_tones(settings, arrays)(normalised[None])[0], labels)  # [3, h, w]
-        picture = with_legend(picture, [labels], classes)
-        out.mkdir(parents=True, exist_ok=True)
-        save_label_map(out / f"{name}.png", labels, len(classes), settings["reduce_labels"])
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
-        count += 1
-        seen.update(labels.flatten().bincount().nonzero().flatten().tolist())
-    console.print(f"{count:,} images, {len(seen)} of {len(classes)} classes found: {out}", markup=False)
-    return SegmentResult(out, 0, 0, {}, model)
 
 
 def _rows(

@@ -1,110 +1,26 @@
-"""Validation of classifiers while they are trained, and the account of how good they were."""
+"""Validation of classifiers while they are trained."""
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
-from torchmetrics import MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sparkmim.data import LabelledDataset, collate
 from sparkmim.data.loading import leave_signals_to_the_parent
-from sparkmim.errors import UnusableData
-from sparkmim.files import replacing
+from sparkmim.evaluation.classification import ClassificationScores, score_classifier
+from sparkmim.evaluation.scores import write_metrics
 from sparkmim.training.callbacks import Ema, StepCallback
 from sparkmim.training.modules import ScheduledModule
 
 log = logging.getLogger("sparkmim")
-
-
-@dataclass(frozen=True)
-class Scores:
-    """How good a classifier is.
-
-    Attributes:
-        top1: share of the images whose class is the likeliest.
-        top5: share of those whose class is among the five likeliest; among all, where there are fewer than five.
-        per_class: accuracy on each class; NaN for classes without images.
-        confusion: long `[classes, classes]`, true class by row.
-        loss: mean cross-entropy.
-    """
-
-    top1: float
-    top5: float
-    per_class: list[float]
-    confusion: list[list[int]]
-    loss: float
-
-    def better_than(self, other: Scores) -> bool:
-        """By top-1; of two alike, by loss."""
-        return (self.top1, -self.loss) > (other.top1, -other.loss)
-
-    def as_json(self, classes: list[str]) -> dict[str, Any]:
-        """For `metrics.json`: accuracies by the name of each class."""
-        known = {name: value for name, value in zip(classes, self.per_class, strict=True) if value == value}
-        return {**asdict(self), "per_class": known}
-
-
-@torch.no_grad()
-def score(
-    model: nn.Module,
-    batches: Iterator[dict[str, Any]],
-    classes: int,
-    device: torch.device,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-) -> Scores:
-    """Scores a classifier, with the help of all processes of a distributed run.
-
-    Args:
-        model: maps images to logits; in evaluation mode for the call.
-        batches: with `image`, `label` and `skipped`, of this process; images that stand in for others do not count.
-        classes: how many.
-        device: of the model.
-        precision: a context for the forward pass.
-    """
-    metrics = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(classes, average="micro"),
-            "top5": MulticlassAccuracy(classes, average="micro", top_k=min(5, classes)),
-            "confusion": MulticlassConfusionMatrix(classes),
-        },
-        compute_groups=False,
-    ).to(device)
-    training = model.training
-    model.eval()
-    total = torch.zeros(2, device=device)  # of losses, and their number
-    try:
-        for batch in batches:
-            real = batch["skipped"] == 0
-            if not real.any():
-                continue
-            images, labels = batch["image"][real].to(device), batch["label"][real].to(device)
-            with precision():
-                logits: Tensor = model(images)
-            logits = logits.float()
-            metrics.update(logits, labels)
-            total += torch.stack([nn.functional.cross_entropy(logits, labels, reduction="sum"), real.sum().to(device)])
-    finally:
-        model.train(training)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    if not total[1]:
-        raise UnusableData("none of the validation images could be read")
-    found = metrics.compute()
-    confusion = found["confusion"].cpu()
-    per_class = confusion.diagonal() / confusion.sum(1)
-    loss = (total[0] / total[1]).item()
-    return Scores(found["top1"].item(), found["top5"].item(), per_class.tolist(), confusion.tolist(), loss)
 
 
 class Validator(StepCallback):
@@ -130,7 +46,7 @@ class Validator(StepCallback):
         workers: int,
         every_steps: int,
         ema: Ema | None,
-        write_weights: Callable[[nn.Module, str, Scores], None],
+        write_weights: Callable[[nn.Module, str, ClassificationScores], None],
     ) -> None:
         super().__init__()
         self.dataset = dataset
@@ -139,8 +55,8 @@ class Validator(StepCallback):
         self.every_steps = every_steps
         self.ema = ema
         self.write_weights = write_weights
-        self.last: dict[str, Scores] = {}
-        self.best: dict[str, Scores] = {}
+        self.last: dict[str, ClassificationScores] = {}
+        self.best: dict[str, ClassificationScores] = {}
         self.history: list[dict[str, Any]] = []
         self._complained: set[str] = set()
 
@@ -150,16 +66,16 @@ class Validator(StepCallback):
         models = {"model": module.model, **({"ema": self.ema.average.module} if self.ema else {})}
         for name, model in models.items():
             with torch.random.fork_rng(devices=[]):
-                scores = score(
+                scores = score_classifier(
                     model,
                     self._batches(trainer),
-                    len(self.dataset.classes),
+                    self.dataset.classes,
                     module.device,
                     trainer.precision_plugin.forward_context,
                 )
             self.last[name] = scores
             prefix = "" if name == "model" else "ema_"
-            shown = {f"val/{prefix}{key}": getattr(scores, key) for key in ("top1", "top5", "loss")}
+            shown = {f"val/{prefix}{key}": value for key, value in scores.figures.items()}
             self.history.append({"step": step, "of": name, "top1": scores.top1, "loss": scores.loss})
             for logger in trainer.loggers:
                 logger.log_metrics(shown, step)
@@ -195,19 +111,22 @@ class Validator(StepCallback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.best = {name: Scores(**values) for name, values in state_dict["best"].items()}
-        self.last = {name: Scores(**values) for name, values in state_dict["last"].items()}
+        self.best = {name: self._read_back(values) for name, values in state_dict["best"].items()}
+        self.last = {name: self._read_back(values) for name, values in state_dict["last"].items()}
         self.history = list(state_dict["history"])
+
+    def _read_back(self, values: dict[str, Any]) -> ClassificationScores:
+        if isinstance(values["per_class"], list):  # as older checkpoints hold it
+            values = {**values, "per_class": dict(zip(self.dataset.classes, values["per_class"], strict=True))}
+        return ClassificationScores(**values)
 
     def write(self, folder: Path) -> None:
         """Writes `metrics.json`: last and best scores of the model and its average, and all top-1 so far."""
-        classes = self.dataset.classes
         content = {
-            "classes": classes,
+            "classes": self.dataset.classes,
             "validation_images": len(self.dataset),
-            **{f"last_{name}": scores.as_json(classes) for name, scores in self.last.items()},
-            **{f"best_{name}": scores.as_json(classes) for name, scores in self.best.items()},
+            **{f"last_{name}": scores.as_json() for name, scores in self.last.items()},
+            **{f"best_{name}": scores.as_json() for name, scores in self.best.items()},
             "history": self.history,
         }
-        with replacing(folder / "metrics.json") as partial:
-            partial.write_text(json.dumps(content, indent=1) + "\n")
+        write_metrics(folder, content)

@@ -1,0 +1,41 @@
+"""What the scores of classifiers, detectors and segmenters have in common."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.table import Table
+
+from sparkmim.files import replacing
+
+
+class Scores(Protocol):
+    """Scores of a model on validation images."""
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Figures by name; NaN where unknown."""
+
+    @property
+    def main(self) -> float:
+        """Figure that weights are compared by; higher is better."""
+
+    def as_json(self) -> dict[str, Any]:
+        """Returns the content of `metrics.json`."""
+
+    def table(self) -> Table:
+        """Returns a table to print."""
+
+
+def known_figures(scores: Scores) -> dict[str, float]:
+    """Returns the figures that are not NaN."""
+    return {name: value for name, value in scores.figures.items() if value == value}
+
+
+def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
+    """Writes `metrics.json` into a folder."""
+    with replacing(folder / "metrics.json") as partial:
+        partial.write_text(json.dumps(content, indent=1) + "\n")
