@@ -20,6 +20,7 @@ from sparkmim.data.coco import (
     open_coco,
 )
 from sparkmim.data.detection import detection_transform
+from sparkmim.data.labelled import Part
 from sparkmim.data.parts import find_part
 from sparkmim.drawing.annotated import draw_detections
 from sparkmim.errors import UserError
@@ -125,7 +126,8 @@ def open_parts(settings: dict[str, Any]) -> list[CocoImages]:
         FileNotFoundError: if it does not exist.
     """
     parts = []
-    for part, prefix in (("train", ""), ("val", "val_")):
+    wanted: tuple[tuple[Part, str], ...] = ("train", ""), ("val", "val_")
+    for part, prefix in wanted:
         named = {f"{prefix}{name}": settings[f"{prefix}{name}"] for name in ("annotations", "images")}
         parts.append(find_part(part, settings["data"], named, CocoFiles, find_coco))
     return [open_coco(*files, masks=settings["masks"]) for files in parts]

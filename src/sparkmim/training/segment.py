@@ -18,6 +18,7 @@ from sparkmim.data.label_maps import (
     find_segmentation,
     open_segmentation,
 )
+from sparkmim.data.labelled import Part
 from sparkmim.data.parts import find_part
 from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
 from sparkmim.data.source import Source
@@ -136,7 +137,8 @@ def open_parts(settings: dict[str, Any]) -> list[SegmentationImages]:
         FileNotFoundError: if it does not exist.
     """
     parts = []
-    for part, prefix in (("train", ""), ("val", "val_")):
+    wanted: tuple[tuple[Part, str], ...] = ("train", ""), ("val", "val_")
+    for part, prefix in wanted:
         named = {f"{prefix}{name}": settings[f"{prefix}{name}"] for name in ("images", "labels")}
         parts.append(find_part(part, settings["data"], named, SegmentationFiles, find_segmentation))
     more = settings["channels"], settings["ignore"], settings["reduce_labels"]
