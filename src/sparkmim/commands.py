@@ -598,49 +598,49 @@ def evaluate(
     out: str | Path | None = None,
     overwrite: bool = False,
 ) -> EvaluationResult:
-    """Measure how well frozen features tell classes apart.
+    """Measure how well frozen features separate classes.
 
-    Each feature map of the unmasked image is averaged over positions; a simple classifier of these is fitted to the
-    training images and asked about the others. The same network at random always stands beside it.
+    Averages each feature map of the unmasked images over positions, fits a simple classifier to the training images,
+    and measures its accuracy on the test images. The same network with random weights is always evaluated too.
 
     Args:
         data: labelled images: a folder with train/ and val/ of class folders, a folder of class folders, a CSV file of
             path and label, or (from Python) a Dataset
         weights: run folder, weight file of ours, or original SparK file
         protocol: knn (nearest neighbours), linear (a probe), or fewshot (a few images of each class)
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module, which as it is stands
-            for the random network; None for what the weights say
-        compare: further weights to set beside these
-        val_data: images to test on that stand elsewhere
-        val_split: share of every class to test on, where there are no images for that
-        stage: which feature map, 1 being the shallowest; None for all of them, or the deepest for fewshot
-        image_size: side in pixels, or one size per axis; None for that of training
-        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights'
-            own, or 0.875
-        k: of knn, neighbours that vote
-        temperature: of knn; smaller lets the nearest weigh more
-        epochs: of linear, passes over the features
-        shots: of fewshot, numbers of images of each class
-        draws: of fewshot, how often images are drawn
-        batch_size: images at a time
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module, which also
+            serves, as it is, as the random network; None for the one named in the weights
+        compare: further weights to compare with
+        val_data: test images that are not in data
+        val_split: share of each class to test on if there are no test images
+        stage: feature map to use, 1 being the shallowest; None for all, or the deepest for fewshot
+        image_size: side in pixels, or one size per axis; None for the size used in training
+        crop: share of the resized image covered by the centre crop, 0 to resize the whole image; None for the share in
+            the weights, or 0.875
+        k: number of neighbours (knn)
+        temperature: of the votes; smaller values give the nearest more weight (knn)
+        epochs: passes over the features (linear)
+        shots: numbers of images per class (fewshot)
+        draws: number of draws of images (fewshot)
+        batch_size: images per batch
         workers: loader processes
         accelerator: auto, cpu or cuda
-        seed: of the random network, of val_split, and of what a protocol draws
-        out: JSON file; None for evaluation/PROTOCOL.json in the run folder, if weights names one, which holds the
-            latest
-        overwrite: replace out
+        seed: of the random network, of val_split, and of the draws of a protocol
+        out: JSON file; None for evaluation/PROTOCOL.json in the run folder, if weights is one; it is replaced by each
+            evaluation
+        overwrite: replace out if it exists
 
     Returns:
         An `EvaluationResult`: accuracies by network, stage, and number of shots.
 
     Raises:
-        ValueError: if an argument cannot be met; says which and what would do.
+        ValueError: if an argument is invalid; the message names it and the remedy.
         FileNotFoundError: if a path does not exist.
     """
     settings = dict(locals())
-    from sparkmim.evaluation.evaluate import run_evaluation
+    from sparkmim.evaluation.evaluate import EvaluateSettings, run_evaluation
 
-    return run_evaluation(settings)
+    return run_evaluation(EvaluateSettings(**settings))
 
 
 @_command
@@ -658,37 +658,38 @@ def predict(
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> PredictResult:
-    """Classify images with a fine-tuned network, into a CSV file.
+    """Classify images with a fine-tuned network and write the classes to a CSV file.
 
-    A row per image, in order: path, class, its probability, and the error where an image could not be read; then the
-    probability of every class (columns p_NAME) or, with top, the classes that come next (class_2, probability_2, ...).
+    One row per image, in order: path, class, its probability, and the error if the image cannot be read; then the
+    probability of every class (columns p_NAME) or, with top, the next classes (class_2, probability_2, ...).
 
     Args:
         images: folder at any depth, an image, a text file of paths, or (from Python) any Dataset; in the shell, the
-            flag may be left out
-        weights: run folder or weight file of a classifier, as sparkmim finetune makes it
+            flag may be omitted
+        weights: run folder or weight file of a classifier, as written by sparkmim finetune
         out: CSV file
-        top: how many of the likeliest classes to name; None for the probability of every class, up to 100 of them, or 5
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say
-        image_size: side in pixels, or one size per axis; None for that of training
-        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights' own
-        batch_size: images at a time
+        top: number of most likely classes to name; None for the probabilities of all classes or, above 100 classes, 5
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one
+            named in the weights
+        image_size: side in pixels, or one size per axis; None for the size used in training
+        crop: share of the resized image covered by the centre crop, 0 to resize the whole image; None for the share in
+            the weights
+        batch_size: images per batch
         workers: loader processes
         accelerator: auto, cpu or cuda
-        overwrite: replace out
+        overwrite: replace out if it exists
 
     Returns:
-        A `PredictResult`: how many images were classified, and which could not be read.
+        A `PredictResult`: the number of images classified, and the unreadable ones.
 
     Raises:
-        ValueError: if the weights hold no classifier, or an argument cannot be met.
+        ValueError: if the weights hold no classifier, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
     settings = dict(locals())
     from sparkmim.evaluation.predict import run_prediction
 
-    return run_prediction(settings)
+    return run_prediction(**settings)
 
 
 @_command
@@ -709,37 +710,37 @@ def embed(
 ) -> EmbedResult:
     """Write the features of images to a file.
 
-    A row per image that can be read, in order: of a .npy file, float32 [images, channels], with the paths line by line
-    in a .txt file of the same name; of a .parquet file, columns path and feature (pip install 'sparkmim[parquet]').
+    One row per readable image, in order. A .npy file holds float32 [images, channels], and a .txt file of the same name
+    the paths, one per line. A .parquet file has the columns path and feature (pip install 'sparkmim[parquet]').
 
     Args:
         images: folder at any depth, an image, a text file of paths, or (from Python) any Dataset; in the shell, the
-            flag may be left out
+            flag may be omitted
         weights: run folder, weight file of ours, or original SparK file
         out: .npy or .parquet file
-        stage: which feature map, 1 being the shallowest; None for the deepest
-        pooled: average the map over positions; false keeps it whole, [images, channels, height, width], in .npy files
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say
-        image_size: side in pixels, or one size per axis; None for that of training
-        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights'
-            own, or 0.875
-        batch_size: images at a time
+        stage: feature map to use, 1 being the shallowest; None for the deepest
+        pooled: average the map over positions; false writes whole maps, [images, channels, height, width], to .npy
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one
+            named in the weights
+        image_size: side in pixels, or one size per axis; None for the size used in training
+        crop: share of the resized image covered by the centre crop, 0 to resize the whole image; None for the share in
+            the weights, or 0.875
+        batch_size: images per batch
         workers: loader processes
         accelerator: auto, cpu or cuda
-        overwrite: replace out
+        overwrite: replace out if it exists
 
     Returns:
-        An `EmbedResult`: the shape of the features, and which images could not be read.
+        An `EmbedResult`: the shape of the features, and the unreadable images.
 
     Raises:
-        ValueError: if an argument cannot be met, or no image can be read; nothing is written then.
+        ValueError: if an argument is invalid, or no image can be read; nothing is written then.
         FileNotFoundError: if a path does not exist.
     """
     settings = dict(locals())
-    from sparkmim.evaluation.predict import run_embedding
+    from sparkmim.evaluation.embed import run_embedding
 
-    return run_embedding(settings)
+    return run_embedding(**settings)
 
 
 @_command
@@ -1002,18 +1003,18 @@ def playground(
 
 @_command
 def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
-    """Measure the mean and standard deviation of every channel of your data.
+    """Measure the mean and standard deviation of each channel of a data set.
 
-    What to give `sparkmim pretrain` as mean and std; that command measures them itself for arrays, on fewer samples.
+    Pass them to `sparkmim pretrain` as mean and std; for arrays, that command measures them itself, on fewer samples.
 
     Args:
         data: folder of images or arrays at any depth, a text file of paths, or (from Python) any Dataset
         channels: image channels
         axes: spatial axes: 1 for signals, 2 for images, 3 for volumes
-        samples: how many to read at most, spread evenly over the data
+        samples: maximum number of samples to read, spread evenly over the data
 
     Returns:
-        `ChannelStatistics`: mean, std, and how many samples they are of.
+        `ChannelStatistics`: mean, std, and the number of samples read.
 
     Raises:
         ValueError: if nothing can be read, or a channel is constant.
@@ -1034,16 +1035,16 @@ def verify(
 ) -> Any:
     """Check that a network is computed exactly when most of its input is hidden.
 
-    Runs it on visible patches alone, against its dense self and against the masked definition, forward and
-    backward, in float64. Names the first module that differs. The network is not changed.
+    Runs the network on visible patches only and compares it with the dense network and with the masked definition,
+    forward and backward, in float64. Names the first module that differs. The network is not changed.
 
     Args:
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
         image_size: side in pixels, or one size per axis; None for three patches per side
         patch_size: side of a patch; None for the network's total stride
         channels: image channels
-        stages: how many of the network's feature maps to use, from the shallowest on
-        feature_modules: the network's modules whose outputs are its feature maps; None to find them
+        stages: number of feature maps to use, from the shallowest on
+        feature_modules: names of the modules whose outputs are the feature maps; None to find them
 
     Returns:
         A `VerifyReport`: whether the network is exact, the worst relative error, and the module at fault.

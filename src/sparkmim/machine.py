@@ -86,7 +86,7 @@ def is_main_process() -> bool:
 def generators_restored() -> Iterator[None]:
     """Puts the global random generators of Python, numpy and torch back as they were."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
     try:
         with torch.random.fork_rng(devices=list(gpus)):
             yield

@@ -1,4 +1,4 @@
-"""How good frozen features, detections and label maps are."""
+"""Evaluation of frozen features and of trained classifiers, detectors and segmenters."""
 
 from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco
 from sparkmim.evaluation.features import pooled_features, stage_features

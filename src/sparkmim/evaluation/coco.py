@@ -1,4 +1,4 @@
-"""How good detections are: the figures of COCO, by pycocotools or faster-coco-eval, which agree."""
+"""COCO's figures for detections, by pycocotools or faster-coco-eval, which agree."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ objects; average recall with 1, 10 and 100 detections per image, and by size."""
 
 @dataclass(frozen=True)
 class CocoScores:
-    """How good detections are, from 0 to 1; NaN where there is nothing to find, which pycocotools writes as -1.
+    """Scores of detections, from 0 to 1; NaN without objects to find, where pycocotools returns -1.
 
     Attributes:
         figures: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …: twelve for each kind.
-        per_class: average precision by kind and by the name of the class.
+        per_class: average precision by kind and class name.
     """
 
     figures: dict[str, float]
@@ -39,11 +39,11 @@ class CocoScores:
 
     @property
     def main(self) -> float:
-        """The average precision of masks or, where there are none, of boxes."""
+        """Average precision of masks or, without masks, of boxes."""
         return self.figures.get("segm/AP", self.figures["bbox/AP"])
 
     def table(self) -> Table:
-        """The twelve figures of each kind."""
+        """Returns a table of the twelve figures of each kind."""
         table = Table("", *FIGURES, box=None, padding=(0, 2, 0, 0))
         for kind, label in (("bbox", "boxes"), ("segm", "masks")):
             values = [self.figures.get(f"{kind}/{name}", math.nan) for name in FIGURES]
@@ -52,7 +52,7 @@ class CocoScores:
         return table
 
     def as_json(self) -> dict[str, Any]:
-        """For `metrics.json`: figures that are not known are null, classes without objects are not there."""
+        """Returns the content of `metrics.json`: unknown figures are null, classes without objects are left out."""
         known = {
             kind: {name: value for name, value in classes.items() if not math.isnan(value)}
             for kind, classes in self.per_class.items()
@@ -68,22 +68,21 @@ def evaluate_coco(
 ) -> CocoScores:
     """Scores detections on all images of an annotation file, as pycocotools does.
 
-    The ground truth is taken as it is, crowds and degenerate boxes included. Where pycocotools would fail, it is
-    completed: an annotation without a mask counts, for `segm`, as a crowd as large as its box, on which detections are
-    neither right nor wrong; areas and flags that are missing are filled in. What has no box of four numbers, and
-    for `segm` no mask either, is left out. For `segm`, an object is as large as its mask, as in Detectron2 and
-    MMDetection.
+    Crowds and degenerate boxes are kept. Where pycocotools would fail, the ground truth is completed: missing areas and
+    flags are filled in, and for `segm` an annotation without a mask becomes a crowd of the size of its box, so that
+    detections on it are ignored. Annotations without a box of four numbers (for `segm`, without a mask either) are left
+    out. For `segm`, the area of an object is that of its mask, as in Detectron2 and MMDetection.
 
     Args:
-        ground_truth: an annotation file, or its content.
+        ground_truth: annotation file or its content.
         detections: in COCO's result format, as `coco_results` makes them: `image_id`, `category_id`, `score`, and
-            `bbox` (left, top, width, height) or `segmentation` (run-length encoding), by the kinds. They are not
-            changed.
+            `bbox` (left, top, width, height) or `segmentation` (run-length encoding), as the kinds need. Not
+            modified.
         kinds: `bbox`, `segm` or both.
 
     Raises:
-        ValueError: if a detection is of an unknown image or lacks what a kind needs; or if the file is not in COCO's
-            format.
+        UserError: if a detection belongs to an unknown image or lacks what a kind needs, or if the file is not in
+            COCO's format.
         MissingPackage: if pycocotools is not installed.
     """
     index, scorer_of = _tools()
@@ -119,19 +118,19 @@ def coco_results(
     output: Mapping[str, Tensor], image_id: int, size: tuple[int, int], seen: tuple[int, int],
     category_ids: Sequence[int],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """What a detector of torchvision found on an image, in COCO's result format.
+    """Converts the output of a torchvision detector for an image to COCO's result format.
 
     Args:
-        output: of the detector: `boxes` `[n, 4]`, left, top, right, bottom, in pixels of the image that it saw;
-            `labels` `[n]` from 1; `scores` `[n]`; and maybe `masks` `[n, 1, h, w]`, probabilities.
-        image_id: of the image, in the annotation file.
+        output: `boxes` `[n, 4]`, left, top, right, bottom, in pixels of the image that the detector saw;
+            `labels` `[n]` from 1; `scores` `[n]`; and optionally `masks` `[n, 1, h, w]`, probabilities.
+        image_id: in the annotation file.
         size: height and width of the image in the file, to which boxes and masks are scaled.
         seen: height and width of the image that the detector saw.
-        category_ids: the id of each label, from 1 on.
+        category_ids: category id of each label, starting with label 1.
 
     Returns:
-        A dict for each detection that can be written as JSON: `image_id`, `category_id`, `bbox` (left, top, width,
-        height), `score`, and `segmentation` (compressed run-length encoding) of where the mask is above 0.5.
+        A JSON-serialisable dict for each detection: `image_id`, `category_id`, `bbox` (left, top, width,
+        height), `score`, and `segmentation` (compressed run-length encoding) of the pixels where the mask is above 0.5.
     """
     scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2, dtype=torch.float64)
     boxes = output["boxes"].detach().double().cpu() * scale  # [n, 4]
@@ -143,26 +142,26 @@ def coco_results(
         )
     ]
     if "masks" in output:
-        for result, mask in zip(results, output["masks"], strict=True):  # one at a time: photos may be large
+        for result, mask in zip(results, output["masks"], strict=True):  # one at a time, as full-size masks need memory
             result["segmentation"] = _encode(mask_at(mask.detach(), size))
     return results
 
 
 def mask_at(mask: Tensor, size: tuple[int, int]) -> Tensor:
-    """Where a mask of probabilities `[1, h, w]` is above 0.5 when it is resized to `size`: bool `[H, W]` on the CPU."""
+    """Resizes a mask of probabilities `[1, h, w]` and thresholds it at 0.5; returns bool `[H, W]` on the CPU."""
     if mask.shape[-2:] != size:
         mask = F.interpolate(mask[None].float(), size, mode="bilinear", align_corners=False)[0]
     return (mask[0] > 0.5).cpu()
 
 
 def _encode(mask: Tensor) -> dict[str, Any]:
-    """Run-length encoding of a bool mask `[h, w]`."""
+    """Run-length encodes a bool mask `[h, w]`."""
     encoded = coco_tools("mask").encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
     return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
 
 
 def _tools() -> tuple[Any, Any]:
-    """Index and scorer: of faster-coco-eval, which computes the same sooner, if it is installed; of pycocotools."""
+    """Returns the index and scorer classes of faster-coco-eval if it is installed, else those of pycocotools."""
     coco, cocoeval = coco_tools("coco"), coco_tools("cocoeval")
     if importlib.util.find_spec("faster_coco_eval"):
         fast = importlib.import_module("faster_coco_eval")
@@ -171,7 +170,7 @@ def _tools() -> tuple[Any, Any]:
 
 
 def _indexed(index: Any, content: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
-    """An index of ground truth or detections. Its own `loadRes` fails where nothing was detected."""
+    """Builds an index of annotations; pycocotools' own `loadRes` fails without detections."""
     index.dataset = {"images": content["images"], "categories": content["categories"], "annotations": annotations}
     with quiet_tools():
         index.createIndex()
@@ -191,7 +190,7 @@ def _truth(content: Mapping[str, Any], kind: Kind) -> list[dict[str, Any]]:
         mask = mask_of(given, height, width) if kind == "segm" or not isinstance(area, int | float) else None
         if not all(map(math.isfinite, box)) and (kind == "bbox" or mask is None):
             continue
-        # pycocotools takes the id 0 for "unmatched", and annotations of the same id for one
+        # to pycocotools, id 0 means "unmatched", and equal ids mean the same annotation
         annotation = {**given, "id": len(truth) + 1, "iscrowd": int(bool(given.get("iscrowd")))}
         if not isinstance(area, int | float):
             annotation["area"] = box[2] * box[3] if mask is None else _area(mask, height, width)

@@ -16,6 +16,7 @@ from sparkmim.data.coco import CocoFiles, CocoImages, check_coco, find_coco, ope
 from sparkmim.data.detection import detection_resize
 from sparkmim.data.loading import one_by_one
 from sparkmim.data.parts import find_part
+from sparkmim.data.problems import counted
 from sparkmim.drawing.annotated import SURE, draw_detections
 from sparkmim.errors import UserError
 from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco, mask_at
@@ -110,7 +111,9 @@ def predict_detections(
     categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
     _write_json(out, {"images": records, "categories": categories, "annotations": annotations})
     sure = sum(annotation["score"] > SURE for annotation in annotations)
-    console.print(f"{len(records):,} images, {sure:,} detections above {SURE:.0%}: {out}", markup=False)
+    console.print(
+        f"{counted(len(records), 'image')}, {counted(sure, 'detection')} above {SURE:.0%}: {out}", markup=False
+    )
     return DetectResult(out, 0, 0, {}, detector)
 
 

@@ -1,33 +1,31 @@
-"""Features of whole images from a frozen encoder."""
+"""Features of unmasked images from a frozen encoder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from sparkmim.data.inference import Batch
+from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
+from sparkmim.interop.weights import Weights
 from sparkmim.models import Hierarchy
-
-if TYPE_CHECKING:
-    from sparkmim.interop.weights import Weights
 
 
 @torch.no_grad()
 def stage_features(hierarchy: Hierarchy, images: Tensor, stages: Sequence[int] | None = None) -> list[Tensor]:
-    """Feature maps of unmasked images, averaged over positions.
+    """Computes feature maps of unmasked images, averaged over positions.
 
     Args:
         hierarchy: of the encoder, in evaluation mode.
         images: normalised, `[B, C, *S]`, on the hierarchy's device.
-        stages: which maps, counted from 1 at the shallowest; None for all.
+        stages: maps to return, counted from 1 at the shallowest; None for all.
 
     Returns:
-        float32 `[B, C_i]` for each of them.
+        float32 `[B, C_i]` for each map.
     """
     maps = hierarchy(images)
     chosen = maps if stages is None else [maps[stage - 1] for stage in stages]
@@ -35,7 +33,7 @@ def stage_features(hierarchy: Hierarchy, images: Tensor, stages: Sequence[int] |
 
 
 def pooled_features(hierarchy: Hierarchy, batches: Iterable[Tensor]) -> Tensor:
-    """The deepest feature map of unmasked images, averaged over positions.
+    """Computes the deepest feature map of unmasked images, averaged over positions.
 
     Args:
         hierarchy: of the encoder; put into evaluation mode for the call.
@@ -54,20 +52,14 @@ def pooled_features(hierarchy: Hierarchy, batches: Iterable[Tensor]) -> Tensor:
     return torch.cat(pooled)
 
 
-# What the network sees
-
-
-# Reading, in order, without what is unreadable
-
-
 @dataclass
 class StageFeatures:
-    """Features of the readable images of a source.
+    """Features of the readable images in a data source.
 
     Attributes:
         stages: float32 `[n, C_i]` by stage, counted from 1 at the shallowest.
-        places: long `[n]`, of these images in the source.
-        unreadable: path and reason of the others.
+        places: long `[n]`, indices of these images in the source.
+        unreadable: path and reason of each unreadable image.
     """
 
     stages: dict[int, Tensor]
@@ -76,10 +68,14 @@ class StageFeatures:
 
 
 def features_of(networks: Sequence[tuple[Hierarchy, Sequence[int]]], batches: Iterable[Batch]) -> list[StageFeatures]:
-    """Runs frozen encoders, each with the stages wanted of it, over images that are read once for all of them.
+    """Computes pooled features of several frozen encoders in one pass over the images.
+
+    Args:
+        networks: encoders, each with the stages wanted.
+        batches: images with their places.
 
     Raises:
-        ValueError: if no image could be read.
+        UserError: if no image can be read.
     """
     found: list[list[list[Tensor]]] = [[] for _ in networks]
     places: list[int] = []
@@ -105,11 +101,8 @@ def features_of(networks: Sequence[tuple[Hierarchy, Sequence[int]]], batches: It
     ]
 
 
-# Networks
-
-
 def frozen_hierarchy(weights: Weights, encoder: torch.nn.Module, device: torch.device) -> Hierarchy:
-    """The feature maps of an encoder as it was pretrained: no deeper stage than the run's, its own modules."""
+    """Returns the frozen feature hierarchy of an encoder, with the stages and feature modules of its training."""
     known = weights.metadata
     size = known.get("image_size")
     hierarchy = Hierarchy(
@@ -119,12 +112,12 @@ def frozen_hierarchy(weights: Weights, encoder: torch.nn.Module, device: torch.d
 
 
 def check_stage(stage: int | None, hierarchy: Hierarchy, name: str) -> int:
-    """The stage meant: the deepest if None.
+    """Returns the stage, or the deepest if None.
 
     Raises:
-        ValueError: if there is no such stage.
+        UserError: if the network has no such stage.
     """
     count = len(hierarchy.strides)
     if stage is not None and not 1 <= stage <= count:
-        raise UserError(f"stage is {stage}, but {name} has {count} stages, 1 the shallowest; choose 1 to {count}")
+        raise UserError(f"stage is {stage}, but {name} has {counted(count, 'stage')}; choose 1 (shallowest) to {count}")
     return stage or count

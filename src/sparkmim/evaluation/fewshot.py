@@ -1,4 +1,4 @@
-"""Few-shot classification: how far a handful of labelled images goes, over several draws of them."""
+"""Few-shot classification: accuracy with a few labelled images per class, over several draws."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ def few_shot(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, classes: Sequence[str],
     shots: int, draws: int = 10, seed: int = 0,
 ) -> list[float]:  # fmt: skip
-    """Accuracy of logistic regression on so many images of each class, for each of several draws.
+    """Returns the accuracy of logistic regression on a few images per class, for each of several draws.
 
-    Features are standardised by the mean and deviation of those drawn, and the decay is that of scikit-learn's
-    `LogisticRegression(C=1)`: one over the number of images. Nothing is tuned, for a few images leave none to tune on.
-    A draw depends on (seed, shots, its number) alone, so that networks are compared on the same images.
+    Features are standardised by the mean and deviation of the drawn ones. The weight decay is that of scikit-learn's
+    `LogisticRegression(C=1)`, one over the number of images; nothing is tuned. A draw depends only on (seed, shots,
+    its number), so networks are compared on the same images.
 
     Args:
         bank: features `[n, C]` to draw from.
-        bank_labels: their classes, long `[n]`.
+        bank_labels: long `[n]`.
         queries: test features `[m, C]`.
         query_labels: long `[m]`.
         classes: names.
-        shots: images per class; all of a class that has fewer.
-        draws: how many.
+        shots: images per class; all if a class has fewer.
+        draws: number of draws.
         seed: of the draws.
 
     Returns:
-        Share of the test features classified rightly, by draw.
+        Accuracy on the test features, by draw.
     """
     every = Labelled(list(range(len(bank))), bank_labels.cpu(), list(classes))
     accuracies = []

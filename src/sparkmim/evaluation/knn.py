@@ -1,4 +1,4 @@
-"""The k-nearest-neighbour classifier usual in self-supervised learning (Wu et al., CVPR 2018, arXiv:1805.01978)."""
+"""The weighted k-nearest-neighbour classifier of Wu et al. (CVPR 2018, arXiv:1805.01978)."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _SIMILARITIES = 2**26
-"""So many are held at a time, 256 MiB."""
+"""Maximum number of similarities held at a time: 256 MiB."""
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Each query's class by a vote of its nearest neighbours, weighted by `exp(cosine / temperature)`.
+    """Predicts the class of each query by a vote of its nearest neighbours, weighted by `exp(cosine / temperature)`.
 
     Args:
         bank: features `[n, C]` of labelled images.
-        labels: their classes, long `[n]`.
+        labels: long `[n]`.
         queries: features `[m, C]`.
-        k: neighbours that vote, at most all of the bank.
-        temperature: smaller lets the nearest weigh more.
+        k: number of neighbours; all of the bank if it has fewer.
+        temperature: smaller values give the nearest more weight.
 
     Returns:
         Classes, long `[m]`.
@@ -29,9 +29,8 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temp
     for part in torch.split(queries, max(1, _SIMILARITIES // len(bank))):
         similarity, nearest = (part @ bank.t()).topk(min(k, len(bank)), dim=1)  # [m, k]
         votes = torch.zeros(len(part), classes, device=part.device)
-        votes.scatter_add_(
-            1, labels[nearest], ((similarity - similarity[:, :1]) / temperature).exp()
-        )  # of the nearest: 1
+        weights = ((similarity - similarity[:, :1]) / temperature).exp()  # [m, k], 1 for the nearest: no overflow
+        votes.scatter_add_(1, labels[nearest], weights)
         predicted.append(votes.argmax(1))
     return torch.cat(predicted)
 
@@ -39,5 +38,5 @@ def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temp
 def knn_accuracy(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, k: int = 20, temperature: float = 0.07
 ) -> float:
-    """Share of queries whose class `knn_predict` gets right."""
+    """Returns the share of queries that `knn_predict` classifies correctly."""
     return (knn_predict(bank, bank_labels, queries, k, temperature) == query_labels).float().mean().item()

@@ -1,55 +1,59 @@
-"""Classes and features of unlabelled images. The public functions are in `sparkmim.commands`."""
+"""Classifying images into a CSV file. The public function is `sparkmim.predict`."""
 
 from __future__ import annotations
 
 import csv
-import importlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor, nn
 
-from sparkmim.data.inference import Batch, still_batches
+from sparkmim.data.inference import still_batches
 from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
-from sparkmim.evaluation.features import check_stage, frozen_hierarchy, stage_features
 from sparkmim.files import new_file, replacing
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models.encoders import own_module
-from sparkmim.results import EmbedResult, PredictResult
+from sparkmim.results import PredictResult
 
 MOST_COLUMNS = 100
-"""With more classes than this, a table names the likeliest instead of having a column for each."""
+"""Maximum number of classes that get a column each; with more, only the likeliest are named."""
 
 TOP = 5
-
-
-# Classes
+"""Number of classes named then."""
 
 
 @torch.no_grad()
-def run_prediction(settings: Mapping[str, Any]) -> PredictResult:
-    """Runs `sparkmim.predict`.
-
-    Args:
-        settings: its arguments, as given.
-    """
-    out = new_file(settings["out"], settings["overwrite"])
-    device = device_named(settings["accelerator"])
-    weights = open_weights(settings["weights"])
-    classes = weights.classes
-    top = settings["top"]
-    if top is not None and not 1 <= top <= len(classes):
+def run_prediction(
+    *,
+    images: Any,
+    weights: str | Path,
+    out: str | Path,
+    top: int | None,
+    model: str | nn.Module | None,
+    image_size: int | Sequence[int] | None,
+    crop: float | None,
+    batch_size: int,
+    workers: int | None,
+    accelerator: str,
+    overwrite: bool,
+) -> PredictResult:
+    """Runs `sparkmim.predict`."""
+    out = new_file(out, overwrite)
+    device = device_named(accelerator)
+    opened = open_weights(weights)
+    classes = opened.classes
+    if top is not None and top > len(classes):
         raise UserError(f"top is {top}, but the classifier knows {len(classes)} classes; choose 1 to {len(classes)}")
     if top is None and len(classes) > MOST_COLUMNS:
         top = TOP
-    preparation = weights.preparation(settings["image_size"], settings["crop"])
-    source = images_source(settings["images"], preparation.channels, preparation.rank)
-    classifier = weights.classifier(own_module(settings["model"])).to(device)
-    batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "predicting")
+    preparation = opened.preparation(image_size, crop)
+    source = images_source(images, preparation.channels, preparation.rank)
+    classifier = opened.classifier(own_module(model)).to(device)
+    batches = still_batches(source, preparation, batch_size, workers, device, "predicting")
 
     columns = ["path", "class", "probability", "error"]
     if top is None:
@@ -74,8 +78,8 @@ def run_prediction(settings: Mapping[str, Any]) -> PredictResult:
     return PredictResult(out, read, unreadable)
 
 
-def _row(name: str, probabilities: torch.Tensor, classes: list[str], top: int | None) -> list[str]:
-    """Columns of an image with probabilities `[classes]`."""
+def _row(name: str, probabilities: Tensor, classes: list[str], top: int | None) -> list[str]:
+    """Returns the cells of an image with class probabilities `[classes]`."""
     likeliest, order = probabilities.topk(top or 1)
     named = [text for p, place in zip(likeliest.tolist(), order.tolist(), strict=True)
              for text in (classes[place], _digits(p))]  # fmt: skip
@@ -85,100 +89,3 @@ def _row(name: str, probabilities: torch.Tensor, classes: list[str], top: int | 
 
 def _digits(probability: float) -> str:
     return f"{probability:.6f}"
-
-
-# Features
-
-
-def run_embedding(settings: Mapping[str, Any]) -> EmbedResult:
-    """Runs `sparkmim.embed`.
-
-    Args:
-        settings: its arguments, as given.
-    """
-    out = new_file(settings["out"], settings["overwrite"])
-    if out.suffix not in (".npy", ".parquet"):
-        raise UserError(f"out is {out}; its name should end in .npy or .parquet")
-    if out.suffix == ".parquet" and not settings["pooled"]:
-        raise UserError(f"{out} would hold a list per image, which whole maps are not; write them to a .npy file")
-    names_file = None if out.suffix == ".parquet" else new_file(out.with_suffix(".txt"), settings["overwrite"])
-    if names_file is None:
-        _pyarrow()
-    device = device_named(settings["accelerator"])
-    weights = open_weights(settings["weights"])
-    preparation = weights.preparation(settings["image_size"], settings["crop"])
-    source = images_source(settings["images"], preparation.channels, preparation.rank)
-    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
-    stage = check_stage(settings["stage"], hierarchy, str(weights.path))
-    batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "embedding")
-
-    unreadable: list[str] = []
-
-    def found() -> Iterator[tuple[list[str], Any]]:
-        """Names of some images, and their features `[b, C]` or `[b, C, *S]`."""
-        for batch in batches:
-            unreadable.extend(f"{name}: {reason}" for _, name, reason in batch.unreadable)
-            if batch.images is not None:
-                yield batch.names, _features(batch, hierarchy, stage, settings["pooled"])
-        if len(unreadable) == len(source.items):
-            raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
-
-    if names_file is not None:
-        shape = _write_npy(out, names_file, found(), len(source.items))
-    else:
-        shape = _write_parquet(out, found(), _pyarrow())
-    return EmbedResult(out, shape, stage, unreadable)
-
-
-@torch.no_grad()
-def _features(batch: Batch, hierarchy: Any, stage: int, pooled: bool) -> Any:
-    assert batch.images is not None
-    if pooled:
-        return stage_features(hierarchy, batch.images, [stage])[0].cpu().numpy()
-    return hierarchy(batch.images)[stage - 1].float().cpu().numpy()
-
-
-def _write_npy(out: Path, names_file: Path, parts: Iterator[tuple[list[str], Any]], most: int) -> tuple[int, ...]:
-    """Writes batches as they come, so that memory holds one of them; returns the shape."""
-    rows: Any = None
-    count = 0
-    with replacing(out) as partial, replacing(names_file) as partial_names:
-        with partial_names.open("w", encoding="utf-8") as lines:
-            for names, features in parts:
-                if rows is None:
-                    rows = np.lib.format.open_memmap(partial, "w+", np.float32, (most, *features.shape[1:]))
-                rows[count : count + len(features)] = features
-                lines.writelines(f"{name}\n" for name in names)
-                count += len(features)
-        rows.flush()
-        if count < most:  # the header says how many there are: written anew without those that were unreadable
-            shorter = partial.with_suffix(".shorter")
-            with shorter.open("wb") as file:
-                np.save(file, rows[:count])
-            shorter.replace(partial)
-        return (count, *rows.shape[1:])
-
-
-def _write_parquet(out: Path, parts: Iterator[tuple[list[str], Any]], arrow: Any) -> tuple[int, ...]:
-    """Columns `path` and `feature`, a row group per batch."""
-    writer: Any = None
-    count = width = 0
-    with replacing(out) as partial:
-        for names, features in parts:
-            width = features.shape[1]
-            lists = arrow.FixedSizeListArray.from_arrays(arrow.array(features.reshape(-1)), width)
-            table = arrow.table({"path": arrow.array(names, arrow.string()), "feature": lists})
-            if writer is None:
-                writer = arrow.parquet.ParquetWriter(partial, table.schema)
-            writer.write_table(table)
-            count += len(names)
-        writer.close()
-    return count, width
-
-
-def _pyarrow() -> Any:
-    try:
-        importlib.import_module("pyarrow.parquet")
-        return importlib.import_module("pyarrow")
-    except ImportError as error:
-        raise UserError("writing .parquet needs `pip install 'sparkmim[parquet]'`; or choose .npy") from error

@@ -1,4 +1,4 @@
-"""How good label maps are: intersection over union, and the share of pixels that are right."""
+"""Scores of label maps: intersection over union and pixel accuracy."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from sparkmim.data.label_maps import IGNORED
 from sparkmim.errors import UnusableData
 
 _AT_ONCE = 16
-"""Classes that are resized at a time, so that memory does not grow with their number."""
+"""Classes resized at a time, which bounds memory."""
 
 _MOST_ROWS = 40
-"""Of a table of classes."""
+"""Maximum number of rows in a table of classes."""
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """How good label maps are, from 0 to 1; NaN where there is nothing to judge by.
+    """Scores of label maps, from 0 to 1.
 
     Attributes:
-        figures: `mIoU`, the mean over the classes; `pixel_accuracy`.
-        per_class: intersection over union by the name of the class; NaN for classes that are neither there nor found,
-            which the mean leaves out.
+        figures: `mIoU`, the mean over classes, and `pixel_accuracy`.
+        per_class: intersection over union by class name; NaN for classes that neither occur nor are predicted, which
+            the mean leaves out.
     """
 
     figures: dict[str, float]
@@ -40,11 +40,11 @@ class SegmentationScores:
 
     @property
     def main(self) -> float:
-        """What weights are compared by."""
+        """Figure that weights are compared by: `mIoU`."""
         return self.figures["mIoU"]
 
     def table(self) -> Table:
-        """Classes, many of them in several columns, and the figures below."""
+        """Returns a table of the classes, in several columns if there are many, with the figures below."""
         cells = [(escape(name), _percent(value)) for name, value in self.per_class.items()]
         columns = -(-len(cells) // _MOST_ROWS)
         rows = -(-len(cells) // columns)
@@ -59,7 +59,7 @@ class SegmentationScores:
         return table
 
     def as_json(self) -> dict[str, Any]:
-        """For `metrics.json`: figures that are not known are null, and so are classes."""
+        """Returns the content of `metrics.json`; unknown values are null."""
         known = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
         classes = {name: None if math.isnan(value) else value for name, value in self.per_class.items()}
         return {**known, "per_class": classes}
@@ -72,21 +72,21 @@ def _percent(value: float) -> str:
 def evaluate_segmentation(
     label_maps: Iterable[tuple[Tensor, Tensor]], classes: Sequence[str], device: torch.device | None = None
 ) -> SegmentationScores:
-    """Scores label maps by the confusion of all their pixels, with the help of all processes of a distributed run.
+    """Scores label maps by the confusion of all pixels; in a distributed run, over all processes.
 
     Args:
-        label_maps: predicted and true classes, long `[H, W]` each; `IGNORED` where the truth counts for nothing.
-        classes: their names.
-        device: where to count.
+        label_maps: predicted and true classes, long `[H, W]` each; true pixels of `IGNORED` do not count.
+        classes: names.
+        device: to count on.
 
     Raises:
-        RuntimeError: if there is no pixel that counts.
+        UnusableData: if no pixel counts.
     """
     confusion = MulticlassConfusionMatrix(len(classes), ignore_index=IGNORED, validate_args=False).to(device)
     for found, truth in label_maps:
         confusion.update(found.flatten(), truth.flatten())
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The ``compute`` method")  # this process may have seen no image
+        warnings.filterwarnings("ignore", message="The ``compute`` method")  # a process may have no images
         counts = confusion.compute().double().cpu()  # [classes, classes], true class by row
     if not counts.sum():
         raise UnusableData("none of the validation images could be read, or all of their pixels count for nothing")
@@ -97,9 +97,9 @@ def evaluate_segmentation(
 
 
 def classes_at(logits: Tensor, size: Sequence[int]) -> Tensor:
-    """The likeliest class of each pixel at another size, `[classes, h, w]` to long `[*size]`.
+    """Returns the most likely class of each pixel at another size, `[classes, h, w]` to long `[*size]`.
 
-    Logits are resized bilinearly, before the class is chosen.
+    Logits are resized bilinearly before the class is chosen.
     """
     best: Tensor | None = None
     found = torch.zeros(tuple(size), dtype=torch.int64, device=logits.device)

@@ -21,6 +21,7 @@ from sparkmim.data.label_maps import (
 )
 from sparkmim.data.loading import one_by_one
 from sparkmim.data.parts import find_part
+from sparkmim.data.problems import counted
 from sparkmim.data.segmentation import segmentation_resize
 from sparkmim.drawing.annotated import draw_classes, save_label_map, with_legend
 from sparkmim.drawing.pixels import Tones
@@ -122,7 +123,7 @@ def predict_label_maps(
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
         count += 1
         found.update(labels.flatten().bincount().nonzero().flatten().tolist())
-    console.print(f"{count:,} images, {len(found)} of {len(classes)} classes found: {out}", markup=False)
+    console.print(f"{counted(count, 'image')}, {len(found)} of {len(classes)} classes found: {out}", markup=False)
     return SegmentResult(out, 0, 0, {}, segmenter)
 
 

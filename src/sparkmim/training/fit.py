@@ -31,7 +31,7 @@ from sparkmim.interop.weights import Weights, WeightsMetadata, open_weights
 from sparkmim.machine import generators_restored, is_main_process
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
-from sparkmim.runs.history import History, logged, read_history, settled_settings
+from sparkmim.runs.history import History, Kind, logged, read_history, settled_settings
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
@@ -267,7 +267,7 @@ def _fit(
             settled, found = _write_start(settings, asked, folder)
             _say_settings(console, settings, prepared.rows)
             stack.enter_context(logged(history, folder.log, lambda: trainer.global_step))
-            began = "resume" if settings.resume else "start"
+            began: Kind = "resume" if settings.resume else "start"
             history.add(began, step, steps=plan.steps, settings=settled, environment=found)
             history.listeners.append(LoggerFeed(trainer, folder))
             if console.is_terminal:
