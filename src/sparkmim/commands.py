@@ -761,41 +761,44 @@ def reconstruct(
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> ReconstructResult:
-    """Show what a pretrained model rebuilds of images whose patches are hidden.
+    """Show how a pretrained model rebuilds hidden patches of images.
 
-    Columns: the input, what the model sees of it, its reconstruction, and that with the visible pixels pasted in.
-    The model predicts patches normalised by their own mean and deviation; for a picture, those of the hidden patch
-    itself are put back, as in the paper.
+    Columns: the input, the masked input, the reconstruction, and the reconstruction with visible pixels pasted in.
+    The model predicts patches normalised by their own mean and deviation; pictures use those of the hidden patches,
+    as in the paper.
 
     Args:
-        weights: run folder of pretraining, weight file of ours with a decoder, or original SparK file with one
-        images: images or folders, one or several, or a text file of paths, or (from Python) any Dataset
-        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for reconstruct.png
-        mask_ratio: share of patches that is hidden; None for that of training
-        masks: how many random masks of each image to show
-        mask: the same mask for all images instead: a text file or text of a row per line with x for visible and . for
-            hidden patches, a picture that is bright where visible, or (from Python) a boolean array
-        visible: or the patches to show, as "row,col row,col ...", counted from 0 at the top left
+        weights: run folder of pretraining, or weight file with a decoder, ours or original SparK's
+        images: one or several images or folders, a text file of paths, or (from Python) any Dataset
+        out: picture file, .png, .jpg, .pdf or .svg; None writes none (on the command line, reconstruct.png)
+        mask_ratio: share of hidden patches; None for that of training
+        masks: random masks per image
+        mask: one mask for all images instead: text, or a text file, with a row per line, x for visible and . for hidden
+            patches; a picture, bright where visible; or (from Python) a boolean array
+        visible: visible patches for all images instead, as "row,col row,col ...", counted from 0 at the top left
         errors: add the error of each patch as a heat map
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one named
+            in the weights
         image_size: side in pixels, or one size per axis; None for that of training
-        limit: how many images to show at most
-        seed: of the random masks
+        limit: maximum number of images
+        seed: seed of the random masks
         accelerator: auto, cpu or cuda
-        overwrite: replace out
+        overwrite: replace out if it exists
 
     Returns:
-        A `ReconstructResult`: arrays, the errors, and a figure.
+        A `ReconstructResult`: arrays, errors, and a figure.
 
     Raises:
-        ValueError: if the weights have no decoder, no image can be read, or an argument cannot be met.
+        ValueError: if the weights have no decoder, no image can be read, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
     from sparkmim.visualize.reconstruct import run_reconstruction
 
-    return run_reconstruction(settings)
+    return run_reconstruction(
+        weights=weights, images=images, out=out, mask_ratio=mask_ratio, masks=masks, mask=mask, visible=visible,
+        errors=errors, model=model, image_size=image_size, limit=limit, seed=seed, accelerator=accelerator,
+        overwrite=overwrite,
+    )  # fmt: skip
 
 
 @_command
@@ -812,35 +815,37 @@ def explain(
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> VanishingResult:
-    """Show why masks vanish under dense convolution, and stay under sparse convolution.
+    """Show how masks vanish under dense convolution, and stay under sparse convolution.
 
-    Measures it: the share of positions that are not zero after 0, 1, 2, 4, … convolutions of a masked shape; and how
-    far the values that a network computes of a masked image drift from those of the whole image.
+    Measures the share of non-zero positions of a masked shape after 0, 1, 2, 4, … convolutions, and how far a network's
+    features of a masked image drift from those of the whole image.
 
     Args:
-        topic: vanishing
-        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for explain.png
-        weights: run folder or weight file of the network whose values are looked at; None for one at random
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say, or resnet18
-        images: images or folders to look at; None for a photograph that comes with matplotlib
+        topic: what to explain: vanishing
+        out: picture file, .png, .jpg, .pdf or .svg; None writes none (on the command line, explain.png)
+        weights: run folder or weight file of the network to measure; None for random weights
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one named
+            in the weights, or resnet18
+        images: one or several images or folders; None for a photograph that comes with matplotlib
         image_size: side in pixels, or one size per axis; None for that of the weights, or 224
-        mask_ratio: share of patches that is hidden
-        seed: of masks and random weights
+        mask_ratio: share of hidden patches
+        seed: seed of masks and random weights
         accelerator: auto, cpu or cuda
-        overwrite: replace out
+        overwrite: replace out if it exists
 
     Returns:
         A `VanishingResult`: the numbers, and the figure.
 
     Raises:
-        ValueError: if an argument cannot be met.
+        ValueError: if no image can be read, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
     from sparkmim.visualize.vanishing import run_explanation
 
-    return run_explanation(settings)
+    return run_explanation(
+        topic=topic, out=out, weights=weights, model=model, images=images, image_size=image_size,
+        mask_ratio=mask_ratio, seed=seed, accelerator=accelerator, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @_command
@@ -858,32 +863,34 @@ def features(
 ) -> FeaturesResult:
     """Show the feature maps of images as colours, by stage.
 
-    The three directions of most variance over all positions of all images become red, green and blue: what has the
-    same colour is alike to the network.
+    Red, green and blue are the three directions of most variance over all positions of all images: positions of similar
+    colour have similar features.
 
     Args:
         weights: run folder, weight file of ours, or original SparK file
-        images: images or folders, one or several, or a text file of paths, or (from Python) any Dataset
-        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for features.png
-        stages: which feature maps, 1 being the shallowest; None for all
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say
+        images: one or several images or folders, a text file of paths, or (from Python) any Dataset
+        out: picture file, .png, .jpg, .pdf or .svg; None writes none (on the command line, features.png)
+        stages: feature maps to show, from 1 for the shallowest; None for all
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one named
+            in the weights
         image_size: side in pixels, or one size per axis; None for that of training
-        limit: how many images to show at most
+        limit: maximum number of images
         accelerator: auto, cpu or cuda
-        overwrite: replace out
+        overwrite: replace out if it exists
 
     Returns:
         A `FeaturesResult`: arrays and a figure.
 
     Raises:
-        ValueError: if no image can be read, or an argument cannot be met.
+        ValueError: if no image can be read, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
     from sparkmim.visualize.features import run_features
 
-    return run_features(settings)
+    return run_features(
+        weights=weights, images=images, out=out, stages=stages, model=model, image_size=image_size, limit=limit,
+        accelerator=accelerator, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @_command
@@ -904,57 +911,59 @@ def neighbors(
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> NeighborsResult:
-    """Show the images of a folder that a network finds most like yours.
+    """Show the images of a folder that are most similar to yours.
 
-    Features are averaged over positions and compared by their cosine.
+    Compares a network's features, averaged over positions, by cosine similarity.
 
     Args:
         weights: run folder, weight file of ours, or original SparK file
-        query: images or folders to find the like of, one or several
-        data: images or folders to search
-        out: picture to write, .png, .jpg, .pdf or .svg; None for none, or in the shell for neighbors.png
-        k: how many neighbours of each query; a query is not its own neighbour
-        stage: which feature map, 1 being the shallowest; None for the deepest
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say
+        query: one or several images or folders to find neighbours of
+        data: one or several images or folders to search
+        out: picture file, .png, .jpg, .pdf or .svg; None writes none (on the command line, neighbors.png)
+        k: neighbours per query; a query is not its own neighbour
+        stage: feature map to compare, from 1 for the shallowest; None for the deepest
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one named
+            in the weights
         image_size: side in pixels, or one size per axis; None for that of training
-        crop: share of the resized image that the centre crop shows, 0 to squeeze it in whole; None for the weights'
-            own, or 0.875
-        limit: how many queries to show at most
-        batch_size: images at a time
-        workers: loader processes
+        crop: share of the resized image that the centre crop shows, 0 to resize it whole; None for that of the weights,
+            or 0.875
+        limit: maximum number of queries
+        batch_size: images per batch
+        workers: loader workers
         accelerator: auto, cpu or cuda
-        overwrite: replace out
+        overwrite: replace out if it exists
 
     Returns:
         A `NeighborsResult`: paths, similarities and a figure.
 
     Raises:
-        ValueError: if no image can be read, or an argument cannot be met.
+        ValueError: if no image can be read, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
     from sparkmim.visualize.neighbors import run_neighbors
 
-    return run_neighbors(settings)
+    return run_neighbors(
+        weights=weights, query=query, data=data, out=out, k=k, stage=stage, model=model, image_size=image_size,
+        crop=crop, limit=limit, batch_size=batch_size, workers=workers, accelerator=accelerator, overwrite=overwrite,
+    )  # fmt: skip
 
 
 @_command
 def report(run: str | Path, *, out: str | Path | None = None) -> ReportResult:
-    """Write the report of a run: one HTML file that needs nothing beside it.
+    """Write the report of a run as one self-contained HTML file.
 
-    Settings, environment, curves, speed, reconstructions over time, evaluations, and skipped images. Every run writes
-    it when it ends; this writes it anew, with what was evaluated since.
+    It shows settings, environment, curves, speed, reconstructions over time, evaluations and skipped images. Every run
+    writes a report at its end; this command rewrites it, with evaluations since then.
 
     Args:
         run: run folder of pretrain or finetune
         out: HTML file; None for report.html in the run folder
 
     Returns:
-        A `ReportResult`: where it is.
+        A `ReportResult`: the path of the report.
 
     Raises:
-        ValueError: if that is no run folder, or out is no HTML file.
+        ValueError: if run is no run folder, or out is no HTML file.
     """
     from sparkmim.runs.report import write_report
 
@@ -974,31 +983,33 @@ def playground(
     max_megapixels: float = 50.0,
     accelerator: str = "auto",
 ) -> None:
-    """Open a page in the browser to hide patches of images, and see them rebuilt.
+    """Serve a page to hide patches of images and see them rebuilt.
 
-    Needs `pip install 'sparkmim[playground]'`. Nothing leaves the machine, and only this machine can open the page,
-    unless host says otherwise. Ctrl-C ends it.
+    Needs `pip install 'sparkmim[playground]'`. Images stay on this machine, and only this machine can open the
+    page, unless host says otherwise. Ctrl-C ends it.
 
     Args:
-        weights: run folder of pretraining, weight file of ours with a decoder, or original SparK file with one
-        compare: further such weights, shown beside them
-        images: images or folders to pick from; None for a photograph that comes with matplotlib
-        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
-            weights say
+        weights: run folder of pretraining, or weight file with a decoder, ours or original SparK's
+        compare: weights of a second model, shown beside the first
+        images: one or several images or folders to pick from; None for a photograph that comes with matplotlib
+        model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for the one named
+            in the weights
         image_size: side in pixels, or one size per axis; None for that of training
-        host: address to listen at; 0.0.0.0 lets other machines in
-        port: to listen at; None for the first that is free from 7860 on
-        max_megapixels: of an upload; larger ones are refused before they are decoded
+        host: address to listen on; 0.0.0.0 admits other machines
+        port: port to listen on; None for the first free one from 7860
+        max_megapixels: maximum size of an upload; larger images are refused before decoding
         accelerator: auto, cpu or cuda
 
     Raises:
-        ValueError: if the weights have no decoder, or an argument cannot be met.
+        ValueError: if the weights have no decoder, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
     from sparkmim.visualize.playground import run_playground
 
-    run_playground(settings)
+    run_playground(
+        weights=weights, compare=compare, images=images, model=model, image_size=image_size, host=host, port=port,
+        max_megapixels=max_megapixels, accelerator=accelerator,
+    )  # fmt: skip
 
 
 @_command

@@ -10,26 +10,22 @@ from typing import Any
 
 from rich.table import Table
 
+# Training
+
 
 @dataclass
-class PretrainResult:
-    """What a pretraining run came to.
+class TrainingResult:
+    """Outcome of a training run.
 
     Attributes:
-        out: the run folder.
+        out: the run folder; of `eval_only` and `predict`, the folder written to.
         step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        loss: mean over the last epoch that was finished in this call.
-        images_per_second: lately.
-        model: the trained `SparK` model, in evaluation mode.
+        steps: optimiser steps in the whole run.
     """
 
     out: Path
     step: int
     steps: int
-    loss: float
-    images_per_second: float
-    model: Any
 
     @property
     def finished(self) -> bool:
@@ -38,53 +34,88 @@ class PretrainResult:
 
 
 @dataclass
-class ExportResult:
-    """What an export wrote.
+class PretrainResult(TrainingResult):
+    """Outcome of a pretraining run.
 
     Attributes:
-        out: the file or folder.
-        format: of it.
-        network: its name.
-        tensors: how many it holds; None of a program.
-        own_names: whether they have the names that the network itself gives them: it is the user's own, and other
-            software must be told of it.
-        difference: of a program, the largest to what PyTorch computes; None if it was not looked for.
-        address: of the repository that it was pushed to, if it was.
+        out: the run folder.
+        step: optimiser steps done.
+        steps: optimiser steps in the whole run.
+        loss: mean over the last epoch completed in this call.
+        images_per_second: over the last logging interval.
+        model: the trained `SparK` model, in evaluation mode.
     """
 
-    out: Path
-    format: str
-    network: str
-    tensors: int | None = None
-    own_names: bool = False
-    difference: float | None = None
-    address: str | None = None
+    loss: float
+    images_per_second: float
+    model: Any = field(repr=False)
 
-    @property
-    def message(self) -> str:
-        """In a line."""
-        said = [f"{self.network} as {self.format}"]
-        if self.tensors is not None:
-            said.append(f"{self.tensors} tensors{' under its own names' if self.own_names else ''}")
-        if self.difference is not None:
-            said.append(f"largest difference to PyTorch {self.difference:.1e}")
-        if self.address is not None:
-            said.append(f"pushed to {self.address}")
-        return f"{self.out}: {', '.join(said)}"
+
+@dataclass
+class FinetuneResult(TrainingResult):
+    """Outcome of a fine-tuning run.
+
+    Attributes:
+        out: the run folder.
+        step: optimiser steps done.
+        steps: optimiser steps in the whole run.
+        top1: validation accuracy of the last weights: of the `model` and, if there is an average, of `ema`.
+        best_top1: validation accuracy of the best weights.
+        model: the trained classifier, in evaluation mode.
+    """
+
+    top1: dict[str, float]
+    best_top1: dict[str, float]
+    model: Any = field(repr=False)
+
+
+@dataclass
+class DetectResult(TrainingResult):
+    """Outcome of training, evaluating or applying a detector.
+
+    Attributes:
+        out: the run folder, or the folder of predictions.
+        step: optimiser steps done.
+        steps: optimiser steps in the whole run.
+        figures: COCO metrics of the last evaluation: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …; empty without one.
+        model: the detector, in evaluation mode.
+    """
+
+    figures: dict[str, float]
+    model: Any = field(repr=False)
+
+
+@dataclass
+class SegmentResult(TrainingResult):
+    """Outcome of training, evaluating or applying a segmenter.
+
+    Attributes:
+        out: the run folder, or the folder of predictions.
+        step: optimiser steps done.
+        steps: optimiser steps in the whole run.
+        figures: `mIoU` and `pixel_accuracy` of the last evaluation; empty without one.
+        model: the segmenter, in evaluation mode; it maps normalised images to logits.
+    """
+
+    figures: dict[str, float]
+    model: Any = field(repr=False)
+
+
+# Evaluation and prediction
 
 
 @dataclass
 class Score:
-    """How well frozen features of one network, at one stage, tell classes apart.
+    """Accuracy of a classifier on the frozen features of one network at one stage.
 
     Attributes:
         network: `weights`, `random` or `compare`.
-        stage: of the feature map, counted from 1 at the shallowest.
-        stride: of that map.
-        accuracy: share of the test images classified rightly; of few-shot, the mean over the draws.
+        stage: feature map, counted from 1 at the shallowest.
+        stride: stride of that map.
+        accuracy: share of test images classified correctly; for few-shot, the mean over the draws.
         spread: standard deviation over the draws.
-        shots: images per class that were drawn.
-        details: what the protocol chose or saw on the way.
+        shots: images drawn per class.
+        details: what the protocol selected or measured, such as the probe's learning rate.
     """
 
     network: str
@@ -93,34 +124,34 @@ class Score:
     accuracy: float
     spread: float | None = None
     shots: int | None = None
-    details: dict[str, Any] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict, repr=False)
 
     @property
     def text(self) -> str:
-        """The accuracy in percent, with its spread."""
+        """Accuracy in percent, with its spread."""
         return f"{self.accuracy:.1%}" + ("" if self.spread is None else f" ± {100 * self.spread:.1f}")
 
 
 @dataclass
 class EvaluationResult:
-    """What an evaluation came to.
+    """Accuracies on frozen features.
 
     Attributes:
         protocol: knn, linear or fewshot.
-        rows: by network, stage, and number of shots.
-        classes: names.
-        unreadable: path and reason of each image that was left out.
-        out: the JSON file; None if there was no place for one.
+        rows: one score per network, stage and number of shots.
+        classes: names of the classes.
+        unreadable: path and reason of each skipped image.
+        out: the JSON file; None if none was written.
     """
 
     protocol: str
     rows: list[Score]
-    classes: list[str]
-    unreadable: list[str]
+    classes: list[str] = field(repr=False)
+    unreadable: list[str] = field(repr=False)
     out: Path | None
 
     def table(self) -> Table:
-        """A row per network; a column per stage, or per number of images of each class."""
+        """Returns a table with a row per network and a column per stage, or per number of shots."""
         few = self.protocol == "fewshot"
         keys = sorted({(row.shots if few else row.stage) or 0 for row in self.rows})
         title = {"knn": "k-NN", "linear": "linear probe", "fewshot": "few-shot"}[self.protocol]
@@ -134,148 +165,147 @@ class EvaluationResult:
         return table
 
     def deepest(self, network: str = "weights") -> Score:
-        """A network's score at its deepest stage that was judged, with the most shots."""
+        """Returns a network's score at its deepest evaluated stage, with the most shots."""
         return max((row for row in self.rows if row.network == network), key=lambda row: (row.stage, row.shots or 0))
 
 
 @dataclass
 class PredictResult:
-    """What was predicted.
+    """Predicted classes, written to a file.
 
     Attributes:
         out: the CSV file.
-        images: how many were classified.
-        unreadable: path and reason of each that could not be read.
+        images: number of classified images.
+        unreadable: path and reason of each skipped image.
     """
 
     out: Path
     images: int
-    unreadable: list[str]
+    unreadable: list[str] = field(repr=False)
 
 
 @dataclass
 class EmbedResult:
-    """What was embedded.
+    """Features, written to a file.
 
     Attributes:
-        out: the file of features.
-        shape: of the features, images first.
-        stage: of the feature map, counted from 1 at the shallowest.
-        unreadable: path and reason of each image that was left out.
+        out: the file.
+        shape: shape of the features, images first.
+        stage: feature map, counted from 1 at the shallowest.
+        unreadable: path and reason of each skipped image.
     """
 
     out: Path
     shape: tuple[int, ...]
     stage: int
-    unreadable: list[str]
+    unreadable: list[str] = field(repr=False)
+
+
+# Export
 
 
 @dataclass
-class FinetuneResult:
-    """What a fine-tuning run came to.
+class ExportResult:
+    """Weights, written for other software.
 
     Attributes:
-        out: the run folder.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        top1: validation accuracy of the last weights, of the `model` and, with `ema`, of its average `ema`.
-        best_top1: of the best weights.
-        model: the trained classifier, in evaluation mode.
+        out: the file or folder.
+        format: format of the file, such as `onnx`.
+        network: name of the network.
+        tensors: number of tensors; None for a program.
+        own_names: whether tensors keep the names that the user's own network gives them, so that other software must
+            be told of it.
+        difference: largest difference between a program and PyTorch; None if not measured.
+        address: the repository pushed to, if any.
     """
 
     out: Path
-    step: int
-    steps: int
-    top1: dict[str, float]
-    best_top1: dict[str, float]
-    model: Any
+    format: str
+    network: str
+    tensors: int | None = None
+    own_names: bool = False
+    difference: float | None = None
+    address: str | None = None
 
     @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
+    def message(self) -> str:
+        """Summary in one line."""
+        said = [f"{self.network} as {self.format}"]
+        if self.tensors is not None:
+            said.append(f"{self.tensors} tensors{' under its own names' if self.own_names else ''}")
+        if self.difference is not None:
+            said.append(f"largest difference to PyTorch {self.difference:.1e}")
+        if self.address is not None:
+            said.append(f"pushed to {self.address}")
+        return f"{self.out}: {', '.join(said)}"
 
 
 @dataclass
-class DetectResult:
-    """What training, evaluating or using a detector came to.
+class ReportResult:
+    """Report of a run.
 
     Attributes:
-        out: the run folder, or the folder of predictions.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        figures: COCO's, of the last scoring: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …; empty where nothing was scored.
-        model: the detector, in evaluation mode.
+        out: the HTML file.
     """
 
     out: Path
-    step: int
-    steps: int
-    figures: dict[str, float]
-    model: Any
-
-    @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
 
 
-@dataclass
-class SegmentResult:
-    """What training, evaluating or using a segmenter came to.
+# Pictures
+
+
+@dataclass(kw_only=True)
+class PictureResult:
+    """A result that draws itself, in a notebook too.
 
     Attributes:
-        out: the run folder, or the folder of predictions.
-        step: optimiser steps done.
-        steps: optimiser steps that the run has.
-        figures: `mIoU` and `pixel_accuracy` of the last scoring; empty where nothing was scored.
-        model: the segmenter, in evaluation mode; it maps normalised images to logits.
+        draw: makes the figure from this result and the arguments of `figure`.
+        unreadable: path and reason of each skipped image.
+        out: the picture file; None if none was written.
     """
 
-    out: Path
-    step: int
-    steps: int
-    figures: dict[str, float]
-    model: Any
+    draw: Callable[..., Any] = field(repr=False)
+    unreadable: list[str] = field(repr=False)
+    out: Path | None = None
 
-    @property
-    def finished(self) -> bool:
-        """False if the run was interrupted; `resume=True` continues it."""
-        return self.step >= self.steps
+    def figure(self) -> Any:
+        """Returns the matplotlib figure."""
+        return self.draw(self)
+
+    def _repr_png_(self) -> bytes:
+        buffer = io.BytesIO()
+        self.figure().savefig(buffer, format="png")
+        return buffer.getvalue()
 
 
-@dataclass
-class ReconstructResult:
-    """Images, what a model saw of them, and what it rebuilt; shows itself in a notebook.
+@dataclass(kw_only=True)
+class ReconstructResult(PictureResult):
+    """Images, what a model saw of them, and its reconstructions.
 
-    Arrays are float32 in 0…1 as they are shown, `[n, masks, H, W, 3]`, unless said otherwise; of volumes, the middle
-    slice along the first axis. Where the weights were trained on signals they are `[n, masks, length, C]`, in the
-    data's units.
+    Pictures are float32 in 0…1, `[n, masks, H, W, 3]`; for volumes, the middle slice along the first axis. For models
+    of signals they are `[n, masks, length, C]`, in the data's units.
 
     Attributes:
-        names: of the n images.
-        inputs: `[n, H, W, 3]`.
+        names: names of the n images.
+        inputs: the images, `[n, H, W, 3]`.
         masked: inputs with hidden patches in grey.
-        predicted: the decoder's output, visible patches too, although it was never trained on those.
+        predicted: the decoder's output, on visible patches too, although it was never trained on those.
         pasted: predicted where hidden, the input where visible.
         visible: bool `[n, masks, *grid]`.
-        errors: mean squared error of each patch, in units of its own variance, `[n, masks, *grid]`; the loss is its
-            mean over hidden patches.
-        unreadable: path and reason of each image that was left out.
-        draw: makes the figure.
-        out: the picture; None if none was written.
+        errors: mean squared error of each patch in units of the patch's variance, `[n, masks, *grid]`; the loss is
+            its mean over hidden patches.
+        draw: makes the figure from this result and the arguments of `figure`.
+        unreadable: path and reason of each skipped image.
+        out: the picture file; None if none was written.
     """
 
     names: list[str]
-    inputs: Any
-    masked: Any
-    predicted: Any
-    pasted: Any
-    visible: Any
-    errors: Any
-    unreadable: list[str]
-    draw: Callable[[ReconstructResult, bool], Any] = field(repr=False)
-    out: Path | None = None
+    inputs: Any = field(repr=False)
+    masked: Any = field(repr=False)
+    predicted: Any = field(repr=False)
+    pasted: Any = field(repr=False)
+    visible: Any = field(repr=False)
+    errors: Any = field(repr=False)
 
     @property
     def losses(self) -> Any:
@@ -285,128 +315,78 @@ class ReconstructResult:
         return (self.errors * hidden).sum(axes) / hidden.sum(axes)
 
     def figure(self, errors: bool = False) -> Any:
-        """A matplotlib figure: a row per image and mask.
+        """Returns a matplotlib figure with a row per image and mask.
 
         Args:
             errors: adds a column with the error of each patch as a heat map.
         """
         return self.draw(self, errors)
 
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
 
-
-@dataclass
-class VanishingResult:
-    """What becomes of a mask, and of the values under it, under dense and sparse convolution; shows itself in a
-    notebook.
+@dataclass(kw_only=True)
+class VanishingResult(PictureResult):
+    """Masks, and the values under them, after dense and after sparse convolutions.
 
     Attributes:
-        layers: numbers of convolutions that were looked at, from 0 on.
-        shapes: by name of the shape: bool `[H, W]`, where it is visible.
-        shares: by shape, then `dense` and `sparse`: share of positions that are not zero after that many layers.
-        values: pixel values `whole`, `visible` (what sparse convolution sees) and `zeroed` (what dense sees).
-        distances: how far the distribution of feature values is from that of the whole image, by stage, `sparse` and
-            `dense`: Kolmogorov–Smirnov distance, averaged over channels; stage 0 is the image itself.
-        network: whose features these are.
-        unreadable: path and reason of each image that was left out.
-        picture: the figure.
+        network: name of the network whose features are compared.
+        layers: numbers of convolutions after which masks are looked at, from 0 on.
+        shapes: by name of the shape: bool `[H, W]`, true where visible.
+        shares: by shape, then `dense` and `sparse`: share of non-zero positions after each number of layers.
+        values: pixel values `whole`, `visible` (what sparse convolution sees) and `zeroed` (what dense convolution
+            sees).
+        distances: `sparse` and `dense`: by stage, Kolmogorov–Smirnov distance of feature values to those of the whole
+            image, averaged over channels; stage 0 is the image itself.
+        draw: makes the figure from this result.
+        unreadable: path and reason of each skipped image.
         out: the picture file; None if none was written.
     """
 
-    layers: list[int]
-    shapes: dict[str, Any]
-    shares: dict[str, dict[str, list[float]]]
-    values: dict[str, Any]
-    distances: dict[str, list[float]]
     network: str
-    unreadable: list[str]
-    picture: Any
-    out: Path | None = None
-
-    def figure(self) -> Any:
-        """The matplotlib figure."""
-        return self.picture
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
+    layers: list[int]
+    shapes: dict[str, Any] = field(repr=False)
+    shares: dict[str, dict[str, list[float]]] = field(repr=False)
+    values: dict[str, Any] = field(repr=False)
+    distances: dict[str, list[float]]
 
 
-@dataclass
-class FeaturesResult:
-    """Feature maps as colours; shows itself in a notebook.
+@dataclass(kw_only=True)
+class FeaturesResult(PictureResult):
+    """Feature maps as colours.
 
     Attributes:
-        names: of the n images.
-        inputs: float32 in 0…1, `[n, H, W, 3]`.
-        maps: by stage: the three directions of most variance over all positions of all n images, as red, green and
-            blue in 0…1, `[n, H / s, W / s, 3]`.
-        explained: by stage: share of the variance that these three hold.
-        unreadable: path and reason of each image that was left out.
-        draw: makes the figure.
-        out: the picture; None if none was written.
+        names: names of the n images.
+        inputs: the images, float32 in 0…1, `[n, H, W, 3]`.
+        maps: by stage: float32 in 0…1, `[n, H / s, W / s, 3]`; red, green and blue are the three directions of most
+            variance over all positions of all images.
+        explained: by stage: share of the variance along these three directions.
+        draw: makes the figure from this result.
+        unreadable: path and reason of each skipped image.
+        out: the picture file; None if none was written.
     """
 
     names: list[str]
-    inputs: Any
-    maps: dict[int, Any]
+    inputs: Any = field(repr=False)
+    maps: dict[int, Any] = field(repr=False)
     explained: dict[int, float]
-    unreadable: list[str]
-    draw: Callable[[FeaturesResult], Any] = field(repr=False)
-    out: Path | None = None
-
-    def figure(self) -> Any:
-        """A matplotlib figure: a row per image, a column per stage."""
-        return self.draw(self)
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
 
 
-@dataclass
-class NeighborsResult:
-    """The images of a folder that are most like some others; shows itself in a notebook.
+@dataclass(kw_only=True)
+class NeighborsResult(PictureResult):
+    """Nearest neighbours of query images in a folder.
 
     Attributes:
-        queries: their paths.
-        neighbors: of each query, the paths of its neighbours, the nearest first.
-        similarities: of these, cosines between -1 and 1.
-        pictures: by path, float32 in 0…1 `[H, W, 3]`, of all that is shown.
-        stage: of the feature map, counted from 1 at the shallowest.
-        unreadable: path and reason of each image that was left out.
-        draw: makes the figure.
-        out: the picture; None if none was written.
+        queries: paths of the queries.
+        neighbors: for each query, paths of its neighbours, nearest first.
+        similarities: for each query, cosine similarity of each neighbour, between -1 and 1.
+        pictures: by path, queries and neighbours as float32 in 0…1, `[H, W, 3]`.
+        stage: feature map, counted from 1 at the shallowest.
+        draw: makes the figure from this result.
+        unreadable: path and reason of each skipped image.
+        out: the picture file; None if none was written.
     """
 
     queries: list[str]
-    neighbors: list[list[str]]
-    similarities: list[list[float]]
-    pictures: dict[str, Any]
+    neighbors: list[list[str]] = field(repr=False)
+    similarities: list[list[float]] = field(repr=False)
+    pictures: dict[str, Any] = field(repr=False)
     stage: int
-    unreadable: list[str]
-    draw: Callable[[NeighborsResult], Any] = field(repr=False)
-    out: Path | None = None
-
-    def figure(self) -> Any:
-        """A matplotlib figure: a row per query, its neighbours beside it."""
-        return self.draw(self)
-
-    def _repr_png_(self) -> bytes:
-        return _png(self.figure())
-
-
-@dataclass
-class ReportResult:
-    """A run's report.
-
-    Attributes:
-        out: the HTML file.
-    """
-
-    out: Path
-
-
-def _png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()

@@ -1,1 +1,1 @@
-"""What several pictures share: tensors as colours, figures, charts."""
+"""Tensors as colours, annotated images, figures and charts."""

@@ -1,4 +1,4 @@
-"""What was found on images, drawn on them: boxes with names, masks, and a colour for each class of a label map."""
+"""Images with detections or label maps drawn on them."""
 
 from __future__ import annotations
 
@@ -20,28 +20,38 @@ if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
 
 COLOURS = ("#1f6f8b", "#c8553d", "#5a8f29", "#8e5ea2", "#c79a00", "#3b6fd4")
-"""Of classes, in turn; dark enough for white letters on them."""
+"""Colours of classes, in turn; dark enough for white letters."""
 
 SURE = 0.5
-"""Least score of a detection that is drawn."""
+"""Detections with a higher score are drawn."""
 
 _OPACITY = 0.6
+"""Share of the class colour in a pixel of a label map."""
 
 _SMALLEST = 320
-"""Pixels of the shorter side of a picture with a legend, at least: smaller ones are shown larger."""
+"""Minimum shorter side of a picture with a legend; smaller ones are enlarged."""
 
 _LARGEST = 2000
-"""Pixels of the longer side that they are not made larger than."""
+"""Maximum longer side of an enlarged picture."""
 
 _MOST_NAMES = 40
-"""In a legend; the others, which have the fewest pixels, are counted."""
+"""Maximum classes in a legend; those with the fewest pixels are only counted."""
 
 
 # Detections
 
 
 def draw_detections(image: Tensor, output: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
-    """Detections of some certainty on an image: float `[3, H, W]` in 0…1 to uint8 `[3, H, W]`."""
+    """Draws boxes, names and masks of detections that score above `SURE`.
+
+    Args:
+        image: float `[3, H, W]` in 0…1.
+        output: torchvision's dictionary of boxes, labels (from 1), scores and, optionally, masks.
+        classes: names of the classes.
+
+    Returns:
+        uint8 `[3, H, W]`.
+    """
     canvas = (255 * image.cpu()).round().to(torch.uint8)
     sure = (output["scores"] > SURE).cpu()
     labels = output["labels"].cpu()[sure]
@@ -64,7 +74,7 @@ def draw_detections(image: Tensor, output: Mapping[str, Tensor], classes: Sequen
 
 
 def _font_file() -> str:
-    """The path of a font that can be drawn in any size; matplotlib brings one."""
+    """Returns the path of the scalable font that comes with matplotlib."""
     from matplotlib.font_manager import findfont
 
     return str(findfont("DejaVu Sans"))
@@ -74,7 +84,7 @@ def _font_file() -> str:
 
 
 def class_colour(number: int) -> tuple[int, int, int]:
-    """The colour of a class, red, green and blue, which differs from those of its neighbours.
+    """Returns a class's colour as red, green and blue, unlike those of the classes before and after it.
 
     Example:
         >>> class_colour(0), class_colour(1)
@@ -90,8 +100,7 @@ def class_colour(number: int) -> tuple[int, int, int]:
 
 
 def draw_classes(image: Tensor, labels: Tensor) -> Tensor:
-    """A label map in colours on its image, which is grey so that it does not change them; and as it is where a pixel
-    counts for nothing.
+    """Draws a label map in colours over its image in grey; ignored pixels keep the image's colours.
 
     Args:
         image: float `[3, H, W]` in 0…1.
@@ -112,19 +121,19 @@ def draw_classes(image: Tensor, labels: Tensor) -> Tensor:
 
 
 def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
-    """Pictures `[3, H, W]` of one height in a row, with white between them."""
+    """Joins pictures `[3, H, W]` of one height into a row, with white gaps."""
     gap = max(2, pictures[0].shape[2] // 64)
     framed = [nn.functional.pad(picture, (0, gap), value=255) for picture in pictures]
     return torch.cat(framed, 2)[:, :, :-gap]
 
 
 def with_legend(picture: Tensor, labels: Sequence[Tensor], classes: Sequence[str]) -> Tensor:
-    """A picture with the colours and names of the classes in some label maps below it.
+    """Adds a legend with the classes of some label maps below a picture.
 
     Args:
-        picture: uint8 `[3, H, W]`; a small one becomes a whole number of times as large.
-        labels: long, of any shape.
-        classes: names.
+        picture: uint8 `[3, H, W]`; a small one is enlarged by a whole factor.
+        labels: label maps, long, of any shape.
+        classes: names of all classes.
 
     Returns:
         uint8 `[3, H + rows, W]`.
@@ -158,7 +167,7 @@ def with_legend(picture: Tensor, labels: Sequence[Tensor], classes: Sequence[str
 
 
 def _entries(labels: Tensor, classes: Sequence[str], width: int, font: FreeTypeFont) -> list[tuple[str, str]]:
-    """Colours and names, in the order of the classes; of too many, those with most pixels."""
+    """Returns colour and name of the classes with most pixels, in the order of the classes."""
     counts = torch.bincount(labels[labels >= 0], minlength=len(classes))
     order = counts.argsort(descending=True, stable=True).tolist()
     present = [number for number in order if counts[number]]
@@ -171,13 +180,13 @@ def _entries(labels: Tensor, classes: Sequence[str], width: int, font: FreeTypeF
 
 
 def save_label_map(path: Path, labels: Tensor, classes: int, reduced: bool = False) -> None:
-    """Writes classes as PNG: with a palette of their colours or, with more than 256 of them, as 16-bit grey.
+    """Writes a label map as PNG: with a palette of class colours or, for more than 256 values, as 16-bit grey.
 
     Args:
-        path: of the file.
+        path: the file.
         labels: long `[H, W]`, from 0 on.
-        classes: how many there are.
-        reduced: whether class 0 is written as 1, and so on, for in the maps learnt from 0 stood for nothing.
+        classes: number of classes.
+        reduced: whether to write class 0 as 1, and so on, as in training maps whose 0 is ignored.
     """
     values = (labels.cpu() + reduced).numpy()
     if classes + reduced > 256:

@@ -1,4 +1,4 @@
-"""Curves as SVG: small, sharp in print, and in the fonts of the reader's machine."""
+"""Curves as SVG, in the fonts of the reader's machine."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from sparkmim.drawing.figures import ACCENT, new_figure
 Form = Literal["number", "count", "share"]
 
 MOST_POINTS = 1000
-"""Of a curve; more than there are pixels."""
+"""Points drawn of a curve; more than a chart is pixels wide."""
 
 _WIDTH, _HEIGHT = 440, 220
-"""CSS pixels, of which matplotlib's 9 points are 12."""
+"""Size in CSS pixels; matplotlib's 9 points are 12 of them."""
 
 _GREY, _LINE = "#5f6c78", "#e1e6ea"
 _FEW = 30
-"""Up to this many points are marked."""
+"""Up to this many points, each is marked."""
 
 _STEPS = (1, 2, 2.5, 5, 10)
-"""Between ticks, times a power of ten."""
+"""Distances between ticks, times a power of ten."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Curve:
     """A scalar over the steps of a run.
 
     Attributes:
-        steps: rising.
-        values: at these.
-        times: at which they were logged, in seconds since 1970.
+        steps: optimiser steps, ascending.
+        values: value at each step.
+        times: time of logging, in seconds since 1970.
     """
 
     steps: list[int]
@@ -45,13 +45,13 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve and how it is drawn.
+    """A curve and its appearance.
 
     Attributes:
         curve: the curve.
-        label: for the key.
-        colour: of the line.
-        faint: whether it stands behind another.
+        label: name in the legend.
+        colour: colour of the line.
+        faint: whether it is drawn as the background of another line.
     """
 
     curve: Curve
@@ -61,7 +61,7 @@ class Line:
 
 
 def running_mean(curve: Curve) -> Curve:
-    """The mean over a fiftieth of the points to both sides, over fewer towards the ends; as it is, if it is short."""
+    """Averages each point with a fiftieth of all points on either side, fewer towards the ends."""
     values = np.asarray(curve.values)
     places = np.arange(len(values))
     half = np.minimum(np.minimum(places, places[::-1]), len(values) // 50)
@@ -71,7 +71,7 @@ def running_mean(curve: Curve) -> Curve:
 
 
 def thinned(curve: Curve, most: int = MOST_POINTS) -> tuple[Any, Any]:
-    """Steps and values that are finite, at most `most` of them; of each stretch, the lowest and the highest stay."""
+    """Returns steps and values of at most `most` finite points: the lowest and highest of each stretch."""
     steps, values = np.asarray(curve.steps), np.asarray(curve.values)
     finite = np.isfinite(values)
     steps, values = steps[finite], values[finite]
@@ -90,7 +90,7 @@ def draw_chart(lines: Sequence[Line], form: Form) -> str:
 
     Args:
         lines: from back to front.
-        form: how values are written: `number`, `count` (from zero), or `share`, in percent.
+        form: format of the values: `number`, `count` (axis from zero) or `share` (in percent).
     """
     from matplotlib import rc_context
     from matplotlib.ticker import EngFormatter, FixedFormatter, FixedLocator, MaxNLocator
@@ -133,7 +133,7 @@ def draw_chart(lines: Sequence[Line], form: Form) -> str:
 
 
 def _written(ticks: Sequence[float], form: Form) -> tuple[list[str], str]:
-    """Labels with equally many decimals; of small and large numbers, as multiples of a power of ten, which follows."""
+    """Returns tick labels with equally many decimals, and the power of ten to multiply them by, if any."""
     largest = max(map(abs, ticks), default=0.0)
     power = math.floor(math.log10(largest)) if largest else 0
     if form != "number" or -2 <= power < 5:

@@ -1,4 +1,4 @@
-"""The confusion matrix of a classifier as a picture."""
+"""Confusion matrices as pictures."""
 
 from __future__ import annotations
 
@@ -7,30 +7,29 @@ from pathlib import Path
 
 import numpy as np
 
+from sparkmim.drawing.figures import new_figure
+
 _MOST_NUMBERS = 20
-"""With more classes than this, the cells are too small for numbers."""
+"""Up to this many classes, cells are large enough for numbers."""
 
 _MOST_NAMES = 60
+"""Labels along an axis; of more classes, every second one, every third one, and so on, is named."""
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path, title: str = "") -> None:
-    """Draws and saves a confusion matrix, each row as shares of its true class.
+    """Draws a confusion matrix, each row as shares of its true class, and saves it.
 
     Args:
-        confusion: counts `[classes][classes]`, true class by row.
-        classes: names.
-        path: of the PNG file.
-        title: above the matrix.
+        confusion: counts `[classes][classes]`, true classes in rows.
+        classes: names of the classes.
+        path: the PNG file.
+        title: title above the matrix.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     counts = np.asarray(confusion, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     n = len(classes)
     side = min(14.0, 2.2 + 0.34 * n)
-    figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(side + 0.8, side, layout="constrained")
     axes = figure.add_subplot()
     image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
     if n <= _MOST_NUMBERS:
@@ -50,4 +49,4 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     bar = figure.colorbar(image, ax=axes, fraction=0.04, label="share of the true class, %")
     bar.set_ticks([0, 0.25, 0.5, 0.75, 1], labels=["0", "25", "50", "75", "100"])
     bar.outline.set_visible(False)
-    figure.savefig(path, dpi=120, bbox_inches="tight")
+    figure.savefig(path, bbox_inches="tight")

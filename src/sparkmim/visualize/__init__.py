@@ -1,4 +1,4 @@
-"""Pictures of what a model sees and rebuilds."""
+"""Pictures of what models see and rebuild."""
 
 from sparkmim.drawing.pixels import reconstruction_grid, to_pixels
 

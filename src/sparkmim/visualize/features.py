@@ -1,8 +1,8 @@
-"""Feature maps as colours. The public function is in `sparkmim.commands`."""
+"""Feature maps as colours, for `sparkmim.features`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.data.inference import Preparation
 from sparkmim.drawing.figures import (
     QUIET,
     axes_at,
@@ -24,108 +23,78 @@ from sparkmim.drawing.figures import (
     write_picture,
 )
 from sparkmim.drawing.pixels import middle_slice
-from sparkmim.errors import UserError
-from sparkmim.evaluation.features import check_stage, frozen_hierarchy
-from sparkmim.interop.weights import open_weights
-from sparkmim.machine import device_named
-from sparkmim.models import Hierarchy
-from sparkmim.models.encoders import own_module
+from sparkmim.evaluation.features import check_stage
 from sparkmim.results import FeaturesResult
-from sparkmim.visualize.inputs import read_shown
+from sparkmim.visualize.inputs import check_finite, open_encoder, read_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _ROUNDING = 1e-6
-"""Deviations this small, relative to the features' own size, are rounding errors of float32."""
+"""Deviations below this share of the features' size are rounding errors of float32."""
 
 _PERCENTILES = (1, 99)
-"""Of the positions, between which colours run from dark to bright: a few that stand out leave the others theirs."""
+"""Percentiles of positions shown darkest and brightest, so that a few outliers leave the others their contrast."""
 
 _SIDE, _NARROWEST, _GAP = 1.8, 1.5, 0.08  # inches
 _LEFT, _TOP, _EDGE = 0.34, 0.5, 0.1
 
 
 @torch.no_grad()
-def run_features(settings: Mapping[str, Any]) -> FeaturesResult:
-    """Runs `sparkmim.features`.
+def run_features(
+    *,
+    weights: str | Path,
+    images: Any,
+    out: str | Path | None,
+    stages: Sequence[int] | None,
+    model: Any,
+    image_size: int | Sequence[int] | None,
+    limit: int,
+    accelerator: str,
+    overwrite: bool,
+) -> FeaturesResult:
+    """Runs `sparkmim.features`, on the largest centre crop of each image.
 
-    The network sees whole images, as large a centre crop as there is. Of volumes, all positions count for the
-    directions, and the middle slice is shown.
-
-    Args:
-        settings: its arguments, as given.
+    For volumes, the directions are those of all positions, and the middle slice is shown.
     """
-    out = check_picture(settings["out"], settings["overwrite"])
-    device = device_named(settings["accelerator"])
-    weights = open_weights(settings["weights"])
-    preparation = weights.preparation(settings["image_size"], crop=1.0)
-    check_pictured(preparation, weights.path)
-    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
-    stages = _stages(settings["stages"], hierarchy, weights.path)
-    shown = read_shown(settings["images"], preparation, settings["limit"], device)
+    out = check_picture(out, overwrite)
+    encoder = open_encoder(weights, model, image_size, 1.0, accelerator)
+    path, count = encoder.weights.path, len(encoder.hierarchy.strides)
+    chosen = sorted({check_stage(stage, encoder.hierarchy, str(path)) for stage in stages or range(1, count + 1)})
+    shown = read_images(images, encoder.preparation, limit, encoder.device)
 
-    found: dict[int, list[Tensor]] = {stage: [] for stage in stages}
+    found: dict[int, list[Tensor]] = {stage: [] for stage in chosen}
     for image in torch.split(shown.images, 1):  # one at a time: shallow maps are large
-        maps = hierarchy(image)
-        for stage in stages:
+        maps = encoder.hierarchy(image)
+        for stage in chosen:
             found[stage].append(maps[stage - 1].float().cpu())
     colours: dict[int, Any] = {}
     explained: dict[int, float] = {}
-    for stage in stages:
+    for stage in chosen:
         of_stage = torch.cat(found.pop(stage))
-        check_finite(of_stage, stage, weights.path)
+        check_finite(of_stage, stage, path)
         colours[stage], explained[stage] = as_colours(of_stage)
-    result = FeaturesResult(shown.names, shown.pixels, colours, explained, shown.unreadable, draw_features, out)
+    result = FeaturesResult(
+        names=shown.names, inputs=shown.pixels, maps=colours, explained=explained, draw=draw_features,
+        unreadable=shown.unreadable, out=out,
+    )  # fmt: skip
     if out is not None:
-        write_picture(draw_features(result), out)
+        write_picture(result.figure(), out)
     return result
-
-
-def _stages(given: Sequence[int] | None, hierarchy: Hierarchy, path: Path) -> list[int]:
-    """Those that were asked for, in ascending order; all if None."""
-    if given is None:
-        return list(range(1, len(hierarchy.strides) + 1))
-    if not given:
-        raise UserError("stages is empty; name at least one, such as [1, 4], or leave it out for all")
-    return sorted({check_stage(stage, hierarchy, str(path)) for stage in given})
-
-
-def check_pictured(preparation: Preparation, path: Path) -> None:
-    """Refuses signals, which are no pictures.
-
-    Raises:
-        ValueError: if the network takes them.
-    """
-    if len(preparation.image_size) == 1:
-        raise UserError(f"{path} is of a network for signals, which are no pictures; `sparkmim embed` writes features")
-
-
-def check_finite(features: Tensor, stage: int, path: Path) -> None:
-    """Refuses features that cannot be compared.
-
-    Raises:
-        ValueError: if any is infinite or not a number.
-    """
-    if not bool(torch.isfinite(features).all()):
-        raise UserError(f"stage {stage} of {path} gives values that are not finite; take weights that did not diverge")
 
 
 # Principal components
 
 
 def principal_components(points: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
-    """Coordinates of points along the directions in which they vary most, in float64 and without anything random.
-
-    A direction has a sign of its own: its largest entry is positive.
+    """Computes principal components in float64, deterministically: the largest entry of a direction is positive.
 
     Args:
         points: `[m, C]`.
-        count: of directions at most; those along which nothing varies, but for float32's rounding, are left out.
+        count: maximum number of directions; those without variance, but for float32's rounding, are left out.
 
     Returns:
-        Coordinates `[m, d]`, centred, the direction of most variance first, and the share of the variance along each,
-        `[d]`.
+        Centred coordinates `[m, d]`, by descending variance, and the share of the variance along each, `[d]`.
     """
     points = points.double()
     rounding = _ROUNDING**2 * points.square().sum(1).mean()
@@ -146,17 +115,16 @@ def principal_components(points: Tensor, count: int = 3) -> tuple[Tensor, Tensor
 
 
 def as_colours(maps: Tensor) -> tuple[Any, float]:
-    """Feature maps as pictures: the directions of most variance over all their positions as red, green and blue.
+    """Shows the three directions of most variance over all positions as red, green and blue, each stretched to 0…1.
 
-    Each component is stretched by itself. Where there is one direction alone, as with maps of one channel, pictures
-    are grey; one that is missing counts as medium.
+    A single direction, as of maps with one channel, gives grey pictures; of two, blue is constant.
 
     Args:
-        maps: `[n, C, *S]` of images or volumes.
+        maps: `[n, C, *S]`, of images or volumes.
 
     Returns:
-        float32 in 0…1, `[n, H, W, 3]`, of volumes the middle slice; and the share of the variance that they show, 0
-        if there is none.
+        float32 in 0…1, `[n, H, W, 3]`, for volumes the middle slice; and the share of the variance shown, 0 for
+        constant maps.
     """
     points = maps.flatten(2).transpose(1, 2).flatten(0, 1)  # [n · positions, C]
     coordinates, shares = principal_components(points)
@@ -169,12 +137,12 @@ def as_colours(maps: Tensor) -> tuple[Any, float]:
 
 
 def _stretched(components: Any) -> Any:
-    """Brings each column of `[m, d]` to 0…1, from its low percentile to its high one."""
+    """Stretches each column of `[m, d]` to 0…1, from its low percentile to its high one."""
     if not components.size:
         return components
     low, high = np.percentile(components, _PERCENTILES, axis=0)
     least, most = components.min(0), components.max(0)
-    rare = high - low <= _ROUNDING * (most - least)  # nearly all are the same, and a few others are all there is
+    rare = high - low <= _ROUNDING * (most - least)  # nearly all are the same: only the outliers vary
     low, high = np.where(rare, least, low), np.where(rare, most, high)
     return np.clip((components - low) / (high - low), 0, 1)
 
@@ -183,7 +151,7 @@ def _stretched(components: Any) -> Any:
 
 
 def draw_features(result: FeaturesResult) -> Figure:
-    """A row per image: the image, and its map at each stage; every position of a map is a square."""
+    """Draws a row per image: the image, and its map at each stage, without interpolation."""
     size = wide, tall = tile_size(result.inputs, _SIDE, _NARROWEST)
     rows, columns = len(result.names), 1 + len(result.maps)
     figure = new_figure(_LEFT + columns * (wide + _GAP) - _GAP + _EDGE, _TOP + rows * (tall + _GAP) - _GAP + _EDGE)

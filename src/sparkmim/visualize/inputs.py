@@ -1,8 +1,10 @@
-"""Images that are to be shown: read as a network takes them, and as people see them."""
+"""What pictures are made from: a frozen encoder, and images as it takes them and as people see them."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,18 +15,83 @@ from sparkmim.data.inference import Preparation, still_batches
 from sparkmim.data.source import images_source
 from sparkmim.drawing.pixels import Tones, to_array
 from sparkmim.errors import UserError
+from sparkmim.evaluation.features import frozen_hierarchy
+from sparkmim.interop.weights import Weights, open_weights
+from sparkmim.machine import device_named
+from sparkmim.models import Hierarchy
+from sparkmim.models.encoders import own_module
+
+# The encoder
 
 
 @dataclass(frozen=True)
-class Shown:
-    """Some images, as a network takes them and as people see them.
+class FrozenEncoder:
+    """A pretrained encoder, ready for images.
+
+    Attributes:
+        weights: the opened weight file.
+        preparation: how images become its input.
+        hierarchy: its feature maps, in evaluation mode and without gradients.
+        device: where the encoder is.
+    """
+
+    weights: Weights
+    preparation: Preparation
+    hierarchy: Hierarchy
+    device: torch.device
+
+
+def refuse_signals(axes: int, name: str) -> None:
+    """Refuses networks for signals, which are no pictures."""
+    if axes == 1:
+        raise UserError(f"{name} is of a network for signals, which are no pictures; `sparkmim embed` writes features")
+
+
+def open_encoder(
+    weights: str | Path,
+    model: Any,
+    image_size: int | Sequence[int] | None,
+    crop: float | None,
+    accelerator: str,
+    check_axes: Callable[[int, str], None] = refuse_signals,
+) -> FrozenEncoder:
+    """Opens weights as a frozen encoder.
+
+    Args:
+        weights: run folder or weight file.
+        model: name of the network or a module, which is copied; None for what the weights name.
+        image_size: size other than that of training.
+        crop: share of the resized image that the centre crop shows; None for that of the weights.
+        accelerator: auto, cpu or cuda.
+        check_axes: refuses networks by number of spatial axes and path of the weights, before they are built.
+    """
+    device = device_named(accelerator)
+    opened = open_weights(weights)
+    preparation = opened.preparation(image_size, crop)
+    check_axes(preparation.rank, str(opened.path))
+    hierarchy = frozen_hierarchy(opened, opened.encoder(own_module(model)), device)
+    return FrozenEncoder(opened, preparation, hierarchy, device)
+
+
+def check_finite(features: Tensor, stage: int, path: Path) -> None:
+    """Refuses features with infinite values or NaN, which cannot be compared."""
+    if not bool(torch.isfinite(features).all()):
+        raise UserError(f"stage {stage} of {path} gives values that are not finite; take weights that did not diverge")
+
+
+# The images
+
+
+@dataclass(frozen=True)
+class InputImages:
+    """Images as a network takes them, and as people see them.
 
     Attributes:
         images: normalised, `[n, C, *S]`, on the device.
-        names: of them.
-        tones: that undo the normalisation.
-        unreadable: path and reason of each that was left out.
-        preparation: how they were made ready, with mean and std.
+        names: names of the n images.
+        tones: conversion to colours.
+        unreadable: path and reason of each skipped image.
+        preparation: how images became input, with mean and std.
     """
 
     images: Tensor
@@ -35,19 +102,17 @@ class Shown:
 
     @property
     def pixels(self) -> Any:
-        """float32 in 0…1, `[n, H, W, 3]`."""
+        """Images as float32 in 0…1, `[n, H, W, 3]`."""
         return to_array(self.tones(self.images))
 
 
-def read_shown(images: Any, preparation: Preparation, limit: int, device: torch.device) -> Shown:
-    """Reads the first images that can be read, up to `limit`.
+def read_images(images: Any, preparation: Preparation, limit: int, device: torch.device) -> InputImages:
+    """Reads the first `limit` readable images.
 
     Raises:
-        ValueError: if there is none.
-        FileNotFoundError: if a path does not exist.
+        UserError: if no image can be read.
+        MissingPath: if a path does not exist.
     """
-    if limit < 1:
-        raise UserError(f"limit is {limit}; it must be above 0")
     source = images_source(images, preparation.channels, preparation.rank)
     preparation = preparation.settled(source)
     found: list[Tensor] = []
@@ -61,13 +126,13 @@ def read_shown(images: Any, preparation: Preparation, limit: int, device: torch.
         if len(names) >= limit:
             break
     if not found:
-        raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
+        raise UserError(f"no image can be read; the first is {unreadable[0]}")
     tones = tones_of(preparation, source.arrays)
-    return Shown(torch.cat(found)[:limit], names[:limit], tones, unreadable, preparation)
+    return InputImages(torch.cat(found)[:limit], names[:limit], tones, unreadable, preparation)
 
 
 def tones_of(preparation: Preparation, arrays: bool = False) -> Tones:
-    """What undoes the normalisation of images, or of arrays in units of their own."""
+    """Returns the conversion to colours of prepared images, or of arrays in units of their own."""
     mean, std = preparation.mean, preparation.std
     if arrays:
         mean = std = None

@@ -1,4 +1,4 @@
-"""Masks as people write them."""
+"""Masks of patches from text, pictures and arrays."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from sparkmim.data.discovery import SUFFIXES
+from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
 
 _VISIBLE, _HIDDEN = "xX1#", ".0-_"
 
 
 def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
-    """A mask of patches from a file, a text, or an array.
+    """Reads a mask of patches from a file, a text or an array.
 
     Args:
         mask: path of a picture, bright where visible; path of a text file, or the text itself: a row per line, or
-            rows parted by `/`, with `x`, `X`, `1` or `#` for visible patches and `.`, `0`, `-` or `_` for hidden
-            ones; of volumes, the rows of all slices in order. Or a boolean array of the grid's shape.
+            rows separated by `/`, with `x`, `X`, `1` or `#` for visible and `.`, `0`, `-` or `_` for hidden patches;
+            for volumes, the rows of all slices in order. Or a boolean array of the grid's shape.
         grid: patches per axis.
 
     Returns:
         bool `[*grid]`, true where visible.
 
     Raises:
-        ValueError: if it is none of these, has another shape, or hides all or nothing.
+        UserError: if it is none of these, has another shape, or hides all or nothing.
 
     Example:
         >>> mask_given("x. / .x", (2, 2))
@@ -51,18 +52,18 @@ def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
 
 
 def patches_given(visible: Any, grid: Sequence[int]) -> Tensor:
-    """A mask that shows the patches named, and hides all others.
+    """Returns a mask that shows some patches and hides all others.
 
     Args:
-        visible: text `"row,col row,col ..."`, or pairs of numbers, counted from 0 at the top left; one number per axis
-            of the grid.
+        visible: the patches to show, as text `"row,col row,col ..."` or tuples; one number per axis of the grid,
+            counted from 0 at the top left.
         grid: patches per axis.
 
     Returns:
         bool `[*grid]`, true where visible.
 
     Raises:
-        ValueError: if a patch does not exist, or all or none are named.
+        UserError: if a patch does not exist, or all or none are named.
 
     Example:
         >>> patches_given("0,0 1,1", (2, 2))
@@ -89,37 +90,40 @@ def patches_given(visible: Any, grid: Sequence[int]) -> Tensor:
 
 
 def mask_text(visible: Tensor) -> str:
-    """A mask `[*grid]` as text: a row per line, `x` where visible and `.` where hidden."""
+    """Writes a mask `[*grid]` as text: a row per line, `x` where visible and `.` where hidden."""
     rows = visible.flatten(0, -2) if visible.ndim > 1 else visible[None]
     return "\n".join("".join("x" if cell else "." for cell in row) for row in rows.tolist())
 
 
 def mask_of_text(text: str, grid: Sequence[int], name: str = "the mask") -> Tensor:
-    """A mask `[*grid]` from text, as `mask_given` takes it; never looks for a file of that name.
+    """Reads a mask from text, as `mask_given` does, but never opens a file.
+
+    Args:
+        text: the mask.
+        grid: patches per axis.
+        name: name of the mask in errors.
+
+    Returns:
+        bool `[*grid]`, true where visible.
 
     Raises:
-        ValueError: if it holds other signs, has another shape, or hides all or nothing; `name` stands for it.
+        UserError: if it holds other letters, has another shape, or hides all or nothing.
     """
     rows = [row for row in re.split(r"[\n/]", text.replace(" ", "").replace("\r", "")) if row]
     wanted = int(torch.Size(grid[:-1]).numel())
     strange = sorted(set("".join(rows)) - set(_VISIBLE + _HIDDEN))
     if strange or not rows:
-        raise UserError(
-            f"{name} holds {strange[0]!r}; write x for visible patches and . for hidden ones, a row per line"
-            if strange
-            else f"{name} is empty; write x for visible patches and . for hidden ones, a row per line"
-        )
+        wrong = f"holds {strange[0]!r}" if strange else "is empty"
+        raise UserError(f"{name} {wrong}; write x for visible patches and . for hidden ones, a row per line")
     if len(rows) != wanted or any(len(row) != grid[-1] for row in rows):
-        widths = sorted({len(row) for row in rows})
-        raise UserError(
-            f"{name} has {len(rows)} row(s) of {' or '.join(map(str, widths))} patch(es), but there are "
-            f"{_times(grid)} patches"
-        )
+        *others, widest = sorted({len(row) for row in rows})
+        widths = " or ".join([*map(str, others), counted(widest, "patch", "patches")])
+        raise UserError(f"{name} has {counted(len(rows), 'row')} of {widths}, but there are {_times(grid)} patches")
     return _checked(torch.tensor([[sign in _VISIBLE for sign in row] for row in rows]).view(tuple(grid)))
 
 
 def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
-    """Bright where visible: each patch by the average of its part of the picture."""
+    """Reads a mask from a picture: a patch is visible if its part of the picture is bright on average."""
     if len(grid) != 2:
         raise UserError(f"{path} is a picture, but there are {_times(grid)} patches; write the mask as text")
     try:

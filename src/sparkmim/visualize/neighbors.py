@@ -1,9 +1,9 @@
-"""The images of a folder that are most like some others. The public function is in `sparkmim.commands`."""
+"""Nearest neighbours of images in a folder, for `sparkmim.neighbors`."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.data.inference import Preparation, still_batches
+from sparkmim.data.problems import counted
 from sparkmim.data.source import Source, images_source
 from sparkmim.drawing.figures import (
     ACCENT,
@@ -28,19 +29,15 @@ from sparkmim.drawing.figures import (
 )
 from sparkmim.drawing.pixels import Tones, to_array
 from sparkmim.errors import UserError
-from sparkmim.evaluation.features import check_stage, features_of, frozen_hierarchy, stage_features
-from sparkmim.interop.weights import open_weights
-from sparkmim.machine import device_named
-from sparkmim.models.encoders import own_module
+from sparkmim.evaluation.features import check_stage, features_of, stage_features
 from sparkmim.results import NeighborsResult
-from sparkmim.visualize.features import check_finite, check_pictured
-from sparkmim.visualize.inputs import read_shown
+from sparkmim.visualize.inputs import check_finite, open_encoder, read_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _PER_LINE = 10
-"""Neighbours side by side; more go on below."""
+"""Neighbours side by side; more continue below."""
 
 _SIDE, _NARROWEST, _GAP, _CAPTION = 1.3, 1.15, 0.1, 0.42  # inches
 _BESIDE_QUERY, _BELOW_QUERY = 0.4, 0.12
@@ -49,66 +46,72 @@ _TOP, _EDGE = 0.4, 0.12
 _SMALL = {"fontsize": 6.5, "color": QUIET}
 
 
-def run_neighbors(settings: Mapping[str, Any]) -> NeighborsResult:
+def run_neighbors(
+    *,
+    weights: str | Path,
+    query: Any,
+    data: Any,
+    out: str | Path | None,
+    k: int,
+    stage: int | None,
+    model: Any,
+    image_size: int | Sequence[int] | None,
+    crop: float | None,
+    limit: int,
+    batch_size: int,
+    workers: int | None,
+    accelerator: str,
+    overwrite: bool,
+) -> NeighborsResult:
     """Runs `sparkmim.neighbors`.
 
-    Features are compared as by the nearest-neighbour classifier of `sparkmim evaluate`: averaged over positions, by
-    their plain cosine. A query is left out of its own neighbours by its file, links resolved; copies of it are found.
-    Where there are fewer than k images, all are neighbours.
-
-    Args:
-        settings: its arguments, as given.
+    Compares features as the k-NN protocol of `sparkmim evaluate` does: averaged over positions, by cosine similarity.
+    A query is excluded from its own neighbours by its resolved path; copies of it are found.
     """
-    out = check_picture(settings["out"], settings["overwrite"])
-    k = settings["k"]
-    if k < 1:
-        raise UserError(f"k is {k}; it must be above 0")
-    device = device_named(settings["accelerator"])
-    weights = open_weights(settings["weights"])
-    preparation = weights.preparation(settings["image_size"], settings["crop"])
-    check_pictured(preparation, weights.path)
-    source = images_source(settings["data"], preparation.channels, preparation.rank)
-    if images_source(settings["query"], preparation.channels, preparation.rank).arrays != source.arrays:
+    out = check_picture(out, overwrite)
+    encoder = open_encoder(weights, model, image_size, crop, accelerator)
+    preparation, path, device = encoder.preparation, encoder.weights.path, encoder.device
+    stage = check_stage(stage, encoder.hierarchy, str(path))
+    source = images_source(data, preparation.channels, preparation.rank)
+    if images_source(query, preparation.channels, preparation.rank).arrays != source.arrays:
         raise UserError("one of query and data holds image files and the other arrays; give one kind")
-    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
-    stage = check_stage(settings["stage"], hierarchy, str(weights.path))
-    if source.arrays and (preparation.mean is None or preparation.std is None):
-        measured = source.statistics()  # of the folder, for the queries too
-        preparation = replace(preparation, mean=measured.mean, std=measured.std)
+    preparation = preparation.settled(source)  # by the folder, for the queries too
 
-    asked = read_shown(settings["query"], preparation, settings["limit"], device)
-    batches = still_batches(
-        source, preparation, settings["batch_size"], settings["workers"], device, f"{len(source.items):,} images"
-    )
-    found = features_of([(hierarchy, [stage])], batches)[0]
+    asked = read_images(query, preparation, limit, device)
+    batches = still_batches(source, preparation, batch_size, workers, device, counted(len(source.items), "image"))
+    found = features_of([(encoder.hierarchy, [stage])], batches)[0]
     bank = found.stages[stage]
-    parts = torch.split(asked.images, settings["batch_size"])
-    wanted = torch.cat([stage_features(hierarchy, part, [stage])[0].cpu() for part in parts])
-    check_finite(torch.cat([bank, wanted]), stage, weights.path)
+    parts = torch.split(asked.images, batch_size)
+    wanted = torch.cat([stage_features(encoder.hierarchy, part, [stage])[0].cpu() for part in parts])
+    check_finite(torch.cat([bank, wanted]), stage, path)
 
     names = [_name(source, place) for place in found.places.tolist()]
     queries = asked.names
-    if settings["query"] is not settings["data"]:  # items of two datasets are not the same for having one number
+    if query is not data:  # items of two datasets may have the same number
         queries = [f"query {name.removeprefix('item ')}" if name.startswith("item ") else name for name in queries]
     rows, similarities = _nearest(names, bank, queries, wanted, k)
     if not any(rows):
         raise UserError("data holds no other image than the query; name a folder with more")
     chosen = list(dict.fromkeys(row for of_query in rows for row in of_query))
     places = [int(found.places[row]) for row in chosen]
-    pictures = {
-        **_read_again(source, places, [names[row] for row in chosen], preparation, asked.tones),
-        **dict(zip(queries, asked.pixels, strict=True)),
-    }
-    unreadable = list(dict.fromkeys([*asked.unreadable, *found.unreadable]))
-    neighbors = [[names[row] for row in of_query] for of_query in rows]
-    result = NeighborsResult(queries, neighbors, similarities, pictures, stage, unreadable, draw_neighbors, out)
+    pictures = _read_again(source, places, [names[row] for row in chosen], preparation, asked.tones)
+    result = NeighborsResult(
+        queries=queries,
+        neighbors=[[names[row] for row in of_query] for of_query in rows],
+        similarities=similarities,
+        pictures={**pictures, **dict(zip(queries, asked.pixels, strict=True))},
+        stage=stage,
+        draw=draw_neighbors,
+        unreadable=list(dict.fromkeys([*asked.unreadable, *found.unreadable])),
+        out=out,
+    )
     if out is not None:
-        write_picture(draw_neighbors(result), out)
+        write_picture(result.figure(), out)
     return result
 
 
 def _name(source: Source, place: int) -> str:
-    """Of an item: its path, or its number in a dataset."""
+    """Returns an item's path, or its number in a dataset."""
     item = source.items[place] if isinstance(source.items, list) else None
     return item if isinstance(item, str) else f"item {place}"
 
@@ -116,14 +119,17 @@ def _name(source: Source, place: int) -> str:
 def _nearest(
     names: Sequence[str], bank: Tensor, queries: Sequence[str], wanted: Tensor, k: int
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Of each query, the rows of its k nearest in the bank, and their cosines; no file twice, and never the query.
+    """Finds the nearest neighbours of each query: no file twice, and never the query itself.
 
     Args:
-        names: of the n images that were searched.
+        names: names of the n images to search.
         bank: their features, `[n, C]`.
         queries: names of the m queries.
         wanted: their features, `[m, C]`.
-        k: neighbours, at most.
+        k: maximum number of neighbours.
+
+    Returns:
+        for each query, rows of its neighbours in the bank, nearest first, and their cosine similarities.
     """
     bank, wanted = F.normalize(bank, dim=1), F.normalize(wanted, dim=1)
     rows: list[list[int]] = []
@@ -147,12 +153,12 @@ def _nearest(
 def _read_again(
     source: Source, places: Sequence[int], names: Sequence[str], preparation: Preparation, tones: Tones
 ) -> dict[str, Any]:
-    """By name, the pictures of some items, as the network saw them: only features of a folder are kept in memory."""
+    """Reads some items again, as the network saw them, by name: only the features of a folder are kept in memory."""
     few = replace(source, items=[source.items[place] for place in places])
     pictures: dict[str, Any] = {}
     for batch in still_batches(few, preparation, 64, 0, torch.device("cpu"), "reading"):
         for _, name, reason in batch.unreadable:
-            raise UserError(f"{name} was read a moment ago, and cannot be read any more: {reason}")
+            raise UserError(f"{name} was read a moment ago, but cannot be read any more: {reason}")
         if batch.images is not None:
             read = [names[place] for place in batch.places]
             pictures.update(zip(read, to_array(tones(batch.images)), strict=True))
@@ -163,7 +169,7 @@ def _read_again(
 
 
 def draw_neighbors(result: NeighborsResult) -> Figure:
-    """A row per query, in a frame; its neighbours beside it, the nearest first, with cosines and names below."""
+    """Draws a row per query: the query in a frame, and its neighbours with their cosine similarity and name."""
     size = wide, tall = tile_size(result.pictures[result.queries[0]], _SIDE, _NARROWEST)
     most = max(map(len, result.neighbors))
     columns = min(most, _PER_LINE)
@@ -195,7 +201,7 @@ def draw_neighbors(result: NeighborsResult) -> Figure:
 
 
 def _caption(path: str, in_folders: bool, wide: float) -> str:
-    """The stem of a name, after its folder's if there are several, which often tells the class."""
+    """Returns the stem of a path, with its folder if there are several, as that is often the class."""
     name = Path(path)
     said = f"{name.parent.name}/{name.stem}" if in_folders and name.parent.name else name.stem
     return shortened(said, int(wide * 16))

@@ -1,11 +1,11 @@
-"""A page to hide patches of images on, and to see them rebuilt. The public function is in `sparkmim.commands`."""
+"""The playground command: models, sample images and the server, for `sparkmim.playground`."""
 
 from __future__ import annotations
 
 import importlib
 import importlib.util
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,14 @@ from sparkmim.visualize.playground_session import Playground, Refused
 from sparkmim.visualize.reconstruct import Reconstructor
 
 SAMPLES = 12
-"""Pictures to pick from at most."""
+"""Maximum number of images to pick from."""
 
 
 def sample_images(images: Any, playground: Playground) -> list[str]:
-    """Paths of pictures to pick from, spread evenly over what is given; those that can be read.
+    """Returns paths of readable images to pick from, spread evenly over those given.
 
     Raises:
-        ValueError: if there is none, or they are no files.
+        UserError: if there is none, or they are no files.
     """
     if images is None:
         return [sample_photograph()]
@@ -42,22 +42,25 @@ def sample_images(images: Any, playground: Playground) -> list[str]:
     return readable
 
 
-def run_playground(settings: Mapping[str, Any]) -> None:
-    """Runs `sparkmim.playground`.
-
-    Args:
-        settings: its arguments, as given.
-    """
+def run_playground(
+    *,
+    weights: str | Path,
+    compare: str | Path | None,
+    images: Any,
+    model: Any,
+    image_size: int | Sequence[int] | None,
+    host: str,
+    port: int | None,
+    max_megapixels: float,
+    accelerator: str,
+) -> None:
+    """Runs `sparkmim.playground`."""
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: `pip install 'sparkmim[playground]'`")
-    if settings["max_megapixels"] <= 0:
-        raise UserError(f"max_megapixels is {settings['max_megapixels']}; it must be above 0")
-    if settings["port"] is not None and not 0 < settings["port"] < 2**16:
-        raise UserError(f"port is {settings['port']}; ports run from 1 to 65535")
-    files = [settings[name] for name in ("weights", "compare") if settings[name] is not None]
-    models = [Reconstructor(file, settings["model"], settings["image_size"], settings["accelerator"]) for file in files]
-    playground = Playground(models, round(1e6 * settings["max_megapixels"]))
-    samples = sample_images(settings["images"], playground)
+    files = [file for file in (weights, compare) if file is not None]
+    models = [Reconstructor(file, model, image_size, accelerator) for file in files]
+    playground = Playground(models, round(1e6 * max_megapixels))
+    samples = sample_images(images, playground)
     page: Any = importlib.import_module("sparkmim.visualize.playground_page")  # needs Gradio
     with tempfile.TemporaryDirectory(prefix="sparkmim-playground-") as folder:
-        page.serve(page.build_app(playground, samples, Path(folder)), settings["host"], settings["port"])
+        page.serve(page.build_app(playground, samples, Path(folder)), host, port)

@@ -1,4 +1,4 @@
-"""The playground's page, of Gradio's components. Importing this needs `pip install 'sparkmim[playground]'`."""
+"""The playground's page, made of Gradio components; needs `pip install 'sparkmim[playground]'`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from sparkmim.visualize.masks import mask_text
 from sparkmim.visualize.playground_session import Playground, Refused, Session, View, strip, to_bytes
 
 UPLOAD = "64mb"
-"""Largest file that a visitor can send."""
+"""Maximum size of an uploaded file."""
 
 WAITING = 32
-"""Requests that wait at once; more are turned away. One is computed at a time."""
+"""Maximum number of waiting requests; more are refused. One is computed at a time."""
 
 VISITORS = 200
-"""Visitors that are remembered at once; the one who came first is forgotten for the next."""
+"""Maximum number of sessions kept; the oldest is dropped for a new one."""
 
 FORGET = 3600
-"""Seconds after which a visitor who does nothing is forgotten, and files are deleted."""
+"""Seconds after which idle sessions and old files are deleted."""
 
 _CSS = """
 .gradio-container { max-width: 1180px !important; }
@@ -37,17 +37,17 @@ _CSS = """
 
 
 def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> Any:
-    """The page.
+    """Builds the page.
 
     Args:
-        playground: what it does.
+        playground: the models, and what visitors can do with them.
         samples: paths of images to pick from; the first is shown at the start.
-        folder: where pictures to download are kept, one for each visitor.
+        folder: folder of pictures to download, one per visitor.
     """
     names = _labels([model.path for model in playground.models])
 
     def picture_of(request: gr.Request) -> Path:
-        # The name comes from the visitor, who may send anything, such as a path.
+        # The session hash comes from the visitor, who may send anything, such as a path.
         return folder / f"{hashlib.sha256(str(request.session_hash).encode()).hexdigest()}.png"
 
     def forget_old() -> None:
@@ -179,12 +179,12 @@ def _status(session: Session, view: View, names: Sequence[str]) -> str:
         for name, loss in zip(names, view.losses, strict=True)
     )
     name = session.name.replace("`", "'")
-    hides = f"`{name}`: **{hidden} of {session.visible.numel()}** patches are hidden"
+    hides = f"`{name}`: **{hidden} of {session.visible.numel()}** patches hidden"
     return f"{hides}; error over these: {losses} (1 is a flat guess)."
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
-    """Short names of weight files: of the run folder, or of the file."""
+    """Returns short names of weight files: the run folder's, or the file's."""
     names = [path.parent.parent.name if path.parent.name == "weights" else path.stem for path in paths]
     return names if len(set(names)) == len(names) else [f"{name} ({place})" for place, name in enumerate(names, 1)]
 
@@ -201,7 +201,7 @@ def serve(app: Any, host: str, port: int | None) -> None:
     """Serves the page until Ctrl-C.
 
     Raises:
-        ValueError: if the port is taken.
+        UserError: if the port is taken.
     """
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
     theme = gr.themes.Default(primary_hue="cyan", neutral_hue="slate", font=fonts)

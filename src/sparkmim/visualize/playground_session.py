@@ -1,7 +1,4 @@
-"""A page to hide patches of images on, and to see them rebuilt. The public function is in `sparkmim.commands`.
-
-`Playground` is what the page does, without the page; `page.py` puts Gradio's components around it.
-"""
+"""What visitors of the playground do: open images, hide patches, see them rebuilt; without the page."""
 
 from __future__ import annotations
 
@@ -17,6 +14,7 @@ from torch import Tensor
 
 from sparkmim.data import decode
 from sparkmim.data.decoding import UnreadableImage, pixels_of
+from sparkmim.data.problems import counted
 from sparkmim.data.source import Source
 from sparkmim.drawing.pixels import HIDDEN, at_pixels, to_array
 from sparkmim.errors import UserError
@@ -26,25 +24,25 @@ from sparkmim.visualize.masks import mask_of_text
 from sparkmim.visualize.reconstruct import Reconstructor
 
 SHOWN_SIDE = 448
-"""Pixels that the shorter side of a picture is enlarged to, by a whole factor, so that small images can be clicked."""
+"""Minimum shorter side of a picture, reached by a whole factor, so that patches of small images can be clicked."""
 
 GRID = np.array([1.0, 1.0, 1.0], np.float32)
 """Colour of the lines between patches."""
 
 
 class Refused(UserError):
-    """What a visitor asked cannot be; the sentence is for them."""
+    """A request that cannot be met; the message is for the visitor."""
 
 
 @dataclass(frozen=True)
 class Session:
-    """What one visitor looks at.
+    """State of one visitor.
 
     Attributes:
-        image: uint8 `[C, H, W]`, as it was decoded, but no larger than it is needed.
-        name: of the file.
-        visible: bool `[*grid]`.
-        seed: of the random mask.
+        image: the decoded image, uint8 `[C, H, W]`, shrunk if much larger than needed.
+        name: name of the file.
+        visible: the mask, bool `[*grid]`.
+        seed: seed of the random mask.
     """
 
     image: Tensor
@@ -55,12 +53,12 @@ class Session:
 
 @dataclass(frozen=True)
 class View:
-    """What is shown of a session.
+    """Pictures and errors shown of a session.
 
     Attributes:
-        seen: the image with hidden patches in grey, and lines between patches, float32 `[H, W, 3]`, enlarged.
-        rebuilt: by each model, with the visible pixels pasted in, at the same size.
-        losses: of each model, the error over hidden patches.
+        seen: the image with hidden patches in grey and lines between patches, enlarged, float32 `[H, W, 3]`.
+        rebuilt: each model's reconstruction with visible pixels pasted in, at the same size.
+        losses: each model's error over hidden patches.
     """
 
     seen: Any
@@ -69,14 +67,14 @@ class View:
 
 
 class Playground:
-    """Hides and shows patches of images, and has models rebuild them.
+    """Models that rebuild hidden patches of images.
 
     Args:
-        models: one, or several that are to be compared under the same mask.
-        max_pixels: of an upload.
+        models: one model, or several to compare under the same mask.
+        max_pixels: maximum number of pixels of an image.
 
     Raises:
-        ValueError: if a model is not of images, or their patches differ.
+        UserError: if a model is not for images, or their patches differ.
     """
 
     def __init__(self, models: Sequence[Reconstructor], max_pixels: int = 50_000_000) -> None:
@@ -85,8 +83,8 @@ class Playground:
         for model in models:
             if len(model.grid) != 2 or model.preparation.channels not in (1, 3):
                 raise UserError(
-                    f"{model.path} is a model of {model.preparation.channels} channel(s) and {len(model.grid)} axes; "
-                    "the playground shows colour and grey images only"
+                    f"{model.path} is a model of {counted(model.preparation.channels, 'channel')} and "
+                    f"{counted(len(model.grid), 'axis', 'axes')}; the playground shows colour and grey images only"
                 )
             if model.grid != self.grid or model.preparation.image_size != self.size:
                 raise UserError(
@@ -94,11 +92,10 @@ class Playground:
                     f"but {self.models[0].path} {_times(self.grid)} on {_times(self.size)}; only models of the same "
                     "patches can be compared under one mask"
                 )
-            if model.preparation.channels != self.models[0].preparation.channels:
+            if model.preparation.channels != self.channels:
                 raise UserError(
-                    f"{model.path} takes images of {model.preparation.channels} channel(s), but "
-                    f"{self.models[0].path} of {self.models[0].preparation.channels}; only models of the same images "
-                    "can be compared"
+                    f"{model.path} takes images of {counted(model.preparation.channels, 'channel')}, but "
+                    f"{self.models[0].path} of {self.channels}; only models of the same images can be compared"
                 )
 
     @property
@@ -108,7 +105,7 @@ class Playground:
 
     @property
     def channels(self) -> int:
-        """Of the images."""
+        """Image channels."""
         return self.models[0].preparation.channels
 
     @property
@@ -118,19 +115,19 @@ class Playground:
 
     @property
     def scale(self) -> int:
-        """How often pixels are enlarged for showing."""
+        """Factor by which pictures are enlarged."""
         return max(1, -(-SHOWN_SIDE // min(self.size)))
 
     @property
     def mask_ratio(self) -> float:
-        """That of training."""
+        """Mask ratio of training."""
         return self.models[0].model.mask_ratio
 
     def open(self, path: str | Path, ratio: float, seed: int = 0) -> Session:
         """Reads an image and hides patches at random.
 
         Raises:
-            Refused: if it is too large, or cannot be read.
+            Refused: if the image is too large, or cannot be read.
         """
         name = Path(path).name
         try:
@@ -143,7 +140,7 @@ class Playground:
         return Session(self._no_larger(image), name, self.draw(ratio, seed), seed)
 
     def _no_larger(self, image: Tensor) -> Tensor:
-        """Twice the size that is needed at most, so that a session remembers little."""
+        """Shrinks an image of over twice the size needed, so that sessions stay small."""
         factor = min(image.shape[1:]) // (2 * max(self.size))
         if factor < 2:
             return image
@@ -151,14 +148,14 @@ class Playground:
         return pooled.round().to(torch.uint8)
 
     def draw(self, ratio: float, seed: int) -> Tensor:
-        """A random mask; of one seed, a larger ratio hides what a smaller one hides, and more."""
+        """Draws a random mask; with the same seed, a larger ratio hides what a smaller one hides, and more."""
         return random_visible(1, self.grid, ratio, torch.Generator().manual_seed(seed))[0]
 
     def toggle(self, session: Session, x: float, y: float) -> Session:
-        """Hides the patch at a pixel of the picture that is shown, or shows it.
+        """Hides or shows the patch at a pixel of the enlarged picture.
 
         Raises:
-            Refused: if nothing would be hidden then, or nothing visible.
+            Refused: if that would leave no hidden or no visible patch.
         """
         row, column = (
             min(int(at) * cells // (pixels * self.scale), cells - 1)
@@ -175,7 +172,7 @@ class Playground:
         """Takes a mask as text.
 
         Raises:
-            Refused: if it is none.
+            Refused: if the text is no mask.
         """
         try:
             return replace(session, visible=mask_of_text(text, self.grid))
@@ -202,7 +199,7 @@ class Playground:
         return pixels.repeat(self.scale, 0).repeat(self.scale, 1)
 
     def _with_lines(self, pixels: Any) -> Any:
-        """Faint lines where patches meet."""
+        """Draws faint lines between patches."""
         pixels = pixels.copy()
         height, width = (side // cells for side, cells in zip(pixels.shape[:2], self.grid, strict=True))
         pixels[height::height] = 0.5 * pixels[height::height] + 0.5 * GRID
@@ -211,7 +208,7 @@ class Playground:
 
 
 def strip(view: View) -> Image.Image:
-    """Everything that is shown, side by side, as one picture."""
+    """Joins all pictures of a view, side by side."""
     pictures = [view.seen, *view.rebuilt]
     gap = np.ones((view.seen.shape[0], 8, 3), np.float32)
     joined = np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
@@ -219,7 +216,7 @@ def strip(view: View) -> Image.Image:
 
 
 def to_bytes(pixels: Any) -> Any:
-    """`[H, W, 3]` in 0…1 to uint8."""
+    """Converts `[H, W, 3]` in 0…1 to uint8."""
     return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
 
 

@@ -1,8 +1,8 @@
-"""What a model sees of masked images, and what it makes of them. The public function is in `sparkmim.commands`."""
+"""Reconstructions of masked images, for `sparkmim.reconstruct`."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,24 +23,24 @@ from sparkmim.models.encoders import own_module
 from sparkmim.models.masking import random_visible
 from sparkmim.models.patches import from_patches, patch_statistics, to_patches
 from sparkmim.results import ReconstructResult
-from sparkmim.visualize.inputs import Shown, read_shown
+from sparkmim.visualize.inputs import InputImages, read_images
 from sparkmim.visualize.masks import mask_given, patches_given
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _CELL = 1.9
-"""Inches that a picture is wide."""
+"""Width of a picture in inches."""
 
 
 @dataclass(frozen=True)
-class Rebuilt:
-    """What a model made of images under masks.
+class Reconstruction:
+    """Images as a model rebuilds them under masks.
 
     Attributes:
-        predicted: `[B, C, *S]` in the images' units, visible patches too.
+        predicted: the decoder's output in the images' units, on visible patches too, `[B, C, *S]`.
         pasted: predicted where hidden, the image where visible.
-        errors: mean squared error of each patch, in units of its own variance, `[B, *grid]`.
+        errors: mean squared error of each patch in units of the patch's variance, `[B, *grid]`.
     """
 
     predicted: Tensor
@@ -49,16 +49,16 @@ class Rebuilt:
 
 
 class Reconstructor:
-    """A pretrained model with its decoder, and how images are made ready for it.
+    """A pretrained model with its decoder, and the preparation of its images.
 
     Args:
-        weights: run folder of pretraining, weight file of ours with a decoder, or original SparK file with one.
-        model: the network, where the file does not name it.
-        image_size: other than that of training.
+        weights: run folder of pretraining, or weight file with a decoder, ours or original SparK's.
+        model: name of the network or a module, which is copied; None for what the weights name.
+        image_size: size other than that of training.
         accelerator: auto, cpu or cuda.
 
     Raises:
-        ValueError: if there is no decoder in the file, or a size does not do.
+        UserError: if the file holds no decoder, or the size does not fit.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Reconstructor:
         return self.model.grid
 
     @torch.no_grad()
-    def __call__(self, images: Tensor, visible: Tensor) -> Rebuilt:
+    def __call__(self, images: Tensor, visible: Tensor) -> Reconstruction:
         """Rebuilds images.
 
         Args:
@@ -99,71 +99,78 @@ class Reconstructor:
         mean, deviation = patch_statistics(patches)
         predicted = to_patches(output.prediction.to(patches.dtype), block)
         errors = (predicted - (patches - mean) / deviation).square().mean(-1)  # [B, patches]
-        return Rebuilt(
+        return Reconstruction(
             from_patches(predicted * deviation + mean, self.grid, block),
             output.reconstruction,
             errors.view(-1, *self.grid),
         )
 
 
-def run_reconstruction(settings: Mapping[str, Any]) -> ReconstructResult:
-    """Runs `sparkmim.reconstruct`.
-
-    Args:
-        settings: its arguments, as given.
-    """
-    out = check_picture(settings["out"], settings["overwrite"])
-    masks, given = settings["masks"], [name for name in ("mask", "visible") if settings[name] is not None]
-    if masks < 1:
-        raise UserError(f"masks is {masks}; it must be above 0")
-    if len(given) == 2 or (given and (masks > 1 or settings["mask_ratio"] is not None)):
-        others = [*given[1:], *(["masks"] if masks > 1 else []),
-                  *(["mask_ratio"] if settings["mask_ratio"] is not None else [])]  # fmt: skip
-        raise UserError(f"{given[0]} says what is hidden, and so does {others[0]}; give one of them")
-    reconstructor = Reconstructor(
-        settings["weights"], settings["model"], settings["image_size"], settings["accelerator"]
-    )
+def run_reconstruction(
+    *,
+    weights: str | Path,
+    images: Any,
+    out: str | Path | None,
+    mask_ratio: float | None,
+    masks: int,
+    mask: Any,
+    visible: Any,
+    errors: bool,
+    model: Any,
+    image_size: int | Sequence[int] | None,
+    limit: int,
+    seed: int,
+    accelerator: str,
+    overwrite: bool,
+) -> ReconstructResult:
+    """Runs `sparkmim.reconstruct`."""
+    out = check_picture(out, overwrite)
+    choices = {"mask": mask, "visible": visible, "masks": masks if masks > 1 else None, "mask_ratio": mask_ratio}
+    given = [name for name, value in choices.items() if value is not None]
+    if len(given) > 1 and given[0] in ("mask", "visible"):
+        raise UserError(f"{given[0]} says what is hidden, and so does {given[1]}; give one of them")
+    reconstructor = Reconstructor(weights, model, image_size, accelerator)
     grid = reconstructor.grid
     fixed: Tensor | None = None
-    if settings["mask"] is not None:
-        fixed = mask_given(settings["mask"], grid)
-    elif settings["visible"] is not None:
-        fixed = patches_given(settings["visible"], grid)
-    ratio = reconstructor.model.mask_ratio if settings["mask_ratio"] is None else settings["mask_ratio"]
-    generator = torch.Generator().manual_seed(settings["seed"])
-    random_visible(1, grid, ratio)  # refuses a ratio out of range before anything is read
+    if mask is not None:
+        fixed = mask_given(mask, grid)
+    elif visible is not None:
+        fixed = patches_given(visible, grid)
 
-    shown = read_shown(settings["images"], reconstructor.preparation, settings["limit"], reconstructor.device)
+    shown = read_images(images, reconstructor.preparation, limit, reconstructor.device)
     count = len(shown.names)
     if fixed is not None:
-        visible = fixed.expand(count, 1, *grid)
-    else:  # image by image, so that one has the same masks whatever follows it
-        visible = torch.stack([random_visible(masks, grid, ratio, generator) for _ in range(count)])
-    rebuilt = [reconstructor(shown.images, visible[:, place]) for place in range(visible.shape[1])]
+        drawn = fixed.expand(count, 1, *grid)
+    else:  # image by image, so that the masks of one do not depend on how many follow
+        ratio = reconstructor.model.mask_ratio if mask_ratio is None else mask_ratio
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.stack([random_visible(masks, grid, ratio, generator) for _ in range(count)])
+    by_mask = drawn.unbind(1)  # each [n, *grid]
+    rebuilt = [reconstructor(shown.images, of_mask) for of_mask in by_mask]
 
     size = shown.images.shape[2:]
-    inputs = _shown(shown.images, shown)
-    grey = np.float32(HIDDEN if len(grid) > 1 else np.nan)  # of a signal, a gap in the curve
-    seen = [middle_slice(at_pixels(visible[:, place], size)).movedim(1, -1).numpy() for place in range(len(rebuilt))]
+    inputs = _values(shown.images, shown)
+    grey = np.float32(HIDDEN if len(grid) > 1 else np.nan)  # in a signal, a gap in the curve
+    seen = [middle_slice(at_pixels(of_mask, size)).movedim(1, -1).numpy() for of_mask in by_mask]
     result = ReconstructResult(
         names=shown.names,
         inputs=inputs,
         masked=np.stack([np.where(of_mask, inputs, grey) for of_mask in seen], axis=1),
-        predicted=np.stack([_shown(of_mask.predicted, shown) for of_mask in rebuilt], axis=1),
-        pasted=np.stack([_shown(of_mask.pasted, shown) for of_mask in rebuilt], axis=1),
-        visible=visible.numpy(),
+        predicted=np.stack([_values(of_mask.predicted, shown) for of_mask in rebuilt], axis=1),
+        pasted=np.stack([_values(of_mask.pasted, shown) for of_mask in rebuilt], axis=1),
+        visible=drawn.numpy(),
         errors=np.stack([of_mask.errors.cpu().numpy() for of_mask in rebuilt], axis=1),
-        unreadable=shown.unreadable,
         draw=draw_reconstructions,
+        unreadable=shown.unreadable,
         out=out,
     )
     if out is not None:
-        write_picture(result.figure(settings["errors"]), out)
+        write_picture(result.figure(errors), out)
     return result
 
 
-def _shown(images: Tensor, shown: Shown) -> Any:
-    """Normalised `[B, C, *S]` to RGB in 0…1, `[B, H, W, 3]`; of signals, to `[B, length, C]` in the data's units."""
+def _values(images: Tensor, shown: InputImages) -> Any:
+    """Converts normalised images to RGB in 0…1, `[B, H, W, 3]`; signals to the data's units, `[B, length, C]`."""
     if images.ndim == 3:
         values = images.detach().cpu().float().permute(0, 2, 1)  # [B, length, C]
         return (values * torch.tensor(shown.preparation.std) + torch.tensor(shown.preparation.mean)).numpy()
@@ -175,7 +182,7 @@ def _shown(images: Tensor, shown: Shown) -> Any:
 
 @dataclass(frozen=True)
 class _Cell:
-    """A picture `[H, W, 3]`, or a heat map `[h, w]` with NaN where nothing is said; and what stands around it."""
+    """A picture `[H, W, 3]`, or a heat map `[h, w]` with NaN where there is no value, and its captions."""
 
     picture: Any
     title: str = ""
@@ -183,14 +190,13 @@ class _Cell:
 
 
 def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Figure:
-    """A row per image: input, masked, reconstruction, and that with visible pixels pasted in.
+    """Draws a row per image: input, masked input, reconstruction, and reconstruction with visible pixels.
 
-    With several masks, the masks of an image side by side: what is seen in one row, what is rebuilt below. Signals are
-    drawn as curves.
+    Several masks of an image are side by side: masked inputs in one row, reconstructions below. Signals are curves.
 
     Args:
-        result: of `sparkmim.reconstruct`.
-        errors: adds the error of each hidden patch as a heat map, or behind the curve.
+        result: the arrays.
+        errors: adds the error of each hidden patch as a heat map; of signals, behind the curve.
     """
     if result.inputs.ndim == 3:
         return _draw_signals(result, errors)
@@ -221,7 +227,7 @@ def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Fig
 
 
 def _worst(result: ReconstructResult) -> float:
-    """The error at which colours end."""
+    """Returns the error at the end of the colour scale."""
     return max(1.0, float(np.quantile(result.errors[~result.visible], 0.98)))
 
 
@@ -233,7 +239,7 @@ def _add_bar(figure: Figure, heat: Any, axes: Any) -> None:
 
 
 def _rows(result: ReconstructResult, image: int, errors: bool) -> list[list[_Cell]]:
-    """The cells of an image; column titles above the first image alone."""
+    """Returns the rows of an image's cells; only the first image has column titles."""
     masks = result.visible.shape[1]
     losses = [f"loss {loss:.3f}" for loss in result.losses[image]]
     heat = [_heat(result, image, mask) for mask in range(masks)]
@@ -258,13 +264,13 @@ def _rows(result: ReconstructResult, image: int, errors: bool) -> list[list[_Cel
 
 
 def _heat(result: ReconstructResult, image: int, mask: int) -> Any:
-    """Errors `[h, w]` of the hidden patches, NaN elsewhere; of volumes, of the slice that is shown."""
+    """Returns errors of hidden patches `[h, w]`, NaN elsewhere; for volumes, of the middle slice."""
     hidden = np.where(result.visible[image, mask], np.nan, result.errors[image, mask])
     return hidden[len(hidden) // 2] if hidden.ndim == 3 else hidden
 
 
 def show_heat(axes: Any, values: Any, title: str, worst: float) -> Any:
-    """Draws `[h, w]` as colours; returns what a colour bar needs."""
+    """Draws `[h, w]` as colours; returns the image, for a colour bar."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=9)
@@ -272,7 +278,7 @@ def show_heat(axes: Any, values: Any, title: str, worst: float) -> Any:
 
 
 def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
-    """A panel per signal and mask: the first channel as it is, and what is rebuilt where it is hidden."""
+    """Draws a panel per signal and mask: the first channel, and its reconstruction where hidden."""
     greys = LinearSegmentedColormap.from_list("errors", ["#f4f4f4", "#9a9a9a"])  # on which both curves can be seen
     heat = ScalarMappable(Normalize(0, _worst(result)), greys)
     masks, length = result.visible.shape[1], result.inputs.shape[1]

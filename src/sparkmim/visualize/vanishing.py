@@ -1,9 +1,9 @@
-"""Why masks vanish under dense convolution, and stay under sparse convolution. The public function is
-`sparkmim.explain`."""
+"""Masks vanishing under dense convolution, for `sparkmim.explain`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from sparkmim.data.inference import CROP, Preparation
+from sparkmim.data.problems import counted
 from sparkmim.drawing.figures import (
     ACCENT,
     CONTRAST,
@@ -25,8 +26,6 @@ from sparkmim.drawing.figures import (
 )
 from sparkmim.drawing.pixels import Tones, at_pixels, to_array
 from sparkmim.errors import UserError
-from sparkmim.evaluation.features import frozen_hierarchy
-from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy, create_encoder, random_visible
 from sparkmim.models.encoders import own_module
@@ -34,56 +33,70 @@ from sparkmim.models.hierarchy import rank_of
 from sparkmim.models.masking import patch_grid
 from sparkmim.results import VanishingResult
 from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
-from sparkmim.visualize.inputs import read_shown
+from sparkmim.visualize.inputs import open_encoder, read_images
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
 
 LAYERS = (0, 1, 2, 4, 8, 16)
-"""After how many convolutions the shapes are looked at. A ResNet-50 has 16 of 3×3."""
+"""Numbers of convolutions after which shapes are shown; a ResNet-50 has 16 of 3×3."""
 
 SIDE = 64
-"""Pixels along each side of a shape."""
+"""Side of a shape in pixels."""
 
 PATCH = 8
 """Side of a patch of the random mask among the shapes."""
 
 MASKS = 8
-"""Random masks of each image, over which features are measured."""
+"""Random masks per image for measuring features."""
 
 MOST_IMAGES = 8
+"""Maximum number of images for measuring features."""
 
 ZERO = "#ebebeb"
 """Colour of hidden positions that are zero."""
 
 
 @torch.no_grad()
-def run_explanation(settings: Mapping[str, Any]) -> VanishingResult:
-    """Runs `sparkmim.explain`.
-
-    Args:
-        settings: its arguments, as given.
-    """
-    if settings["topic"] != "vanishing":
-        raise UserError(f"topic is {settings['topic']!r}; the one there is, is vanishing")
-    out = check_picture(settings["out"], settings["overwrite"])
-    device = device_named(settings["accelerator"])
-    seed, ratio = settings["seed"], settings["mask_ratio"]
+def run_explanation(
+    *,
+    topic: str,
+    out: str | Path | None,
+    weights: str | Path | None,
+    model: Any,
+    images: Any,
+    image_size: int | Sequence[int] | None,
+    mask_ratio: float,
+    seed: int,
+    accelerator: str,
+    overwrite: bool,
+) -> VanishingResult:
+    """Runs `sparkmim.explain`."""
+    if topic != "vanishing":
+        raise UserError(f"topic is {topic!r}; the only one is vanishing")
+    out = check_picture(out, overwrite)
     generator = torch.Generator().manual_seed(seed)
-    shapes = masked_shapes(ratio, generator)
-    network, hierarchy, preparation = _network(settings, device)
+    shapes = masked_shapes(mask_ratio, generator)
+    if weights is None:
+        network, hierarchy, preparation = _random_network(model, image_size, seed)
+    else:
+        encoder = open_encoder(weights, model, image_size, None, accelerator, _check_axes)
+        network = _short(model or encoder.weights.metadata.get("model") or "a network")
+        network += f" with the weights of {Path(weights).resolve().name}"
+        hierarchy, preparation = encoder.hierarchy, encoder.preparation
+    device = device_named(accelerator)
+    hierarchy.to(device)
     grid = patch_grid(preparation.image_size, hierarchy.patch_unit, hierarchy.patch_unit)
-    images = settings["images"]
     if images is None:
         if preparation.channels not in (1, 3):
             raise UserError(f"{network} takes {preparation.channels} channels; name arrays of so many as --images")
         images = sample_photograph()
-    shown = read_shown(images, preparation, MOST_IMAGES, device)
+    shown = read_images(images, preparation, MOST_IMAGES, device)
 
     maps = {name: through_layers(visible, SIDE, seed) for name, visible in shapes.items()}
-    if settings["weights"] is None and not isinstance(settings["model"], nn.Module):
+    if weights is None and not isinstance(model, nn.Module):
         calibrate(hierarchy, shown.images)
-    masks = [random_visible(MASKS, grid, ratio, generator).to(device) for _ in shown.names]
+    masks = [random_visible(MASKS, grid, mask_ratio, generator).to(device) for _ in shown.names]
     drifts = [drift(hierarchy, image, visible) for image, visible in zip(shown.images, masks, strict=True)]
     first = at_pixels(torch.stack([visible[0] for visible in masks]), preparation.image_size)  # [n, 1, H, W]
     values = {
@@ -92,6 +105,7 @@ def run_explanation(settings: Mapping[str, Any]) -> VanishingResult:
         "zeroed": _flat(shown.images * first),
     }
     result = VanishingResult(
+        network=network,
         layers=list(LAYERS),
         shapes={name: kinds["dense"][0] for name, kinds in maps.items()},
         shares={
@@ -102,13 +116,15 @@ def run_explanation(settings: Mapping[str, Any]) -> VanishingResult:
         distances={
             kind: torch.stack([of_image[kind] for of_image in drifts]).mean(0).tolist() for kind in ("sparse", "dense")
         },
-        network=network,
+        draw=partial(
+            draw_vanishing, maps=maps, image=shown.images[:1], visible=first[:1], tones=shown.tones,
+            strides=hierarchy.strides,
+        ),
         unreadable=shown.unreadable,
-        picture=None,
         out=out,
-    )
-    result.picture = _draw(result, maps, shown.images[:1], first[:1], shown.tones, hierarchy.strides)
-    write_picture(result.picture, out)
+    )  # fmt: skip
+    if out is not None:
+        write_picture(result.figure(), out)
     return result
 
 
@@ -116,30 +132,24 @@ def _flat(x: Tensor) -> Any:
     return x.flatten().cpu().numpy()
 
 
-def _network(settings: Mapping[str, Any], device: torch.device) -> tuple[str, Hierarchy, Preparation]:
-    """What the network is called, its feature maps, and the images that it takes."""
-    model, size = own_module(settings["model"]), settings["image_size"]
-    if settings["weights"] is not None:
-        weights = open_weights(settings["weights"])
-        preparation = weights.preparation(size, None)
-        _check_axes(len(preparation.image_size), str(weights.path))
-        name = model or weights.metadata.get("model") or "a network"
-        of = f" with the weights of {Path(settings['weights']).resolve().name}"
-        return _short(name) + of, frozen_hierarchy(weights, weights.encoder(model), device), preparation
-    of = ""
-    encoder = "resnet18" if model is None else model
-    name = _short(encoder)
+def _random_network(
+    model: Any, image_size: int | Sequence[int] | None, seed: int
+) -> tuple[str, Hierarchy, Preparation]:
+    """Returns a network's name, feature maps and image preparation: with random weights, or those of a module."""
+    encoder = own_module("resnet18" if model is None else model)
+    name, with_weights = _short(encoder), ""
     if isinstance(encoder, str):
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(settings["seed"])
+            torch.default_generator.manual_seed(seed)
             encoder = create_encoder(encoder)
-        of = " with random weights"
+        with_weights = " with random weights"
     _check_axes(rank_of(encoder), name)
-    axes = (224, 224) if size is None else (size, size) if isinstance(size, int) else tuple(size)
+    size = image_size or 224
+    axes = (size, size) if isinstance(size, int) else tuple(size)
     _check_axes(len(axes), f"image_size {list(axes)}")
     channels = next((module.in_channels for module in encoder.modules() if isinstance(module, _ConvNd)), 3)
-    hierarchy = Hierarchy(encoder, channels, 2, axes).to(device).eval().requires_grad_(False)
-    return name + of, hierarchy, Preparation(axes, channels, None, None, CROP)
+    hierarchy = Hierarchy(encoder, channels, 2, axes).eval().requires_grad_(False)
+    return name + with_weights, hierarchy, Preparation(axes, channels, None, None, CROP)
 
 
 def _short(model: str | nn.Module) -> str:
@@ -155,13 +165,10 @@ def _check_axes(axes: int, name: str) -> None:
 
 
 def masked_shapes(mask_ratio: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Shapes whose every pixel is a patch, and a random mask of larger patches.
+    """Returns shapes with a patch per pixel, and a random mask of larger patches.
 
     Returns:
-        By name, bool `[*grid]`, true where visible.
-
-    Raises:
-        ValueError: if the ratio is not between 0 and 1.
+        by name, bool `[*grid]`, true where visible.
     """
     from matplotlib.path import Path as Outline
 
@@ -177,15 +184,15 @@ def masked_shapes(mask_ratio: float, generator: torch.Generator) -> dict[str, Te
 
 
 def through_layers(visible: Tensor, side: int, seed: int = 0) -> dict[str, Any]:
-    """Where a masked map is not zero after each number of `LAYERS`: the same 3×3 convolutions, dense and sparse.
+    """Applies the same 3×3 convolutions to a masked map, dense and sparse.
 
     Args:
-        visible: bool `[*grid]`, the mask.
-        side: pixels along each axis of the map.
-        seed: of the weights.
+        visible: the mask, bool `[*grid]`.
+        side: side of the map in pixels.
+        seed: seed of the weights.
 
     Returns:
-        `dense` and `sparse`: bool `[len(LAYERS), side, side]`.
+        `dense` and `sparse`: bool `[len(LAYERS), side, side]`, true where the map is not zero.
     """
     layout = PatchLayout(visible[None])
     dense = at_pixels(visible[None], (side, side)).double()  # [1, 1, side, side]
@@ -201,9 +208,9 @@ def through_layers(visible: Tensor, side: int, seed: int = 0) -> dict[str, Any]:
 
 
 def _convolutions(count: int, seed: int) -> list[nn.Conv2d]:
-    """3×3, weights around 1/9, all positive, no bias: nothing cancels, so that zero means untouched.
+    """Creates 3×3 convolutions with positive weights around 1/9 and no bias: nothing cancels, so zero means untouched.
 
-    In float64, whose kernels multiply and add and do no more: those that transform tiles leave round-off beside them.
+    They are float64, whose kernels only multiply and add; those that transform tiles leave round-off in zeros.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = []
@@ -218,16 +225,16 @@ def _convolutions(count: int, seed: int) -> list[nn.Conv2d]:
 
 
 def calibrate(hierarchy: Hierarchy, images: Tensor) -> None:
-    """Makes these images' statistics the running statistics of every BatchNorm, as if it were trained on them.
+    """Sets the running statistics of every BatchNorm to those of some images.
 
     Args:
-        hierarchy: of the encoder, in evaluation mode, in which it is left.
+        hierarchy: feature maps of the encoder, in evaluation mode before and after.
         images: normalised, `[B, C, H, W]`.
     """
     norms = [norm for norm in hierarchy.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None  # the average over the calls, of which there is one
+        norm.momentum = None  # the average over all calls: here, one
         norm.train()
     hierarchy(images)
     for norm in norms:
@@ -235,20 +242,20 @@ def calibrate(hierarchy: Hierarchy, images: Tensor) -> None:
 
 
 def drift(hierarchy: Hierarchy, image: Tensor, visible: Tensor) -> dict[str, Tensor]:
-    """How far the values that a network computes of a masked image are from those of the whole image.
+    """Measures how far the features of a masked image are from those of the whole image.
 
-    Compared are distributions over positions, of each channel: of the visible patches alone under sparse convolution,
-    at visible positions; and of the image with zeros in hidden patches under dense convolution, at all positions, as
-    a dense network cannot tell them apart. Positions of all masks count together.
+    Compares each channel's distribution over positions and masks: under sparse convolution at visible positions, under
+    dense convolution of the image with hidden patches set to zero at all positions, as a dense network cannot tell
+    them apart.
 
     Args:
-        hierarchy: of the encoder, in evaluation mode.
+        hierarchy: feature maps of the encoder, in evaluation mode.
         image: normalised, `[C, H, W]`.
         visible: bool `[masks, *grid]`.
 
     Returns:
         `sparse` and `dense`: Kolmogorov–Smirnov distance to the whole image, averaged over channels,
-        `[1 + stages]`: of the image itself, then of each feature map.
+        `[1 + stages]`: for the image itself, then for each feature map.
     """
     images = image.expand(len(visible), -1, -1, -1)
     inputs = {
@@ -265,9 +272,9 @@ def drift(hierarchy: Hierarchy, image: Tensor, visible: Tensor) -> dict[str, Ten
 
 
 def _distance(map_: Tensor, whole: Tensor) -> Tensor:
-    """Mean over channels of the distance between two maps' values.
+    """Returns the distance between the values of two maps, averaged over channels.
 
-    These are rounded to a ten-thousandth of the channel's largest, or round-off would part values that are the same.
+    Values are rounded to a ten-thousandth of the channel's largest, so that round-off does not separate equal ones.
     """
     values, of_whole = _by_channel(map_), _by_channel(whole)
     step = 1e-4 * of_whole.abs().amax(1, keepdim=True).clamp_min(1e-6)  # [C, 1]
@@ -275,13 +282,13 @@ def _distance(map_: Tensor, whole: Tensor) -> Tensor:
 
 
 def _by_channel(map_: Tensor) -> Tensor:
-    """All values `[C, positions]` of a map `[B, C, H, W]`; of a packed one, those at visible positions."""
+    """Returns all values of a map `[B, C, H, W]`, or the visible ones of a packed map, as `[C, positions]`."""
     values = map_.values if isinstance(map_, PackedTensor) else map_
     return values.transpose(0, 1).flatten(1)
 
 
 def kolmogorov_smirnov(first: Tensor, second: Tensor) -> Tensor:
-    """The largest distance between the distribution functions of two samples, in 0…1.
+    """Returns the largest distance between the distribution functions of two samples, in 0…1.
 
     Args:
         first: `[C, m]`.
@@ -303,7 +310,7 @@ def kolmogorov_smirnov(first: Tensor, second: Tensor) -> Tensor:
 # The figure
 
 
-def _draw(
+def draw_vanishing(
     result: VanishingResult,
     maps: Mapping[str, Mapping[str, Any]],
     image: Tensor,
@@ -311,15 +318,15 @@ def _draw(
     tones: Tones,
     strides: Sequence[int],
 ) -> Figure:
-    """Draws the shapes under convolutions; below, pixel values under a mask, and how far features drift.
+    """Draws the shapes under convolutions; below, pixel values under a mask, and the drift of features.
 
     Args:
         result: the numbers.
-        maps: by shape, then `dense` and `sparse`: bool `[layers, H, W]`, where not zero.
-        image: an example, `[1, C, H, W]`.
+        maps: by shape, then `dense` and `sparse`: bool `[layers, H, W]`, true where not zero.
+        image: an example, normalised, `[1, C, H, W]`.
         visible: its mask, bool `[1, 1, H, W]`.
-        tones: that undo the normalisation.
-        strides: of the stages.
+        tones: conversion of the image to colours.
+        strides: strides of the stages.
     """
     figure = new_figure(10, 11, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.9, 1])
@@ -341,7 +348,7 @@ def _plain(axes: Any) -> None:
 
 
 def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Mapping[str, Any]]) -> None:
-    """Two rows per shape, with a column per number of layers and a curve of the shares."""
+    """Draws two rows per shape: a column per number of layers, and curves of the shares."""
     from matplotlib.colors import to_rgb
     from matplotlib.patches import Patch
 
@@ -354,7 +361,7 @@ def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Ma
             for column, (layers, share) in enumerate(zip(result.layers, shares[kind], strict=True)):
                 axes = part.add_subplot(cells[row, column])
                 filled = maps[name][kind][column]
-                title = ("masked" if layers == 0 else f"{layers} layer{'s' * (layers > 1)}") if row == 0 else ""
+                title = ("masked" if layers == 0 else counted(layers, "layer")) if row == 0 else ""
                 show_picture(axes, colours[filled * (1 + result.shapes[name])], title)
                 axes.set_xlabel(f"{share:.1%}", fontsize=8, labelpad=2)
                 if column == 0:
@@ -380,7 +387,7 @@ def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Ma
 def _draw_values(
     part: SubFigure, values: Mapping[str, Any], image: Tensor, visible: Tensor, tones: Tones
 ) -> None:  # fmt: skip
-    """An example whole, as sparse and as dense convolution see it, each above the histogram of its values."""
+    """Draws an image whole, as sparse and as dense convolution see it, each above a histogram of pixel values."""
     _title(part, "What a network is given")
     whole = to_array(tones(image))[0]
     seen = visible[0, 0].cpu().numpy()[..., None]
@@ -416,7 +423,7 @@ def _draw_values(
 
 
 def _draw_drift(part: SubFigure, result: VanishingResult, strides: Sequence[int]) -> None:
-    """Distances by stage."""
+    """Draws distances by stage."""
     _title(part, "How far features drift")
     axes = part.subplots()
     _plain(axes)
