@@ -6,7 +6,7 @@ import ctypes
 import os
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -86,7 +86,8 @@ def is_main_process() -> bool:
 def generators_restored() -> Iterator[None]:
     """Puts the global random generators of Python, numpy and torch back as they were."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    in_use: Callable[[], bool] = torch.cuda.is_initialized
+    gpus = range(torch.cuda.device_count()) if in_use() else ()
     try:
         with torch.random.fork_rng(devices=list(gpus)):
             yield
