@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,25 +10,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 import sparkmim
 from sparkmim.cli import main
 from sparkmim.drawing.figures import shortened
 from sparkmim.interop import weights
-from sparkmim.models import create_classifier, create_encoder
-from sparkmim.models.classifier import encoder_of
+from sparkmim.models import create_encoder
 from sparkmim.visualize.features import as_colours, principal_components
-
-KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
-
-
-@pytest.fixture
-def encoder_file(tmp_path: Path, network: str) -> str:
-    """Random weights of the network of maps at strides 2 and 4, for images of 16×16."""
-    torch.manual_seed(0)
-    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, **KNOWN})
-    return str(tmp_path / "encoder.safetensors")
 
 
 def generator(seed: int) -> torch.Generator:
@@ -228,25 +218,16 @@ def test_the_figure_names_images_and_stages(encoder_file: str, photos: Path, tmp
     shapes = {axes.images[0].get_array().shape for axes in figure.axes}
     assert shapes == {(16, 32, 3), (8, 16, 3), (4, 8, 3)}
     assert result._repr_png_().startswith(b"\x89PNG")
+    assert len(repr(result)) < 1000
 
 
-def test_of_a_classifier_the_encoder_is_shown(network: str, photos: Path, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    classifier = create_classifier(network, 4, image_size=[16, 16])
-    known = {"model": network, "classes": list("abcd"), "pooled": True, **KNOWN}
-    weights.write(classifier, tmp_path / "classifier.safetensors", known)
-    weights.write(encoder_of(classifier), tmp_path / "encoder.safetensors", {"model": network, **KNOWN})
-    one, other = (
-        sparkmim.features(weights=tmp_path / f"{kind}.safetensors", images=photos, limit=2)
-        for kind in ("classifier", "encoder")
-    )
+def test_of_a_classifier_the_encoder_is_shown(encoder_file: str, classifier_file: Path, photos: Path) -> None:
+    one, other = (sparkmim.features(weights=file, images=photos, limit=2) for file in (classifier_file, encoder_file))
     assert one.maps[2].tobytes() == other.maps[2].tobytes()
 
 
-def test_grey_images(network: str, photos: Path, tmp_path: Path) -> None:
-    grey = {"model": network, "image_size": [16, 16], "channels": 1}
-    weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", grey)
-    result = sparkmim.features(weights=tmp_path / "grey.safetensors", images=photos, limit=2)
+def test_grey_images(grey_file: Path, photos: Path) -> None:
+    result = sparkmim.features(weights=grey_file, images=photos, limit=2)
     assert (result.inputs == result.inputs[..., :1]).all()
     assert (result.maps[1] != result.maps[1][..., :1]).any()
 
@@ -267,11 +248,9 @@ def test_files_of_the_original_form(photos: Path, tmp_path: Path) -> None:
     assert one.maps[4].tobytes() == other.maps[4].tobytes()
 
 
-def test_volumes(tmp_path: Path) -> None:
-    network = nn.Sequential(nn.Conv3d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv3d(4, 6, 3, stride=2, padding=1))
-    weights.write(network, tmp_path / "volumes.safetensors", {"image_size": [16, 8, 12], "channels": 1})
-    np.save(tmp_path / "volume.npy", np.random.default_rng(0).normal(40, 9, (16, 8, 12)))
-    result = sparkmim.features(weights=tmp_path / "volumes.safetensors", images=tmp_path / "volume.npy", model=network)
+def test_volumes(volumes: dict[str, Any], tmp_path: Path) -> None:
+    np.save(tmp_path / "volume.npy", np.random.default_rng(0).normal(40, 9, (8, 8, 12)))
+    result = sparkmim.features(images=tmp_path / "volume.npy", **volumes)
     assert result.inputs.shape == (1, 8, 12, 3)
     assert {stage: maps.shape for stage, maps in result.maps.items()} == {1: (1, 4, 6, 3), 2: (1, 2, 3, 3)}
     assert [text.get_text() for text in result.figure().texts][2] == "stage 1 · stride 2"
@@ -283,41 +262,31 @@ def test_volumes(tmp_path: Path) -> None:
         ({"images": "nowhere"}, r"there is no folder, image or text file .*nowhere"),
         ({"weights": "nowhere"}, r"nowhere does not exist"),
         ({"stages": [1, 3]}, r"stage is 3, but .* has 2 stages.*choose 1 to 2"),
-        ({"stages": []}, r"stages is empty; name at least one"),
+        ({"stages": []}, r"stages is \[\]; it must have 1 or more values"),
         ({"limit": 0}, r"limit is 0; it must be above 0"),
-        ({"image_size": 0}, r"image_size is \[0, 0\]"),
-        ({"accelerator": "tpu"}, r"choose auto, cpu or cuda"),
+        ({"image_size": 0}, r"image_size is 0; it must be above 0"),
         ({"out": "features.gif"}, r"the name of a picture ends in .png"),
         ({"out": "."}, r"ends in|is a folder"),
         ({"model": 3}, r"model is a int; pass a name or a torch.nn.Module"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(
-    change: dict[str, Any], message: str, encoder_file: str, photos: Path, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.chdir(tmp_path)
-    before = sorted(tmp_path.rglob("*"))
-    with pytest.raises((ValueError, FileNotFoundError), match=message):
-        sparkmim.features(**{"weights": encoder_file, "images": photos, "out": tmp_path / "out.png", **change})
-    assert sorted(tmp_path.rglob("*")) == before
+    change: dict[str, Any], message: str, encoder_file: str, photos: Path, assert_refused: Callable[..., None]
+) -> None:
+    assert_refused(
+        sparkmim.features, message, **{"weights": encoder_file, "images": photos, "out": "out.png", **change}
+    )
 
 
 def test_signals_diverged_weights_and_unreadable_images_are_refused(
-    encoder_file: str, network: str, tmp_path: Path
+    encoder_file: str, unusable: list[tuple[dict[str, Any], str]], tmp_path: Path
 ) -> None:
     (tmp_path / "broken.jpg").write_bytes(b"no picture")
-    with pytest.raises(ValueError, match=r"none of the 1 images can be read; the first is .*broken.jpg"):
+    with pytest.raises(ValueError, match=r"no image can be read; the first is .*broken.jpg"):
         sparkmim.features(weights=encoder_file, images=tmp_path / "broken.jpg")
-    signals = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2))
-    weights.write(signals, tmp_path / "signals.safetensors", {"image_size": [64], "channels": 2})
-    with pytest.raises(ValueError, match=r"signals, which are no pictures; `sparkmim embed` writes features"):
-        sparkmim.features(weights=tmp_path / "signals.safetensors", images=[torch.zeros(2, 64)], model=signals)
-    diverged = create_encoder(network)
-    nn.init.constant_(next(diverged.parameters()), float("nan"))
-    weights.write(diverged, tmp_path / "diverged.safetensors", {"model": network, **KNOWN})
-    with pytest.raises(ValueError, match=r"stage 1 of .*diverged.safetensors gives values that are not finite"):
-        sparkmim.features(weights=tmp_path / "diverged.safetensors", images=[np.zeros((16, 16, 3), np.uint8)])
+    for arguments, message in unusable:
+        with pytest.raises(ValueError, match=message):
+            sparkmim.features(images=[np.zeros((16, 16, 3), np.uint8)], **arguments)
 
 
 def test_long_names_keep_their_start_and_end() -> None:

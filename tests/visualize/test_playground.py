@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,25 +20,15 @@ from PIL import Image
 import sparkmim
 from processes import run
 from sparkmim.cli import main
-from sparkmim.interop import weights
 from sparkmim.visualize.masks import mask_text
 from sparkmim.visualize.playground import sample_images
 from sparkmim.visualize.playground_session import Playground, Refused, strip
 from sparkmim.visualize.reconstruct import Reconstructor
 
 
-def run_of(folder: Path, network: str, seed: int = 0, patch: int = 8) -> Path:
-    torch.manual_seed(seed)
-    model = sparkmim.SparK(network, image_size=[32, 48], patch_size=patch, decoder_width=16)
-    known = {"model": network, "image_size": [32, 48], "patch_size": patch, "decoder_width": 16, "channels": 3,
-             "mean": [0.5] * 3, "std": [0.2] * 3}  # fmt: skip
-    weights.save(model, folder / "weights", known)
-    return folder
-
-
 @pytest.fixture
-def playground(tmp_path: Path, network: str) -> Playground:
-    return Playground([Reconstructor(run_of(tmp_path / name, network, seed)) for seed, name in enumerate("ab")])
+def playground(pretrained: Callable[..., Path]) -> Playground:
+    return Playground([Reconstructor(pretrained(name, seed=seed)) for seed, name in enumerate("ab")])
 
 
 @pytest.fixture
@@ -122,13 +113,13 @@ def test_a_session_is_small(playground: Playground, tmp_path: Path) -> None:
     assert playground.view(session).seen.shape == (448, 672, 3)
 
 
-def test_models_must_fit(tmp_path: Path, network: str) -> None:
-    first, second = run_of(tmp_path / "a", network), run_of(tmp_path / "b", network, patch=16)
+def test_models_must_fit(pretrained: Callable[..., Path]) -> None:
+    first, second = pretrained("a"), pretrained("b", patch=16)
     with pytest.raises(ValueError, match=r"has 2×3 patches on 32×48 pixels, but .* 4×6 on 32×48"):
         Playground([Reconstructor(first), Reconstructor(second)])
     grey = Reconstructor(first)
     grey.preparation = replace(grey.preparation, channels=1)
-    with pytest.raises(ValueError, match=r"takes images of 1 channel\(s\), but .* of 3; only models"):
+    with pytest.raises(ValueError, match=r"takes images of 1 channel, but .* of 3; only models"):
         Playground([Reconstructor(first), grey])
 
 
@@ -140,7 +131,7 @@ def test_samples(playground: Playground, photos: Path) -> None:
         sample_images([str(photos / "part0" / "00.png")], playground)
 
 
-def test_the_page_is_built(tmp_path: Path, network: str, photo: Path) -> None:
+def test_the_page_is_built(tmp_path: Path, pretrained: Callable[..., Path], photo: Path) -> None:
     """In a process of its own, as Gradio leaves event loops open. No event can be called but by the page."""
     pytest.importorskip("gradio")
     script = f"""
@@ -148,7 +139,7 @@ from pathlib import Path
 from sparkmim.visualize.playground_page import build_app
 from sparkmim.visualize.playground import Playground
 from sparkmim.visualize.reconstruct import Reconstructor
-app = build_app(Playground([Reconstructor({str(run_of(tmp_path / "a", network))!r})]), [{str(photo)!r}], Path())
+app = build_app(Playground([Reconstructor({str(pretrained("a"))!r})]), [{str(photo)!r}], Path())
 events = app.config["dependencies"]
 assert len(events) >= 7
 assert all(event["api_visibility"] == "private" for event in events if event["outputs"])
@@ -161,7 +152,7 @@ outside.write_text("mine")
 old = folder / "old.png"
 old.write_text("")
 os.utime(old, (0, 0))
-app = build_app(Playground([Reconstructor({str(run_of(tmp_path / "b", network))!r})]), [{str(photo)!r}], folder)
+app = build_app(Playground([Reconstructor({str(pretrained("b"))!r})]), [{str(photo)!r}], folder)
 by_name = {{function.fn.__name__: function.fn for function in app.fns.values() if function.fn}}
 visitor = types.SimpleNamespace(session_hash="../victim")
 by_name["start"](0.5, visitor)
@@ -173,13 +164,13 @@ assert outside.read_text() == "mine" and not list(folder.iterdir())
     assert done.returncode == 0, done.stderr
 
 
-def test_the_space_serves_the_page(tmp_path: Path, network: str) -> None:
+def test_the_space_serves_the_page(tmp_path: Path, pretrained: Callable[..., Path]) -> None:
     """examples/space/app.py as a Space runs it; a port that is taken is said in a sentence."""
     pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    settings = {"WEIGHTS": str(run_of(tmp_path / "a", network)), "GRADIO_SERVER_NAME": "127.0.0.1",
+    settings = {"WEIGHTS": str(pretrained("a")), "GRADIO_SERVER_NAME": "127.0.0.1",
                 "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
     app = Path(__file__).parents[2] / "examples" / "space" / "app.py"
     with subprocess.Popen(
@@ -203,16 +194,17 @@ def test_the_space_serves_the_page(tmp_path: Path, network: str) -> None:
         (["--weights", "nowhere"], "nowhere does not exist"),
         (["--weights", "a", "--images", "nowhere"], "there is no folder, image or text file"),
         (["--weights", "a", "--max-megapixels", "0"], "max_megapixels is 0"),
-        (["--weights", "a", "--port", "99999"], "port is 99999; ports run from 1 to 65535"),
+        (["--weights", "a", "--port", "99999"], "port is 99999; it must be between 1 and 65535"),
         (["--weights", "a/weights/encoder.safetensors"], "no decoder"),
     ],
 )
 def test_mistakes(
-    tmp_path: Path, network: str, flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch, capsys: object
-) -> None:
+    tmp_path: Path, pretrained: Callable[..., Path], flags: list[str], message: str, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     pytest.importorskip("gradio")
-    run_of(tmp_path / "a", network)
+    pretrained("a")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
         main(["playground", *flags])
-    assert message in capsys.readouterr().err  # type: ignore[attr-defined]
+    assert message in capsys.readouterr().err

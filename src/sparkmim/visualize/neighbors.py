@@ -180,7 +180,7 @@ def draw_neighbors(result: NeighborsResult) -> Figure:
         start + columns * (wide + _GAP) - _GAP + _EDGE, _TOP + sum(lines) * line + (len(lines) - 1) * _BELOW_QUERY
     )
     write_at(figure, _EDGE + wide / 2, 0.16, "query", ha="center", color=ACCENT)
-    write_at(figure, start, 0.16, f"most alike at stage {result.stage}, with their cosine")
+    write_at(figure, start, 0.16, f"nearest at stage {result.stage}, with cosine similarity")
     in_folders = len({Path(path).parent for found in result.neighbors for path in found}) > 1
     top = _TOP
     for query, found, cosines, count in zip(result.queries, result.neighbors, result.similarities, lines, strict=True):
