@@ -148,7 +148,8 @@ class Monitor(StepCallback):
             self.skipped.check()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        pl_module.log("loss", self.epoch_loss, logger=False)
+        # An epoch that was cut short has a mean too.
+        pl_module.log("loss", (self._total / self._steps) if self._steps else self.epoch_loss, logger=False)
 
 
 def add_unreadable(history: History, step: int, complaint: str, part: str) -> None:
