@@ -61,8 +61,8 @@ def test_losses_are_those_of_training(run: Path, photos: Path) -> None:
     transform = reconstructor.preparation.transform
     from sparkmim.data.source import images_source
 
-    source = images_source(str(photos), reconstructor.preparation)
-    images = torch.stack([transform(source)(source.read(item, item)) for item in source.items[:2]])
+    source = images_source(str(photos), 3, 2)
+    images = torch.stack([transform(source)(source.read(item)) for item in source.items[:2]])
     visible = torch.from_numpy(result.visible[:, 0])
     output = reconstructor.model(images, visible)
     assert result.losses.mean() == pytest.approx(output.loss.item(), rel=1e-5)

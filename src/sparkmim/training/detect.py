@@ -13,16 +13,15 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD, TargetDataset
+from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD, TargetDataset, collate_detection
 from sparkmim.data.coco import (
     CocoFiles,
     CocoImages,
     check_coco,
-    collate_detection,
     find_coco,
     open_coco,
 )
-from sparkmim.data.detection import detection_resize, detection_transform
+from sparkmim.data.detection_transforms import detection_resize, detection_transform
 from sparkmim.data.labelled import Part
 from sparkmim.data.loading import one_by_one
 from sparkmim.drawing.annotated import SURE, draw_detections

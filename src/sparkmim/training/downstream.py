@@ -382,7 +382,7 @@ def images_read(console: Console, images: Any, known: Mapping[str, Any]) -> Iter
     unreadable = 0
     for number, item in enumerate(source.items, 1):
         try:
-            image = source.read(item, str(item))
+            image = source.read(item, name=str(item))
         except UnreadableImage as error:
             unreadable += 1
             console.print(f"left out: {error}", markup=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from sparkmim.data.detection import Crop
+from sparkmim.data.detection_transforms import Crop
 from sparkmim.errors import UserError
 from sparkmim.models.decoder import NormKind
 from sparkmim.models.detector import BoxHead

@@ -23,7 +23,7 @@ from sparkmim.data.label_maps import (
 )
 from sparkmim.data.labelled import Part
 from sparkmim.data.loading import one_by_one
-from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
+from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
 from sparkmim.data.source import Source
 from sparkmim.drawing.annotated import draw_classes, save_label_map, side_by_side, with_legend
 from sparkmim.drawing.pixels import Tones
