@@ -176,7 +176,7 @@ def test_fcmae(cli: Cli, photos: Path, tmp_path: Path) -> None:
         (["--channels", 4, "--model", "torchvision/resnet18"], "torchvision's models take 3 channels, not 4"),
         (["--mean", "[0.5]"], "mean has 1 value(s) for 3 channel(s); `sparkmim statistics` measures them"),
         (["--std", "[1, 1, 0]"], "std is [1.0, 1.0, 0.0]; all of its values must be above 0"),
-        (["--channels", 2, "--data", "arrays"], "for channels 2 and an image_size of 2 number(s) it must be [2, H, W]"),
+        (["--channels", 2, "--data", "arrays"], "for channels 2 and an image_size of 2 numbers it must be [2, H, W]"),
         (["--model", "unet.py:unet"], "name its maps, shallow to deep, with feature_modules=[...]: down1 4×128×128"),
         (["--model", "valid.py:net"], "has no module whose output is a 2-D feature map that divides an image of"),
         (["--model", "inception_v3"], "no feature map of InceptionV3 divides the image evenly"),

@@ -1030,9 +1030,9 @@ def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: in
     Raises:
         ValueError: if nothing can be read, or a channel is constant.
     """
-    from sparkmim.data.source import measure
+    from sparkmim.data.source import open_source
 
-    return measure(data, channels, axes, samples)
+    return open_source(data, channels, axes).statistics(samples)
 
 
 @_command

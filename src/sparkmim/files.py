@@ -1,38 +1,66 @@
-"""Files that are either whole or not there."""
+"""Atomic file writes."""
 
 from __future__ import annotations
 
+import glob
+import os
+import secrets
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from sparkmim.errors import UserError
 
+_STALE_SECONDS = 24 * 3600
+"""Age at which a temporary file is taken for one that a killed process left behind."""
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A path to write to; what is there takes the place of `path` at the end, or is deleted on an error.
+    """Yields a temporary path to write to; its file then replaces `path`, or is deleted on an error.
+
+    Every whole file is written this way. Readers see the old content or the new one, and a process that has mapped the
+    old file keeps it. The temporary file is in the same folder, which is created. Its name is unique, so processes that
+    write the same file do not disturb each other, and keeps the suffix, from which writers tell the format.
 
     Raises:
-        ValueError: if there can be no such file.
+        UserError: if the file cannot be written.
+
+    Example:
+        >>> with replacing(Path("metrics.json")) as partial:  # doctest: +SKIP
+        ...     partial.write_text("{}")
     """
-    partial = path.with_name(f"{path.stem}.partial{path.suffix}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path.parent} cannot be made a folder ({error.strerror}); choose another out") from error
+    _delete_stale(path)
+    partial = path.with_name(f"{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
     try:
         yield partial
         partial.replace(path)
+    except OSError as error:
+        if isinstance(error, UserError) or str(error.filename) not in ("None", str(partial)):
+            raise  # about another file, which was read meanwhile
+        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink()
+
+
+def _delete_stale(path: Path) -> None:
+    for left in path.parent.glob(f"{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_SECONDS:
+                left.unlink()
 
 
 def new_file(path: str | Path, overwrite: bool) -> Path:
-    """The path of a file that is going to be written; asked before any work is done for it.
+    """Returns the path of a file to write, checked before any work is done for it.
 
     Raises:
-        ValueError: if it is a folder, or taken.
+        UserError: if it is a folder, or exists and must not be replaced.
     """
     path = Path(path)
     if path.is_dir():

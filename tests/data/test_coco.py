@@ -16,18 +16,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from sparkmim.data import EpochBatchSampler, SkipLog, UnreadableImage
+from sparkmim.data import EpochBatchSampler, SkipLog, TargetDataset, UnreadableImage, collate_detection
 from sparkmim.data.arrays import MissingPackage
-from sparkmim.data.coco import (
-    CocoImages,
-    check_coco,
-    collate_detection,
-    find_coco,
-    mask_of,
-    open_coco,
-)
-from sparkmim.data.dataset import TargetDataset
-from sparkmim.data.detection import detection_resize, detection_transform
+from sparkmim.data.coco import CocoImages, check_coco, find_coco, mask_of, open_coco
+from sparkmim.data.detection_transforms import detection_resize, detection_transform
 
 TWO = [annotation(10, 12, (4, 6, 20, 10)), annotation(10, 3, (30, 20, 16, 16)), annotation(11, 7, (0, 0, 64, 48))]
 
@@ -135,7 +127,7 @@ def test_an_image_with_nothing_on_it_is_an_item(tmp_path: Path) -> None:
     assert target["boxes"].shape == (0, 4)
     assert target["labels"].shape == (0,)
     assert target["masks"].shape == (0, HEIGHT, WIDTH)
-    assert "1 image with nothing on them; kept as background" in check_coco(data)
+    assert "1 image without annotations; kept as background" in check_coco(data)
     image, target = detection_transform([40], crop="detr")(data[2])
     assert target["masks"].shape == (0, *image.shape[1:])
     assert target["boxes"].shape == (0, 4)
@@ -220,7 +212,7 @@ def broken(tmp_path: Path, record: dict[str, Any], **more: Any) -> CocoImages:
         (annotation(12, 3, (-20, 5, 20, 8)), "1 box wholly outside the image; left out"),
         (annotation(12, 3, (5, 5, 8, 8)) | {"bbox": [5, 5]}, "1 annotation without a box of four numbers; left out"),
         (annotation(99, 3, (5, 5, 8, 8)), "1 annotation of images that are not in the file; left out"),
-        (annotation(12, 3, (5, 5, 8, 8), iscrowd=1), "1 crowd not trained on, but known to the evaluation"),
+        (annotation(12, 3, (5, 5, 8, 8), iscrowd=1), "1 crowd not trained on, but used by the evaluation"),
         (
             annotation(12, 3, (5, 5, 8, 8), [[1, 2, 3, 4]]),
             "1 annotation with a box but no mask; left out while masks are trained on",
@@ -268,7 +260,7 @@ def test_what_is_only_worth_knowing(tmp_path: Path) -> None:
     assert "1 annotation id given more than once: 5; all are used" in notes
     assert "1 class without annotations: dog" in notes
     assert "1 file named by several images: 10.png" in notes
-    assert "1 file of 4 looked into that hold no readable image: 11.png" in notes
+    assert "1 file without a readable image, among 4 checked: 11.png" in notes
 
 
 def test_nothing_to_say_of_a_good_file(tmp_path: Path) -> None:
@@ -295,12 +287,12 @@ def test_everything_fatal_is_reported_at_once(tmp_path: Path) -> None:
         "- 1 category id given more than once: 12",
         "- 1 image without height and width: id 14",
         "- 1 annotation of unknown categories: 5",
-        "- 1 image of another size than the annotations say: 11.png is 64×48, not 64×100",
+        "- 1 image of another size than in the annotations: 11.png is 64×48, not 64×100",
         "and worth knowing:",
         "- category ids run from 3 to 12 for 3 classes; labels count from 1 without gaps, and results are written with "
         "the ids of the file",
         "- 1 box of zero area; left out",
-        "- 4 images with nothing on them; kept as background",
+        "- 4 images without annotations; kept as background",
     ]
 
 

@@ -22,7 +22,7 @@ from sparkmim.data.label_maps import (
     open_segmentation,
     read_class_names,
 )
-from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
+from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
 
 
 def part(root: Path, name: str = "train", **more: int | bool) -> SegmentationImages:
@@ -240,7 +240,7 @@ def test_a_part_in_which_nothing_counts(tmp_path: Path) -> None:
     root = write_shapes(tmp_path)
     for file in (root / "labels" / "val").rglob("*.png"):
         write_label_map(file, np.full_like(np.array(Image.open(file)), 255))
-    with pytest.raises(ValueError, match="labels/val: every pixel of every label map counts for nothing"):
+    with pytest.raises(ValueError, match="labels/val: every pixel of every label map is ignored"):
         check_segmentation([part(root), part(root, "val")])
 
 

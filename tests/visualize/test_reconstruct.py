@@ -49,7 +49,7 @@ def test_losses_are_those_of_training(run: Path, photos: Path) -> None:
     reconstructor = Reconstructor(run)
     transform = reconstructor.preparation.transform
     source = images_source(str(photos), channels=3, rank=2)
-    images = torch.stack([transform(source)(source.read(item, item)) for item in source.items[:2]])
+    images = torch.stack([transform(source)(source.read(item)) for item in source.items[:2]])
     visible = torch.from_numpy(result.visible[:, 0])
     output = reconstructor.model(images, visible)
     assert result.losses.mean() == pytest.approx(output.loss.item(), rel=1e-5)

@@ -1,4 +1,4 @@
-"""Images for pretraining: where they are, how they are read, and what becomes of them."""
+"""Data: found, read, augmented, and put into batches."""
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES, array_transform, read_array, to_array
 from sparkmim.data.augmentation import (
@@ -14,13 +14,19 @@ from sparkmim.data.coco import (
     CocoFiles,
     CocoImages,
     check_coco,
-    collate_detection,
     find_coco,
     open_coco,
 )
-from sparkmim.data.dataset import AugmentedDataset, LabelledDataset, PretrainDataset, TargetDataset, collate, to_image
-from sparkmim.data.decoding import UnreadableImage, decode, from_pil
-from sparkmim.data.detection import detection_resize, detection_transform
+from sparkmim.data.dataset import (
+    AugmentedDataset,
+    LabelledDataset,
+    PretrainDataset,
+    TargetDataset,
+    collate,
+    collate_detection,
+)
+from sparkmim.data.decoding import UnreadableImage, decode, from_pil, to_image
+from sparkmim.data.detection_transforms import detection_resize, detection_transform
 from sparkmim.data.discovery import find_images
 from sparkmim.data.label_maps import (
     SegmentationFiles,
@@ -32,9 +38,10 @@ from sparkmim.data.label_maps import (
 )
 from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.data.samplers import EpochBatchSampler, counted_seed
-from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
+from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
+from sparkmim.data.skip_log import SkipLog
+from sparkmim.data.source import Source, images_source, open_source
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
-from sparkmim.data.unreadable import SkipLog
 
 __all__ = [
     "ARRAY_SUFFIXES",
@@ -51,6 +58,7 @@ __all__ = [
     "SegmentationFiles",
     "SegmentationImages",
     "SkipLog",
+    "Source",
     "TargetDataset",
     "Transform",
     "UnreadableImage",
@@ -70,10 +78,12 @@ __all__ = [
     "find_images",
     "find_segmentation",
     "from_pil",
+    "images_source",
     "normalisation",
     "open_coco",
     "open_labelled",
     "open_segmentation",
+    "open_source",
     "pretrain_transform",
     "read_array",
     "read_class_names",

@@ -1,4 +1,4 @@
-"""Signals, volumes and images of any number of channels: arrays in their own units, of any number of axes."""
+"""Signals, volumes and images of any number of channels, as arrays in their own units."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparkmim.data.augmentation import check_crop_and_flip
 from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
 
 Array = npt.NDArray[Any]
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".nii", ".nii.gz")
-"""What the name of an array file ends in. NIfTI needs the extra `nifti`."""
+"""Endings of array files' names. NIfTI needs the extra `nifti`."""
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -30,12 +32,12 @@ _ASPECT = math.log(4 / 3)
 def read_array(path: str | Path) -> Array:
     """Reads the array of a file, in its own units and axes; `.npy` is mapped, not loaded.
 
-    A `.npz` holds one array, or names the one that counts `image` or `data`. A NIfTI volume is turned to the closest
-    canonical orientation (right, anterior, superior), and its intensities are scaled as the header says.
+    A `.npz` file holds one array, or several of which one is named `image` or `data`. A NIfTI volume is turned to the
+    closest canonical orientation (right, anterior, superior), and its intensities are scaled by its header.
 
     Raises:
-        UnreadableImage: if there is no such array.
-        ValueError: if the file is NIfTI and nibabel is not installed.
+        UnreadableImage: if the file holds no such array.
+        MissingPackage: if the file is NIfTI and nibabel is not installed.
     """
     path = Path(path)
     try:
@@ -56,7 +58,7 @@ def read_array(path: str | Path) -> Array:
 
 
 class MissingPackage(UserError):
-    """A file needs a package that is not installed."""
+    """A package is not installed that a file needs."""
 
 
 def _read_nifti(path: Path) -> Array:
@@ -72,7 +74,7 @@ def channels_first(array: Array, channels: int, rank: int) -> Array:
     """Brings `[C, *S]`, `[*S, C]` or, for one channel, `[*S]` to `[C, *S]`, without a copy.
 
     Raises:
-        ValueError: if the shape is none of these, or the values are no numbers.
+        UserError: if the array is of another shape, or its values are no numbers.
     """
     if array.dtype.kind not in "biuf":
         raise UserError(f"holds {array.dtype} values; integers or floats are needed")
@@ -86,24 +88,24 @@ def channels_first(array: Array, channels: int, rank: int) -> Array:
         return np.moveaxis(array, -1, 0)
     axes = {1: "L", 2: "H, W", 3: "D, H, W"}[rank]
     raise UserError(
-        f"is of shape {list(array.shape)}; for channels {channels} and an image_size of {rank} number(s) it must be "
-        f"[{channels}, {axes}] or [{axes}, {channels}]" + (f" or [{axes}]" if channels == 1 else "")
+        f"is of shape {list(array.shape)}; for channels {channels} and an image_size of {counted(rank, 'number')} it "
+        f"must be [{channels}, {axes}] or [{axes}, {channels}]" + (f" or [{axes}]" if channels == 1 else "")
     )
 
 
 def to_array(item: Any, channels: int, rank: int, name: str = "item") -> Array:
-    """The array in an item of a dataset: `[C, *S]` in its own units.
+    """Returns the array in an item of a data set, `[C, *S]` in its own units.
 
     Args:
         item: a path, an array, a tensor, or a tuple, list or dict with one of these first, or as `image`.
-        channels: `C`.
+        channels: number of channels.
         rank: number of spatial axes.
-        name: what an error calls it.
+        name: name of the item in errors.
 
     Raises:
-        TypeError: if there is no array in it.
-        ValueError: if a tensor or array has the wrong shape.
-        UnreadableImage: if a file can't be read, or holds an array of the wrong shape.
+        TypeError: if the item holds no array.
+        UserError: if a tensor or array has another shape.
+        UnreadableImage: if a file cannot be read, or holds an array of another shape.
     """
     if isinstance(item, Mapping) and "image" in item:
         item = item["image"]
@@ -135,63 +137,37 @@ def array_transform(
     crop_scale: tuple[float, float] = (0.67, 1.0),
     flip: float = 0.0,
 ) -> Callable[[Array], Tensor]:
-    """A random crop, resized linearly, mirrored along the last axis, and normalised.
+    """Makes a transform that crops at random, resizes linearly, mirrors along the last axis, and normalises.
 
-    The counterpart of `pretrain_transform` for any number of spatial axes. Only the crop is read from a mapped file.
+    The counterpart of `pretrain_transform` for any number of spatial axes. Of a mapped file, only the crop is read.
 
     Args:
-        image_size: of the result, per axis.
-        mean: per channel, in the data's units.
-        std: per channel, in the data's units.
+        image_size: size of the result, per axis.
+        mean: mean per channel, in the data's units.
+        std: standard deviation per channel.
         crop_scale: smallest and largest share of the array that a crop covers; with more than one axis, its sides
             deviate from the array's proportions by up to 4:3.
-        flip: how often arrays are mirrored along their last axis.
+        flip: probability of mirroring.
 
     Returns:
-        A function from `[C, *S]` to float32 `[C, *image_size]`. It raises `UnreadableImage` where values are not
-        finite.
+        A function from `[C, *S]` to float32 `[C, *image_size]`. It raises `UnreadableImage` if values are not finite.
 
     Raises:
-        ValueError: if an argument is out of range.
+        UserError: if an argument is out of range.
     """
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise UserError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
-    if not 0 <= flip <= 1:
-        raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
-    rank, size = len(image_size), tuple(image_size)
-    shape = (-1, *(1,) * rank)
-    means, deviations = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
-
-    def transform(array: Array) -> Tensor:
-        low, high = crop_scale
-        side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
-        stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
-        sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
-        where = [slice(None)]
-        for extent, share in zip(array.shape[1:], sides, strict=True):
-            length = max(1, round(extent * share))
-            start = int(torch.randint(extent - length + 1, ()))
-            where.append(slice(start, start + length))
-        crop = np.array(array[tuple(where)], dtype=np.float32)  # a copy: mapped files cannot be written to
-        x = resized(torch.from_numpy(crop), size)
-        if not bool(torch.isfinite(x).all()):
-            raise UnreadableImage("", "holds values that are not finite")
-        if torch.rand(()) < flip:
-            x = x.flip(-1)
-        return (x - means) / deviations
-
-    return transform
+    check_crop_and_flip(crop_scale, flip)
+    return CroppedArray(image_size, mean, std, crop_scale, flip)
 
 
 class WholeArray:
-    """Nothing random: resizes all of an array `[C, *S]` linearly, and normalises it.
+    """Transform of an array `[C, *S]`, without anything random: resized linearly and normalised.
 
-    The counterpart of `eval_transform`; a class, so that loader processes can be sent it.
+    The counterpart of `eval_transform`. It raises `UnreadableImage` if values are not finite.
 
     Args:
-        image_size: of the result, per axis.
-        mean: per channel, in the data's units.
-        std: as mean.
+        image_size: size of the result, per axis.
+        mean: mean per channel, in the data's units.
+        std: standard deviation per channel.
     """
 
     def __init__(self, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -200,10 +176,41 @@ class WholeArray:
         self.mean, self.std = torch.tensor(mean).view(shape), torch.tensor(std).view(shape)
 
     def __call__(self, array: Array) -> Tensor:
+        # A copy: mapped files cannot be written to
         x = resized(torch.from_numpy(np.array(array, dtype=np.float32)), self.size)
         if not bool(torch.isfinite(x).all()):
             raise UnreadableImage("", "holds values that are not finite")
         return (x - self.mean) / self.std
+
+
+class CroppedArray(WholeArray):
+    """Transform that `array_transform` makes."""
+
+    def __init__(
+        self,
+        image_size: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        crop_scale: tuple[float, float],
+        flip: float,
+    ) -> None:
+        super().__init__(image_size, mean, std)
+        self.crop_scale = crop_scale
+        self.flip = flip
+
+    def __call__(self, array: Array) -> Tensor:
+        rank = len(self.size)
+        low, high = self.crop_scale
+        side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
+        stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
+        sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
+        where = [slice(None)]
+        for extent, share in zip(array.shape[1:], sides, strict=True):
+            length = max(1, round(extent * share))
+            start = int(torch.randint(extent - length + 1, ()))
+            where.append(slice(start, start + length))
+        x = super().__call__(array[tuple(where)])
+        return x.flip(-1) if torch.rand(()) < self.flip else x
 
 
 def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:

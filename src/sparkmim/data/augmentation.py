@@ -1,4 +1,4 @@
-"""What happens to a decoded image before the network sees it."""
+"""Transforms of decoded images, for training and evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def normalisation(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """The mean and standard deviation to normalise by when none are given.
+    """Returns the default mean and standard deviation of images.
 
     ImageNet's for 3 channels, else the average of its three for every channel.
 
@@ -40,28 +40,33 @@ def pretrain_transform(
     crop_scale: tuple[float, float] = (0.67, 1.0),
     flip: float = 0.5,
 ) -> Transform:
-    """The paper's augmentation: a random crop, resized with bicubic filtering, and a horizontal flip.
+    """Makes the paper's augmentation: a random crop, resized with bicubic filtering, and a horizontal flip.
 
     Args:
         image_size: height and width of the result.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
+        mean: mean per channel, of values in [0, 1].
+        std: standard deviation per channel.
         crop_scale: smallest and largest share of the image's area that a crop covers; its aspect ratio lies
             between 3:4 and 4:3.
-        flip: how often images are mirrored.
+        flip: probability of mirroring.
 
     Raises:
-        ValueError: if `crop_scale` or `flip` is out of range, or mean and std differ in length.
+        UserError: if `crop_scale` or `flip` is out of range, or mean and std differ in length.
     """
     transform: Transform = v2.Compose([*_crop_and_flip(image_size, crop_scale, flip), *_to_float(mean, std)])
     return transform
 
 
-def _crop_and_flip(image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float) -> list[Transform]:
+def check_crop_and_flip(crop_scale: tuple[float, float], flip: float) -> None:
+    """Raises a `UserError` if one is out of range."""
     if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
         raise UserError(f"crop_scale is {tuple(crop_scale)}; it takes 0 < smallest <= largest <= 1")
     if not 0 <= flip <= 1:
         raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
+
+
+def _crop_and_flip(image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float) -> list[Transform]:
+    check_crop_and_flip(crop_scale, flip)
     crop = v2.RandomResizedCrop(
         image_size, scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
     )
@@ -80,22 +85,22 @@ def classify_transform(
     augment: Augment = "trivial",
     erase: float = 0.25,
 ) -> Transform:
-    """The paper's augmentation for fine-tuning: that of timm's ImageNet recipes, with TrivialAugment.
+    """Makes the paper's augmentation for fine-tuning: that of timm's ImageNet recipes, with TrivialAugment.
 
     A random crop, resized with bicubic filtering, a flip, TrivialAugment (Müller and Hutter, ICCV 2021, torchvision's)
     or AutoAugment's policy for ImageNet, and random erasing with noise (timm's).
 
     Args:
         image_size: height and width of the result.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
+        mean: mean per channel, of values in [0, 1].
+        std: standard deviation per channel.
         crop_scale: smallest and largest share of the image's area that a crop covers.
-        flip: how often images are mirrored.
+        flip: probability of mirroring.
         augment: `trivial`, `auto`, or `none`.
-        erase: how often a part is erased.
+        erase: probability of erasing a part.
 
     Raises:
-        ValueError: if an argument is out of range.
+        UserError: if an argument is out of range.
     """
     if augment not in get_args(Augment):
         raise UserError(f"there is no augmentation {augment!r}; choose trivial, auto or none")
@@ -121,17 +126,17 @@ def eval_transform(
     std: Sequence[float] = IMAGENET_STD,
     crop: float | None = 0.875,
 ) -> Transform:
-    """Nothing random: the shorter side is resized, and the centre cropped.
+    """Makes a transform without anything random: resizes the shorter side, and crops the centre.
 
     Args:
         image_size: height and width of the result.
-        mean: per channel, of values in [0, 1].
-        std: per channel.
-        crop: the longer side of the result, as a share of the resized shorter side: 224 of 256 by default; None to
+        mean: mean per channel, of values in [0, 1].
+        std: standard deviation per channel.
+        crop: longer side of the result, as a share of the resized shorter side: 224 of 256 by default; None to
             resize the whole image to `image_size`, whatever its shape.
 
     Raises:
-        ValueError: if `crop` is out of range, or mean and std differ in length.
+        UserError: if `crop` is out of range, or mean and std differ in length.
     """
     if crop is None:
         whole = v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)

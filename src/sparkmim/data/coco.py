@@ -1,4 +1,4 @@
-"""Images with boxes and masks in COCO's format: where they are, what is wrong with them, and how they are read."""
+"""Images with boxes and masks in COCO's format: finding, reading and checking them."""
 
 from __future__ import annotations
 
@@ -23,21 +23,22 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sparkmim.data.arrays import MissingPackage
-from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size, strict_pillow
+from sparkmim.data.dataset import SharedPaths
+from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
-from sparkmim.data.problems import Findings, counted, few
+from sparkmim.data.problems import Problems, counted, few
 from sparkmim.errors import MissingPath, UserError
 
 Target = dict[str, Any]
 Sample = tuple[Tensor, Target]
-"""An image `[3, H, W]`, and what is to be found on it."""
+"""An image `[3, H, W]`, and the objects on it."""
 
 HEADERS_READ = 100
-"""So many images are opened to compare their size with the one in the annotations."""
+"""Number of images whose headers are compared with the sizes in the annotations."""
 
 
 def coco_tools(part: str) -> Any:
-    """A module of pycocotools: `mask`, `coco` or `cocoeval`.
+    """Imports a module of pycocotools: `mask`, `coco` or `cocoeval`.
 
     Raises:
         MissingPackage: if it is not installed.
@@ -50,33 +51,33 @@ def coco_tools(part: str) -> Any:
 
 @contextmanager
 def quiet_tools() -> Iterator[None]:
-    """Keeps in what pycocotools prints as it goes, and what numpy thinks of its code."""
+    """Silences pycocotools' prints, and numpy's warnings about its code."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
 
 
-# Where they are
+# Finding
 
 
 class CocoFiles(NamedTuple):
-    """An annotation file, and the folder that the names of images in it are relative to."""
+    """Annotation file, and the folder that its image names are relative to."""
 
     annotations: Path
     images: Path
 
 
 def find_coco(root: str | Path, part: Part) -> CocoFiles:
-    """A part of a data set, to train or to validate on, by the names that are in use.
+    """Finds a part of a data set by the usual names.
 
     - COCO's own: `annotations/instances_train2017.json` and `train2017/`, of any year or none; also
-      `annotations/train.json`, and the images in `images/train2017/`, `images/train/` or, all of them, `images/`;
-    - a folder per part with a JSON file and the images in it: `train/_annotations.coco.json`.
+      `annotations/train.json`, and the images in `images/train2017/`, `images/train/` or, for all parts, `images/`;
+    - a folder per part that holds a JSON file and the images: `train/_annotations.coco.json`.
 
-    `val`, `valid`, `validation` and `test` are names of what is validated on, in this order.
+    Names of the part to validate on are `val`, `valid`, `validation` and `test`, in this order.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no annotation file of this part, or no images for it.
+        MissingPath: if there is no such folder, no annotation file of this part, or no images for it.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
@@ -108,11 +109,11 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
     )
 
 
-# What they say
+# Reading
 
 
 def box_of(annotation: Mapping[str, Any]) -> list[float]:
-    """The box of an annotation: left, top, width, height; four times NaN where there is none of four numbers."""
+    """Returns the box of an annotation: left, top, width, height; NaN four times if it has no such box."""
     box = annotation.get("bbox")
     if isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box):
         return box
@@ -120,10 +121,10 @@ def box_of(annotation: Mapping[str, Any]) -> list[float]:
 
 
 def mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Any:
-    """The segmentation of an annotation, as pycocotools takes it: polygons, a run-length encoding, or None.
+    """Returns the segmentation of an annotation for pycocotools: polygons, a run-length encoding, or None.
 
-    Polygons of fewer than three points are left out. None stands for no mask: nothing given, no polygon left, or an
-    encoding that is not of this image's size.
+    Polygons of fewer than three points are left out. None stands for no mask: none is given, no polygon is left, or the
+    encoding is of another size than the image.
     """
     given = annotation.get("segmentation")
     if isinstance(given, Mapping):
@@ -140,7 +141,7 @@ def mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Any:
 
 
 def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """The name of each category id, in the order of the ids; of two categories alike, with the id.
+    """Returns names by category id, in the order of ids; equal names get the id appended.
 
     Example:
         >>> category_names([{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}])
@@ -155,9 +156,9 @@ def read_coco(file: str | Path) -> dict[str, Any]:
     """Reads an annotation file.
 
     Raises:
-        FileNotFoundError: if there is none.
-        ValueError: if it is not in COCO's format: lists `images`, `annotations` and `categories`, with integers for
-            ids, and none of the first and last empty.
+        MissingPath: if there is no such file.
+        UserError: if it is not in COCO's format: lists `images`, `annotations` and `categories` with integer ids, the
+            first and last not empty.
     """
     file = Path(file)
     if not file.is_file():
@@ -185,32 +186,30 @@ def read_coco(file: str | Path) -> dict[str, Any]:
 
 
 class CocoImages(Dataset[Any]):
-    """The images of an annotation file, with what is to be found on them. Made by `open_coco`.
+    """The images of an annotation file, with the objects on them.
 
-    An item is an image, uint8 `tv_tensors.Image [3, H, W]`, and a target as torchvision's detectors take it:
+    `open_coco` makes it. An item is an image, uint8 `tv_tensors.Image [3, H, W]`, and a target for torchvision's
+    detectors:
 
     - `boxes`: float32 `tv_tensors.BoundingBoxes [n, 4]`, left, top, right, bottom, in pixels;
     - `labels`: long `[n]`, from 1 to the number of classes;
     - `masks`: uint8 `tv_tensors.Mask [n, H, W]`, where `has_masks`;
     - `image_id`: the image's id in the file;
-    - `size`: its height and width, which a resize leaves as they were.
+    - `size`: original height and width, which a resize leaves unchanged.
 
-    Images with nothing on them are items as well. Left out are crowds, which only the evaluation knows, and the
-    annotations that `check_coco` reports. Boxes that reach beyond the image are clipped to it.
-
-    Images are turned upright by their EXIF orientation, as those who drew the boxes saw them. Some files were
-    annotated by tools that ignore it; there, height and width in the file are those of the image as it is stored, and
-    so it is not turned. An image of a third size is unreadable.
+    Images without annotations are items too. Crowds, which only the evaluation uses, and broken annotations are left
+    out. Boxes that reach beyond the image are clipped to it. For the orientation of images, see `decode_annotated`.
 
     Attributes:
         annotations: the annotation file.
         images: the folder of images.
         image_ids: ids in the file, by item.
-        file_names: of the images, relative to the folder.
-        sizes: long `[images, 2]`, height and width by the file.
+        file_names: paths of the images, relative to the folder.
+        sizes: long `[images, 2]`, height and width in the file.
         category_ids: ids in the file, ascending: label 1 is the first of them.
-        classes: their names.
+        classes: names of the categories.
         has_masks: whether targets have masks.
+        problems: problems of the annotation file; `check_coco` adds those of the image files.
     """
 
     def __init__(
@@ -221,13 +220,12 @@ class CocoImages(Dataset[Any]):
         masks: bool | None = None,
     ) -> None:
         self.annotations, self.images = annotations, images
-        self.findings = Findings()
+        self.problems = Problems()
         names = category_names(content["categories"])
         self.category_ids, self.classes = list(names), list(names.values())
         records = content["images"]
         self.image_ids = np.array([record["id"] for record in records], np.int64)
-        # One block of memory, which worker processes share. Strings would be copied by counting references.
-        self._names = np.array([os.fsencode(record["file_name"]) for record in records])
+        self._names = SharedPaths(record["file_name"] for record in records)
         self.sizes = np.array([[_whole(record.get(side)) for side in ("height", "width")] for record in records])
         self._check_records(content)
         self._take(content["annotations"], masks)
@@ -237,11 +235,11 @@ class CocoImages(Dataset[Any]):
 
     @property
     def file_names(self) -> list[str]:
-        return [os.fsdecode(name) for name in self._names]
+        return [self._names[place] for place in range(len(self))]
 
     def path(self, place: int) -> Path:
-        """The file of an image."""
-        return self.images / os.fsdecode(self._names[place])
+        """Returns the path of an image."""
+        return self.images / self._names[place]
 
     def __getitem__(self, place: int) -> Any:
         image = tv_tensors.Image(self.read(place))
@@ -259,24 +257,24 @@ class CocoImages(Dataset[Any]):
         return image, target
 
     def read(self, place: int) -> Tensor:
-        """An image, uint8 `[3, H, W]`.
+        """Reads an image as uint8 `[3, H, W]`.
 
         Raises:
-            UnreadableImage: if it cannot be decoded, or is of another size than the file says.
+            UnreadableImage: if it cannot be decoded, or is of another size than in the annotations.
         """
         height, width = self.sizes[place].tolist()
         return decode_annotated(self.path(place), (height, width), self.annotations.name)
 
     def take_categories(self, category_ids: Sequence[int], classes: Sequence[str], of: str | Path) -> None:
-        """Counts labels as another set or a detector does, of whose categories these images may have some only.
+        """Takes over the labels of another data set or a detector, which may have more categories.
 
         Args:
-            category_ids: ascending; label 1 is the first of them from now on.
+            category_ids: their ids, ascending; label 1 becomes the first of them.
             classes: their names.
-            of: whose they are, for the message.
+            of: name of the other data set or detector in errors.
 
         Raises:
-            ValueError: if there is a category here that is not there, or has another name there.
+            UserError: if one of the own categories is missing there, or has another name.
         """
         known = dict(zip(category_ids, classes, strict=True))
         own = list(zip(self.category_ids, self.classes, strict=True))
@@ -308,7 +306,7 @@ class CocoImages(Dataset[Any]):
         return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
 
     def _check_records(self, content: Mapping[str, Any]) -> None:
-        fatal, notes = self.findings.fatal, self.findings.notes
+        fatal, notes = self.problems.fatal, self.problems.notes
         for kind, found in (
             ("image", self.image_ids.tolist()),
             ("category", [category["id"] for category in content["categories"]]),
@@ -335,8 +333,8 @@ class CocoImages(Dataset[Any]):
             )
 
     def _take(self, records: Sequence[Mapping[str, Any]], masks: bool | None) -> None:
-        """Keeps what is trained on, in the order of the images, and notes what is not."""
-        fatal, notes = self.findings.fatal, self.findings.notes
+        """Keeps the annotations to train on, in the order of the images, and notes the others."""
+        fatal, notes = self.problems.fatal, self.problems.notes
         place_of: dict[Any, int] = {number: place for place, number in enumerate(self.image_ids.tolist())}
         label_of: dict[Any, int] = {number: label for label, number in enumerate(self.category_ids, 1)}
         places = np.array([place_of.get(record.get("image_id"), -1) for record in records], np.int64)
@@ -351,7 +349,7 @@ class CocoImages(Dataset[Any]):
         if unknown:
             fatal.append(f"{counted(int((labels == 0).sum()), 'annotation')} of unknown categories: {few(unknown)}")
         keep &= labels > 0
-        _note(notes, keep & crowd, "crowd", "not trained on, but known to the evaluation", "crowds")
+        _note(notes, keep & crowd, "crowd", "not trained on, but used by the evaluation", "crowds")
         keep &= ~crowd
 
         known = np.isfinite(given).all(1)  # NaN where there is no box
@@ -366,7 +364,7 @@ class CocoImages(Dataset[Any]):
         outside = (clipped[:, 2:] <= clipped[:, :2]).any(1)
         _note(notes, keep & outside, "box", "wholly outside the image" + left_out, "boxes")
         keep &= ~outside
-        # Annotation tools round to a tenth of a pixel or so
+        # Annotation tools round to about a tenth of a pixel
         _note(notes, keep & (np.abs(corners - clipped) > 1).any(1), "box", "partly outside the image; clipped", "boxes")
 
         segmentations: list[Any] = [None] * len(records)
@@ -398,13 +396,13 @@ class CocoImages(Dataset[Any]):
         self._ends = np.concatenate([[0], np.cumsum([len(piece) for piece in pieces])]).astype(np.int64)
 
         if not len(chosen):
-            fatal.append("nothing to find on the images: no annotation is left")
+            fatal.append("there are no objects on the images: no annotation is left")
             return
         counts = np.bincount(self._labels, minlength=len(self.classes) + 1)[1:]
         without = [self.classes[place] for place in np.flatnonzero(counts == 0)]
         if without:
             notes.append(f"{counted(len(without), 'class', 'classes')} without annotations: {few(without)}")
-        _note(notes, np.diff(self._starts) == 0, "image", "with nothing on them; kept as background")
+        _note(notes, np.diff(self._starts) == 0, "image", "without annotations; kept as background")
 
 
 def open_coco(
@@ -412,16 +410,16 @@ def open_coco(
     images: str | Path,
     masks: bool | None = None,
 ) -> CocoImages:
-    """Opens a data set in COCO's format. What is wrong with it, `check_coco` tells.
+    """Opens a data set in COCO's format. `check_coco` reports problems with it.
 
     Args:
-        annotations: the JSON file. Masks are polygons, or run-length encodings of either form.
-        images: the folder that file names are relative to.
-        masks: whether targets have masks; None for whether the file has any.
+        annotations: JSON file, with masks as polygons, or run-length encodings of either form.
+        images: folder that file names are relative to.
+        masks: whether targets have masks; None if they have them whenever the file does.
 
     Raises:
-        FileNotFoundError: if there is no such file or folder.
-        ValueError: if the file is not in COCO's format.
+        MissingPath: if there is no such file or folder.
+        UserError: if the file is not in COCO's format.
         MissingPackage: if pycocotools is not installed.
     """
     coco_tools("mask")
@@ -432,49 +430,49 @@ def open_coco(
 
 
 def check_coco(data: CocoImages) -> list[str]:
-    """Looks for everything that can be wrong with a data set, without decoding an image.
+    """Checks a data set, without decoding an image.
 
-    Fatal are missing image files; images or categories with the same id; annotations of unknown categories; images
-    whose height and width are not given, or, among some hundred that are opened, differ from the file's; no
-    annotation to train on. All else is left out, or mended, as the notes say.
+    Fatal are missing image files; images or categories with equal ids; annotations of unknown categories; images
+    without height and width, or, among a hundred whose headers are read, of other ones; no annotation to train on.
+    Other faulty annotations are left out or corrected, as the notes say.
 
     Returns:
-        The notes, a line each.
+        Notes, a line each.
 
     Raises:
-        ValueError: if something is fatal, with all of it and the notes.
+        UserError: if a problem is fatal; lists all problems.
     """
-    fatal, notes = list(data.findings.fatal), list(data.findings.notes)
+    fatal, notes = list(data.problems.fatal), list(data.problems.notes)
     missing = _missing(data)
     if missing:
         fatal.insert(
             0, f"{counted(len(missing), 'image file')} missing of {len(data):,} in {data.images}: {few(missing)}"
         )
-    absent = set(missing)
+    names, absent = data.file_names, set(missing)
     looked, wrong, unreadable = 0, [], []
     for place in np.unique(np.linspace(0, len(data) - 1, HEADERS_READ).astype(int)).tolist():
-        if os.fsdecode(data._names[place]) in absent or (data.sizes[place] < 1).any():
+        name = names[place]
+        if name in absent or (data.sizes[place] < 1).any():
             continue
         looked += 1
         try:
-            with strict_pillow():
-                found, turned = stored_size(data.path(place))
+            found, turned = stored_size(data.path(place))
         except UnreadableImage:
-            unreadable.append(os.fsdecode(data._names[place]))
+            unreadable.append(name)
             continue
         size = tuple(data.sizes[place].tolist())
         if size != found and not (turned and size == found[::-1]):
-            wrong.append(f"{os.fsdecode(data._names[place])} is {size_text(found)}, not {size_text(size)}")
+            wrong.append(f"{name} is {size_text(found)}, not {size_text(size)}")
     if unreadable:
         number = counted(len(unreadable), "file")
-        notes.append(f"{number} of {looked} looked into that hold no readable image: {few(unreadable)}")
+        notes.append(f"{number} without a readable image, among {looked} checked: {few(unreadable)}")
     if wrong:
-        fatal.append(f"{counted(len(wrong), 'image')} of another size than the annotations say: {few(wrong)}")
-    return Findings(fatal, notes).check(data.annotations)
+        fatal.append(f"{counted(len(wrong), 'image')} of another size than in the annotations: {few(wrong)}")
+    return Problems(fatal, notes).check(data.annotations)
 
 
 def _missing(data: CocoImages) -> list[str]:
-    """Names of files that do not exist; each folder is listed once."""
+    """Returns the names of files that do not exist; lists each folder once."""
     by_folder: dict[str, list[str]] = defaultdict(list)
     for name in data.file_names:
         by_folder[os.path.dirname(name)].append(name)  # noqa: PTH120 (a hundred thousand of them)
@@ -497,18 +495,3 @@ def _note(notes: list[str], which: npt.NDArray[np.bool_], word: str, what: str, 
     number = int(which.sum())
     if number:
         notes.append(f"{counted(number, word, words)} {what}")
-
-
-# Samples to train on
-
-
-def collate_detection(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """A batch of samples of a `TargetDataset`: lists `image` and `target`, for images differ in size; tensors
-    `index` and `skipped`; and one list `unreadable`."""
-    return {
-        "image": [sample["image"] for sample in samples],
-        "target": [sample["target"] for sample in samples],
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "skipped": torch.tensor([sample["skipped"] for sample in samples]),
-        "unreadable": [complaint for sample in samples for complaint in sample["unreadable"]],
-    }

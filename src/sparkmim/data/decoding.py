@@ -1,12 +1,14 @@
-"""From an image file to a uint8 tensor, whatever the format and the mode."""
+"""Images as uint8 tensors: from files of any format and mode, and from items of data sets."""
 
 from __future__ import annotations
 
 import io
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from torch import Tensor
 from sparkmim.errors import UserError
 
 try:
-    # About a quarter faster than Pillow, with the same pixels. TorchVision has announced that it will go.
+    # About a quarter faster than Pillow, with the same pixels. TorchVision has announced its removal.
     from torchvision.io import ImageReadMode, decode_jpeg
 except ImportError:  # pragma: no cover
     decode_jpeg = None
@@ -28,12 +30,17 @@ _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
+_ACCEPTED = (
+    "a path, a PIL image, a uint8 or float tensor [C, H, W], a numpy array [H, W] or [H, W, C], "
+    "or a tuple, list or dict with one of these first, or as 'image'"
+)
+
 
 class UnreadableImage(Exception):
-    """A file, or an item of a dataset, that holds no readable image.
+    """A file, or an item of a data set, without a readable image.
 
     Attributes:
-        path: which one.
+        path: path of the file, or name of the item.
         reason: what is wrong with it.
     """
 
@@ -46,27 +53,88 @@ class UnreadableImage(Exception):
         return f"{self.path}: {self.reason}"
 
 
+def name_of(item: Any, place: int) -> str:
+    """Returns the name of an item in messages: its path, if it is one."""
+    return str(item) if isinstance(item, (str, Path)) else f"item {place}"
+
+
+def to_image(item: Any, channels: int, name: str = "item") -> Tensor:
+    """Returns the image in an item of a data set as uint8 `[channels, H, W]`.
+
+    Args:
+        item: a path, a PIL image, a uint8 or float tensor `[C, H, W]`, a numpy array `[H, W]` or `[H, W, C]`, or a
+            tuple, list or dict with one of these first, or as `image`. Floats in [0, 1] stand for 0 to 255, and are
+            rounded.
+        channels: files and PIL images are converted to 1 or 3; tensors and arrays must have this number.
+        name: name of the item in errors.
+
+    Raises:
+        TypeError: if the item is of another type.
+        UserError: if a tensor or array has another shape or range.
+        UnreadableImage: if the file or PIL image cannot be read.
+    """
+    if isinstance(item, Mapping):
+        if "image" not in item:
+            raise TypeError(f"{name} is a dict of {', '.join(map(repr, item)) or 'nothing'}, without 'image'")
+        item = item["image"]
+    elif isinstance(item, (tuple, list)):
+        if not item:
+            raise TypeError(f"{name} is an empty {type(item).__name__}; accepted is {_ACCEPTED}")
+        item = item[0]
+    if isinstance(item, (str, Path)):
+        return decode(item, channels)
+    if isinstance(item, Image.Image):
+        return from_pil(item, channels, name)
+    if isinstance(item, np.ndarray):
+        if item.ndim not in (2, 3):
+            raise UserError(f"{name} is an array of shape {list(item.shape)}; images are [H, W] or [H, W, C]")
+        pixels = torch.from_numpy(np.array(item))  # a copy: arrays may be read-only or flipped
+        item = (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)
+    elif not isinstance(item, Tensor):
+        raise TypeError(f"{name} is of type {type(item).__name__}; accepted is {_ACCEPTED}")
+    return _check_tensor(item.as_subclass(Tensor), channels, name)
+
+
+def _check_tensor(image: Tensor, channels: int, name: str) -> Tensor:
+    if image.ndim != 3 or image.numel() == 0:
+        raise UserError(f"{name} is a tensor of shape {list(image.shape)}; images are [C, H, W]")
+    if image.shape[0] != channels:
+        hint = "; arrays are [H, W, C] and tensors [C, H, W]" if image.shape[-1] == channels else ""
+        raise UserError(f"{name} has {image.shape[0]} channels, but channels is {channels}{hint}")
+    if image.dtype == torch.uint8:
+        return image
+    if not image.is_floating_point():
+        raise TypeError(f"{name} is of {image.dtype}; images are uint8, or float in [0, 1]")
+    low, high = image.min().item(), image.max().item()
+    if not (low >= 0 and high <= 1):  # so that NaN fails
+        raise UserError(
+            f"{name} has floats from {low:.3g} to {high:.3g}; they must lie in [0, 1]. "
+            "Leave normalising to the transform"
+        )
+    return image.mul(255).round().to(torch.uint8)
+
+
 def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     """Reads an image as uint8 `[channels, H, W]`, upright by its EXIF orientation.
 
-    The content tells the format, not the name. What is not 8-bit RGB or grey becomes so:
+    The format is recognised by the content, not by the name. Other modes than 8-bit RGB and grey are converted:
 
     - grey is repeated to RGB, RGB weighted to grey (ITU-R 601 luma), palettes and CMYK are converted;
-    - what is transparent shows white;
+    - transparent pixels become white;
     - 16-bit grey is divided by 257 and rounded; 16-bit colour keeps its high bytes; 1-bit becomes 0 and 255;
     - 32-bit integers and floats have no known range: the image's own minimum becomes 0, its maximum 255;
-    - of an animation or a multi-page file, the first frame counts.
+    - of an animation or a multi-page file, the first frame is read.
 
-    A JPEG that ends early is unreadable. One that is damaged in the middle, but complete, is not: it decodes to
-    some picture, and no decoder tells.
+    A JPEG that ends early is unreadable. One that is complete but damaged in the middle decodes to some picture, and no
+    decoder reports it.
 
     Args:
         path: the file.
         channels: 3 for RGB, 1 for grey.
-        upright: turned by its EXIF orientation; else as it is stored.
+        upright: whether to apply the EXIF orientation.
 
     Raises:
-        ValueError: if `channels` is neither 1 nor 3.
+        UserError: if `channels` is neither 1 nor 3.
         UnreadableImage: if the file is missing, empty, truncated, corrupt, no image, or of more than
             `MAX_PIXELS` pixels.
     """
@@ -81,52 +149,50 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         try:
             with Image.open(io.BytesIO(encoded)) as image:  # reads the header only
                 if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-                    with suppress(RuntimeError):  # Pillow may know better, and has the clearer errors
+                    with suppress(RuntimeError):  # Pillow may read it, and has the clearer errors
                         return _decode_jpeg(encoded, channels, upright)
                 if channels == 1:
-                    image.draft("L", image.size)  # grey is stored in a colour JPEG: torchvision takes it from there too
+                    image.draft("L", image.size)  # a colour JPEG stores grey: torchvision takes it from there too
                 return _to_tensor(image, channels, upright)
         except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
             raise UnreadableImage(path, reason_of(error)) from error
 
 
 def pixels_of(path: str | Path) -> int:
-    """How many pixels an image has by its header; none of them is decoded.
+    """Returns the number of pixels by an image's header.
+
+    Raises:
+        UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
+    """
+    (height, width), _ = stored_size(path)
+    return height * width
+
+
+def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
+    """Returns stored height and width by an image's header, and whether its EXIF orientation swaps them.
 
     Raises:
         UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
     """
     with strict_pillow():
-        (height, width), _ = stored_size(path)
-    return height * width
-
-
-def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
-    """Height and width of an image as it is stored, by its header, and whether its EXIF orientation swaps them.
-
-    To be called within `strict_pillow`, which concerns all threads.
-
-    Raises:
-        UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
-    """
-    try:
-        with Image.open(path) as image:
-            return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
-    except Exception as error:
-        raise UnreadableImage(path, reason_of(error)) from error
+        try:
+            with Image.open(path) as image:
+                return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
+        except Exception as error:
+            raise UnreadableImage(path, reason_of(error)) from error
 
 
 def decode_annotated(path: str | Path, size: tuple[int, int], whose: str, channels: int = 3) -> Tensor:
-    """Reads an image that somebody has annotated, uint8 `[channels, *size]`.
+    """Reads an annotated image as uint8 `[channels, *size]`.
 
-    It is turned upright by its EXIF orientation, as they saw it. Some annotate with tools that ignore it; there, only
-    the image as it is stored has the size that the annotation has, and so it is not turned.
+    Some annotation tools ignore the EXIF orientation. If the upright image is not of the annotation's size, but the
+    stored one is, the image is left as stored.
 
     Args:
         path: the file.
-        size: height and width that the annotation has.
-        whose: what a complaint calls the annotation.
-        channels: as for `decode`.
+        size: height and width of the annotation.
+        whose: name of the annotation in errors.
+        channels: 3 for RGB, 1 for grey.
 
     Raises:
         UnreadableImage: if it cannot be decoded, or is of another size.
@@ -141,7 +207,7 @@ def decode_annotated(path: str | Path, size: tuple[int, int], whose: str, channe
 
 
 def size_text(size: Sequence[int]) -> str:
-    """Height and width as people write them.
+    """Writes height and width as width×height.
 
     Example:
         >>> size_text((480, 640))
@@ -151,16 +217,16 @@ def size_text(size: Sequence[int]) -> str:
 
 
 def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tensor:
-    """The same for an image that Pillow holds already, loaded or not: uint8 `[channels, H, W]`.
+    """Converts a PIL image to uint8 `[channels, H, W]`, as `decode` does.
 
     Args:
-        image: not changed, but loaded.
+        image: loaded by this, but not changed.
         channels: 3 for RGB, 1 for grey.
-        name: what an error calls it.
+        name: name of the image in errors.
 
     Raises:
-        ValueError: if `channels` is neither 1 nor 3.
-        UnreadableImage: if it can't be loaded, or its mode not be converted.
+        UserError: if `channels` is neither 1 nor 3.
+        UnreadableImage: if it cannot be loaded, or its mode not be converted.
     """
     check_channels(channels)
     with strict_pillow():
@@ -171,7 +237,7 @@ def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tens
 
 
 def check_channels(channels: int) -> None:
-    """Raises a ValueError unless `channels` is 1 or 3."""
+    """Raises a `UserError` unless `channels` is 1 or 3."""
     if channels not in (1, 3):
         raise UserError(f"channels is {channels}; image files are read with 3 (RGB) or 1 (grey)")
 
@@ -199,12 +265,12 @@ def _to_tensor(image: Image.Image, channels: int, upright: bool = True) -> Tenso
 def _upright(image: Image.Image) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
-    except Exception:  # broken EXIF data says nothing about the orientation
+    except Exception:  # broken EXIF data give no orientation
         return image
 
 
 def _to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
-    """Scales the modes of more than 8 bits, which Pillow's own conversion would clip."""
+    """Scales modes of more than 8 bits, which Pillow's own conversion would clip."""
     if not image.mode.startswith(("I", "F")):
         return image
     values = np.array(image).astype(np.float64)  # [h, w]
@@ -218,20 +284,38 @@ def _to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
+_lock = threading.Lock()
+_inside = 0
+_outside = ExitStack()
+
+
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Sets Pillow's guard against decompression bombs to `MAX_PIXELS`, and keeps all decoders' warnings in."""
-    limit = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and raises at twice as many
-    try:
-        with warnings.catch_warnings():
+    """Limits images to `MAX_PIXELS`, and silences decoders' warnings.
+
+    May be entered by several threads at once, and within itself.
+    """
+    # Pillow takes its limit from a global alone (TIFF files ask for it as late as when pixels are loaded), and filters
+    # of warnings are global too: the first thread to enter sets both, and the last to leave restores them.
+    global _inside
+    with _lock:
+        _inside += 1
+        if _inside == 1:
+            _outside.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
+            Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and raises at twice as many
+            _outside.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
-            yield
+    try:
+        yield
     finally:
-        Image.MAX_IMAGE_PIXELS = limit
+        with _lock:
+            _inside -= 1
+            if _inside == 0:
+                _outside.close()
 
 
 def reason_of(error: Exception) -> str:
+    """Writes a decoder's error in one phrase."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image of a known format"
     if isinstance(error, Image.DecompressionBombError):

@@ -1,4 +1,4 @@
-"""Finding the images of a folder, or of a text file of paths."""
+"""Finds the images of a folder, or of a text file of paths."""
 
 from __future__ import annotations
 
@@ -13,23 +13,24 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.status import Status
 
-from sparkmim.data.arrays import ARRAY_SUFFIXES
+from sparkmim.data.problems import counted
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.files import replacing
 
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
-"""What the name of an image ends in, in upper or lower case."""
+"""Endings of image files' names, in upper or lower case."""
 
 CACHE_ABOVE = 10_000
-"""A scan that found more images than this is remembered."""
+"""Scans that find more images than this are cached."""
 
-# A folder that changed this shortly before it was listed may have changed again within the same tick of its clock.
 _SETTLED_NS = 2_000_000_000
+"""A folder that changed this shortly before it was listed may have changed again within the same tick of its clock."""
 
 
 class Listing(NamedTuple):
-    """What one folder holds, at one modification time."""
+    """Content of one folder, at one modification time."""
 
     mtime_ns: int
     images: list[str]
@@ -39,27 +40,27 @@ class Listing(NamedTuple):
 def find_images(
     data: str | Path, cache: Path | None = None, progress: bool = True, suffixes: tuple[str, ...] = SUFFIXES
 ) -> list[str]:
-    """The images of a folder, at any depth, or those that a text file names.
+    """Finds the images of a folder, at any depth, or those that a text file names.
 
-    A folder is searched for files that end in one of `suffixes`; hidden files and folders are left out, links are
-    followed, and no folder is entered twice. Large scans are remembered, and only folders whose modification
-    time changed since are listed again.
+    A folder is searched for names that end in one of `suffixes`; hidden files and folders are left out, links are
+    followed, and no folder is entered twice. Large scans are cached, and only folders whose modification time has
+    changed since are listed again.
 
     A text file has one path per line, absolute or relative to the file's own folder. Empty lines and lines that
-    start with `#` are left out; the order is kept.
+    start with `#` are skipped; the order is kept.
 
     Args:
-        data: the folder or text file.
-        cache: the folder in which scans are remembered; `sparkmim` in the user's cache folder by default.
+        data: folder or text file.
+        cache: folder of cached scans; `sparkmim` in the user's cache folder by default.
         progress: whether a scan of more than a second shows a count on stderr.
-        suffixes: what the names end in, in lower case.
+        suffixes: endings of the names, in lower case.
 
     Returns:
         Absolute paths; those of a folder are sorted.
 
     Raises:
-        FileNotFoundError: if `data`, or a file that it names, does not exist.
-        ValueError: if there is no image, or `data` is neither a folder nor a text file.
+        MissingPath: if `data`, or a file that it names, does not exist.
+        UserError: if there is no image, or `data` is neither a folder nor a text file.
     """
     root = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100 (removes "..", resolves no links)
     if root.is_dir():
@@ -69,28 +70,6 @@ def find_images(
     if root.name.lower().endswith(suffixes):
         raise UserError(f"{root} is a single image; give a folder of images, or a text file of paths")
     return _read_list(root)
-
-
-def find_items(data: str | Path, channels: int, rank: int) -> tuple[list[str], bool]:
-    """The files of a data set as `find_images` finds them, of one kind; and whether they are arrays.
-
-    Images of 1 or 3 channels come from image files if there are any, else from array files; signals, volumes and other
-    numbers of channels from array files.
-
-    Raises:
-        FileNotFoundError: as `find_images`; also `ValueError`, if there are only image files where arrays are needed.
-    """
-    paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
-    arrays = [path for path in paths if path.lower().endswith(ARRAY_SUFFIXES)]
-    images = [path for path in paths if not path.lower().endswith(ARRAY_SUFFIXES)]
-    chosen = arrays if rank != 2 or channels not in (1, 3) or not images else images
-    if not chosen:
-        kind = f"{channels} channel(s)" if rank == 2 else {1: "signals", 3: "volumes"}[rank]
-        raise UserError(
-            f"{data} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
-            f"{', '.join(ARRAY_SUFFIXES)} files"
-        )
-    return chosen, chosen is arrays
 
 
 def _read_list(file: Path) -> list[str]:
@@ -123,7 +102,7 @@ def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str
             folder = todo.pop()
             try:
                 stat = os.stat(folder)  # noqa: PTH116
-                if (stat.st_dev, stat.st_ino) in visited:  # a link back to where we were
+                if (stat.st_dev, stat.st_ino) in visited:  # a link back
                     continue
                 visited.add((stat.st_dev, stat.st_ino))
                 listing = known.get(folder)
@@ -136,7 +115,7 @@ def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str
                 continue
             listings[folder] = listing
             paths.extend(os.path.join(folder, name) for name in listing.images)  # noqa: PTH118
-            # The first by name is entered first, so of two links to one folder it is always the same that counts.
+            # The first by name is entered first, so that of two links to one folder always the same one is followed.
             todo.extend(os.path.join(folder, name) for name in reversed(listing.folders))  # noqa: PTH118
             if progress and status is None and time.time_ns() - begun > 1_000_000_000:
                 status = Console(stderr=True).status("")
@@ -169,7 +148,7 @@ def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
 
 
 def _inside(root: Path) -> str:
-    """What a folder without images holds, in words."""
+    """Describes what a folder without images holds."""
     folders, count, example = 0, 0, ""
     for _, inner, files in os.walk(root):
         folders += len(inner)
@@ -177,10 +156,8 @@ def _inside(root: Path) -> str:
         example = example or min(files, default="")
     if not folders and not count:
         return "nothing"
-    found_folders = f"{folders:,} sub-folder{'s' if folders != 1 else ''}"
-    if not count:
-        return f"{found_folders} and no files"
-    return f"{found_folders} and {count:,} file{'s' if count != 1 else ''} such as {example}"
+    files_found = f"{counted(count, 'file')} such as {example}" if count else "no files"
+    return f"{counted(folders, 'sub-folder')} and {files_found}"
 
 
 def _user_cache() -> Path:
@@ -194,16 +171,14 @@ def _load(memory: Path, root: Path, suffixes: tuple[str, ...]) -> dict[str, List
         if stored["root"] != str(root) or stored["suffixes"] != list(suffixes):
             return {}
         return {folder: Listing(*listing) for folder, listing in stored["folders"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not one of ours: scan afresh
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # none, or not ours: scan afresh
         return {}
 
 
 def _save(memory: Path, root: Path, suffixes: tuple[str, ...], listings: dict[str, Listing]) -> None:
     stored = {"root": str(root), "suffixes": suffixes, "folders": listings}
-    partial = memory.with_suffix(f".{os.getpid()}")
     try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(stored), encoding="utf-8")
-        partial.replace(memory)  # processes that read it meanwhile see the old or the new, never half of it
-    except OSError as error:
+        with replacing(memory) as partial:
+            partial.write_text(json.dumps(stored), encoding="utf-8")
+    except UserError as error:
         log.warning("could not remember the scan of %s: %s", root, error)

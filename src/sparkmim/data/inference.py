@@ -1,4 +1,4 @@
-"""Whole images as a network takes them: read in order, without anything random."""
+"""Batches for inference: whole images in order, without anything random."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from sparkmim.data.arrays import MissingPackage, WholeArray
-from sparkmim.data.augmentation import eval_transform, normalisation
-from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.augmentation import eval_transform
+from sparkmim.data.dataset import share_paths
+from sparkmim.data.decoding import UnreadableImage, name_of
 from sparkmim.data.loading import leave_signals_to_the_parent
 from sparkmim.data.source import Source
-from sparkmim.errors import UserError
 
 CROP = 0.875
-"""Share of the resized image that the centre crop shows, where a weight file names none: 224 of 256."""
+"""Share of the resized image that the centre crop shows, if weights do not say: 224 of 256."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Preparation:
     """How images become a network's input, without anything random.
 
     Attributes:
-        image_size: per axis.
-        channels: of an image.
-        mean: of each channel, as the network was trained; None if that is not known.
-        std: as mean.
+        image_size: input size per axis.
+        channels: image channels.
+        mean: mean per channel, as in training; None if that is not known.
+        std: standard deviation per channel, as mean.
         crop: share of the resized image that the centre crop shows; None to resize it whole, as arrays always are.
     """
 
@@ -50,40 +50,24 @@ class Preparation:
     def of(
         cls, known: Mapping[str, Any], channels: int, image_size: int | Sequence[int] | None, crop: float | None
     ) -> Preparation:
-        """What the metadata of weights say of their images, or what is given instead.
-
-        Raises:
-            ValueError: if a size or the crop is out of range.
-        """
+        """Takes what is given, and the rest from the metadata of weights."""
         size = known.get("image_size") or (224, 224)
         if isinstance(image_size, int):
             size = (image_size,) * len(size)
         elif image_size is not None:
             size = tuple(image_size)
-        if not 1 <= len(size) <= 3 or min(size) < 1:
-            raise UserError(f"image_size is {list(size)}; give one number above 0, or one per axis")
         if crop is None:
             crop = known.get("crop", CROP)
-        elif not 0 <= crop <= 1:
-            raise UserError(f"crop is {crop}; it is a share of the image, at most 1, or 0 to resize it whole")
         return cls(tuple(size), channels, known.get("mean"), known.get("std"), crop or None)
 
     def settled(self, source: Source) -> Preparation:
-        """With mean and std, where they are unknown: ImageNet's for images, those of the source for arrays."""
-        if self.mean is not None and self.std is not None:
-            return self
-        if source.arrays:
-            found = source.statistics()
-            return replace(self, mean=found.mean, std=found.std)
-        mean, std = normalisation(self.channels)
+        """Fills unknown mean and std with those that `Source.normalisation` settles."""
+        mean, std = source.normalisation(self.mean, self.std)
         return replace(self, mean=mean, std=std)
 
     def transform(self, source: Source) -> Callable[[Any], Tensor]:
-        """From what `source` reads to float32 `[C, *image_size]`, normalised as `settled` says."""
-        known = self.settled(source)
-        mean, std = known.mean, known.std
-        assert mean is not None
-        assert std is not None
+        """Makes the transform from what `source` reads to float32 `[C, *image_size]`."""
+        mean, std = source.normalisation(self.mean, self.std)
         if source.arrays:
             return WholeArray(self.image_size, mean, std)
         height, width = self.image_size
@@ -92,13 +76,13 @@ class Preparation:
 
 @dataclass
 class Batch:
-    """Some images in the order of their source.
+    """Images in the order of their source.
 
     Attributes:
-        images: those that could be read, `[b, C, *S]`; None if there is none.
-        places: of these, in the source.
-        names: of these: paths, or numbers of items.
-        unreadable: place, name and reason of the others.
+        images: readable images, `[b, C, *S]`; None if there is none.
+        places: their places in the source.
+        names: their paths, or numbers of items.
+        unreadable: place, name and reason of each unreadable image.
     """
 
     images: Tensor | None
@@ -108,10 +92,10 @@ class Batch:
 
 
 class _Stills(Dataset[tuple[int, str, Tensor | str]]):
-    """Place, name, and image or reason of every item."""
+    """Place, name, and image of every item; of an unreadable one, the reason in place of the image."""
 
-    def __init__(self, items: Any, read: Callable[[Any, str], Any], transform: Callable[[Any], Tensor]) -> None:
-        self.items, self.read, self.transform = items, read, transform
+    def __init__(self, items: Any, read: Callable[..., Any], transform: Callable[[Any], Tensor]) -> None:
+        self.items, self.read, self.transform = share_paths(items), read, transform
 
     def __len__(self) -> int:
         return len(self.items)
@@ -120,9 +104,8 @@ class _Stills(Dataset[tuple[int, str, Tensor | str]]):
         name = f"item {place}"
         try:
             item = self.items[place]
-            if isinstance(self.items, list) and isinstance(item, str):
-                name = item
-            return place, name, self.transform(self.read(item, name))
+            name = name_of(item, place)
+            return place, name, self.transform(self.read(item, name=name))
         except MissingPackage:
             raise
         except UnreadableImage as error:
@@ -144,25 +127,18 @@ def _collate(samples: list[tuple[int, str, Tensor | str]]) -> Batch:
 def still_batches(
     source: Source, preparation: Preparation, batch_size: int, workers: int | None, device: torch.device, doing: str
 ) -> Iterator[Batch]:
-    """Reads images in order, with the progress on stderr if that is a terminal.
+    """Reads images in order, and shows progress on stderr if that is a terminal.
 
     Args:
-        source: what to read.
-        preparation: what becomes of it.
-        batch_size: items at a time; of which those that are unreadable are left out.
-        workers: loader processes; None for a number that suits the machine.
-        device: where the images go.
-        doing: a word for the progress bar.
-
-    Raises:
-        ValueError: if `batch_size` or `workers` is out of range.
+        source: images to read.
+        preparation: how they become the network's input.
+        batch_size: items per batch, of which unreadable ones are left out.
+        workers: loader workers; None for 2, or 0 if there is a single batch.
+        device: device of the images.
+        doing: words for the progress bar.
     """
-    if batch_size < 1:
-        raise UserError(f"batch_size is {batch_size}; it must be above 0")
-    if workers is not None and workers < 0:
-        raise UserError(f"workers is {workers}; it must be 0 or above")
     if workers is None:
-        workers = 2 if len(source.items) > batch_size else 0  # a single batch is read sooner than they are started
+        workers = 2 if len(source.items) > batch_size else 0  # reading one batch beats starting workers
     loader = DataLoader(
         _Stills(source.items, source.read, preparation.transform(source)), batch_size, num_workers=workers,
         collate_fn=_collate, worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",

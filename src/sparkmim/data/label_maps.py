@@ -1,13 +1,13 @@
-"""Images with a class for each pixel: where they are, what is wrong with them, and how they are read."""
+"""Images with label maps: finding, reading and checking them."""
 
 from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
+from sparkmim.data.dataset import SharedPaths
 from sparkmim.data.decoding import (
     UnreadableImage,
     decode_annotated,
@@ -27,46 +28,45 @@ from sparkmim.data.decoding import (
     stored_size,
     strict_pillow,
 )
-from sparkmim.data.discovery import SUFFIXES, find_images, find_items
+from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
-from sparkmim.data.problems import Findings, counted, few
+from sparkmim.data.problems import Problems, counted, few
+from sparkmim.data.source import Source
 from sparkmim.errors import MissingPath, UserError
 
-T = TypeVar("T")
-
 IGNORED = -1
-"""The class of pixels that count for nothing, in label maps as they are handed on."""
+"""Class of ignored pixels, in label maps as read."""
 
 LABEL_FOLDERS = ("labels", "annotations", "masks")
-"""Names of the folder of label maps; of several, the first that is there."""
+"""Names of the folder of label maps; the first that exists is used."""
 
 _GREY = {"L", "P", "1", "I", "I;16", "I;16B", "I;16L"}
-"""Pillow's names of images whose pixels are single integers."""
+"""Pillow's modes of images whose pixels are single integers."""
 
 _SPREAD = {"L;2": 85, "L;4": 17}
-"""What Pillow multiplies grey values of 2 and 4 bits by, to fill the range of 8."""
+"""Factors by which Pillow spreads grey values of 2 and 4 bits over the range of 8."""
 
 _THREADS = 8
 
 
-# Where they are
+# Finding
 
 
 class SegmentationFiles(NamedTuple):
-    """A folder of images, and that of their label maps."""
+    """Folder of images, and folder of their label maps."""
 
     images: Path
     labels: Path
 
 
 def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
-    """A part of a data set, to train or to validate on, by the names that are in use.
+    """Finds a part of a data set by the usual names.
 
-    `images/train/` and `labels/train/`, or `training`; and `images/val/` and `labels/val/`, or `valid`, `validation`,
-    `test`. Instead of `labels/`, `annotations/` (as ADE20K has it) or `masks/`.
+    `images/train/` and `labels/train/`, or `training`; `images/val/` and `labels/val/`, or `valid`, `validation`,
+    `test`. Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`.
 
     Raises:
-        FileNotFoundError: if there is no such folder, no images of this part, or no label maps for them.
+        MissingPath: if there is no such folder, no images of this part, or no label maps for them.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
@@ -75,7 +75,7 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
     if name is None:
         raise MissingPath(
             f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, "
-            "nor this under another usual name; name the folders of images and of label maps"
+            "nor a folder of another usual name; name the folders of images and of label maps"
         )
     labels = next((root / folder / name for folder in LABEL_FOLDERS if (root / folder / name).is_dir()), None)
     if labels is None:
@@ -85,87 +85,92 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
 
 
 def read_class_names(file: str | Path) -> list[str]:
-    """Names of classes, one a line, from class 0 on; empty lines at the end do not count.
+    """Reads the names of classes, one per line, from class 0 on; empty lines at the end are ignored.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if a line is empty, or a name there twice.
+        MissingPath: if there is no such file.
+        UserError: if a line is empty, or two names are equal.
     """
     file = Path(file).expanduser()
     if not file.is_file():
         raise MissingPath(f"there is no file of class names {file}")
     names = [line.strip() for line in file.read_text(encoding="utf-8-sig").rstrip().split("\n")]
     if not all(names):
-        raise UserError(f"{file} should name a class a line, but line {names.index('') + 1} is empty")
+        raise UserError(f"{file} must name one class per line, but line {names.index('') + 1} is empty")
     twice = [name for number, name in enumerate(names) if name in names[:number]]
     if twice:
         raise UserError(f"{file} names a class twice: {few(twice)}")
     return names
 
 
-# How they are read
+# Reading
 
 
 class SegmentationImages(Dataset[Any]):
-    """Images with their label maps, which have the same path and name, but for the ending. Made by `open_segmentation`.
+    """Images with their label maps, which have the same path and name, except for the ending.
 
-    An item is an image, `tv_tensors.Image [C, H, W]`, and its classes, int32 `tv_tensors.Mask [H, W]`, `IGNORED` where
-    a pixel counts for nothing. Images are uint8, upright by their EXIF orientation unless the label map is not; arrays
-    are float32, in their own units.
+    `open_segmentation` makes it. An item is an image, `tv_tensors.Image [C, H, W]`, and its classes, int32
+    `tv_tensors.Mask [H, W]`, `IGNORED` for ignored pixels. Images are uint8, upright by their EXIF orientation unless
+    the label map is not; arrays are float32, in their own units.
 
     Attributes:
-        files: the two folders.
-        channels: of an image.
-        arrays: whether images come from array files.
-        ignore: the value in label maps of pixels that count for nothing.
-        reduce: whether 0 stands for such pixels too, and other values for the class before them.
+        files: folders of images and label maps.
+        channels: image channels.
+        arrays: whether images are array files.
+        ignore: value of ignored pixels in label maps.
+        reduce: whether pixels of value 0 are ignored too, and class 0 has the value 1.
+        problems: problems of the folders; those of the files' content are found by `check_segmentation`.
     """
 
     def __init__(self, files: SegmentationFiles, channels: int, ignore: int, reduce: bool) -> None:
         self.files, self.channels, self.ignore, self.reduce = files, channels, ignore, reduce
-        self.findings = Findings()
-        nothing: list[str] = []
-        paths, self.arrays = self._tried(lambda: find_items(files.images, channels, 2), (nothing, False))
-        images = _by_stem(paths, files.images)
-        labels = _by_stem(self._tried(lambda: find_images(files.labels, suffixes=(".png",)), nothing), files.labels)
+        self.problems = Problems()
+        found = Source([], False, channels, 2)
+        label_paths: list[str] = []
+        try:
+            found = Source.of_files(files.images, channels, 2)
+        except UserError as error:
+            self.problems.fatal.append(str(error))
+        try:
+            label_paths = find_images(files.labels, suffixes=(".png",))
+        except UserError as error:
+            self.problems.fatal.append(str(error))
+        self.arrays = found.arrays
+        images, labels = _by_stem(found.items, files.images), _by_stem(label_paths, files.labels)
         both = sorted(images.keys() & labels.keys())
         for what, stems in (("image", images), ("label map", labels)):
             twice = [few(paths) for stem in both if len(paths := stems[stem]) > 1]
             if twice:
-                self.findings.fatal.append(f"{counted(len(twice), what)} with another of the same name: {twice[0]}")
+                self.problems.fatal.append(f"{counted(len(twice), what)} with another of the same name: {twice[0]}")
         if images and labels:
             for what, these, others in (("image", images, labels), ("label map", labels, images)):
                 alone = [these[stem][0] for stem in sorted(these.keys() - others.keys())]
                 if alone:
                     other = "label map" if what == "image" else "image"
-                    self.findings.fatal.append(f"{counted(len(alone), what)} without {other}: {few(alone)}")
-        # One block of memory each, which worker processes share. Strings would be copied by counting references.
-        self._images = np.array([os.fsencode(images[stem][0]) for stem in both])
-        self._labels = np.array([os.fsencode(labels[stem][0]) for stem in both])
-
-    def _tried(self, find: Callable[[], T], otherwise: T) -> T:
-        """What is found; if there is nothing, that is a finding as well."""
-        try:
-            return find()
-        except UserError as error:
-            self.findings.fatal.append(str(error))
-            return otherwise
+                    self.problems.fatal.append(f"{counted(len(alone), what)} without {other}: {few(alone)}")
+        self._images = SharedPaths(images[stem][0] for stem in both)
+        self._labels = SharedPaths(labels[stem][0] for stem in both)
 
     def __len__(self) -> int:
         return len(self._images)
 
     def name(self, place: int) -> str:
-        """An image's path, relative to the folder."""
-        return os.fsdecode(self._images[place])
+        """Returns an image's path, relative to the folder."""
+        return self._images[place]
+
+    @property
+    def source(self) -> Source:
+        """The images without their label maps."""
+        paths = [str(self.files.images / self.name(place)) for place in range(len(self))]
+        return Source(paths, self.arrays, self.channels, 2)
 
     def label_path(self, place: int) -> Path:
-        """The file of a label map."""
-        return self.files.labels / os.fsdecode(self._labels[place])
+        """Returns the path of a label map."""
+        return self.files.labels / self._labels[place]
 
     def __getitem__(self, place: int) -> tuple[tv_tensors.Image, tv_tensors.Mask]:
         path = self.files.images / self.name(place)
-        with strict_pillow():
-            values = read_values(self.label_path(place))  # [h, w]
+        values = read_values(self.label_path(place))  # [h, w]
         size = (values.shape[0], values.shape[1])
         if self.arrays:
             array = to_array(path, self.channels, 2)
@@ -179,18 +184,15 @@ class SegmentationImages(Dataset[Any]):
         return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._classes(values)))
 
     def _classes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """Values of label maps as classes, in any shape."""
+        """Converts values of label maps, in any shape, to classes."""
         ignored = values == self.ignore
         classes = values.astype(np.int32) - self.reduce
         classes[ignored] = IGNORED  # and where 0 was reduced
         return classes
 
     def look(self, place: int) -> _Look:
-        """What is in a label map, and whether it fits the image; of the image, the header alone is read.
-
-        To be called within `strict_pillow`, which concerns all threads.
-        """
-        label, name = os.fsdecode(self._labels[place]), self.name(place)
+        """Looks at a label map, and checks that it fits the image, by the image's header."""
+        label, name = self._labels[place], self.name(place)
         try:
             values = read_values(self.label_path(place))
         except UnreadableImage as error:
@@ -216,7 +218,7 @@ class SegmentationImages(Dataset[Any]):
 
 
 def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
-    """Names relative to a folder, by what they are without their ending."""
+    """Groups names relative to a folder by their stem."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in paths:
         name = os.path.relpath(path, folder)
@@ -226,20 +228,18 @@ def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
 
 
 class NotIndices(UserError):
-    """An image whose pixels are colours."""
+    """A label map whose pixels are colours."""
 
 
 def read_values(path: Path) -> npt.NDArray[Any]:
-    """The integers `[h, w]` in a label map: grey values, or numbers of a palette's colours.
-
-    To be called within `strict_pillow`, which concerns all threads.
+    """Reads the integers `[h, w]` of a label map: grey values, or indices into a palette.
 
     Raises:
-        NotIndices: if it holds colours instead.
+        NotIndices: if it holds colours.
         UnreadableImage: if it cannot be read.
     """
     try:
-        with Image.open(path) as image:
+        with strict_pillow(), Image.open(path) as image:
             if image.mode not in _GREY:
                 raise NotIndices(image.mode)
             spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
@@ -254,18 +254,18 @@ def read_values(path: Path) -> npt.NDArray[Any]:
 def open_segmentation(
     images: str | Path, labels: str | Path, channels: int = 3, ignore: int = 255, reduce: bool = False
 ) -> SegmentationImages:
-    """Opens a folder of images and one of label maps. What is wrong with them, `check_segmentation` tells.
+    """Opens a folder of images and one of label maps. `check_segmentation` reports problems with them.
 
     Args:
-        images: of images, at any depth; or, for channels other than 1 or 3, of arrays.
-        labels: of PNG files whose values are classes: grey of up to 16 bits, or with a palette. Each has the path and
-            name of its image, but for the ending.
-        channels: of an image.
-        ignore: the value of pixels that count for nothing.
-        reduce: whether 0 stands for such pixels too, and other values for the class before them, as in ADE20K.
+        images: folder of images or arrays, at any depth.
+        labels: folder of PNG files whose values are classes: grey of up to 16 bits, or with a palette. Each has the
+            path and name of its image, except for the ending.
+        channels: image channels.
+        ignore: value of ignored pixels.
+        reduce: whether pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
+        MissingPath: if there is no such folder.
     """
     files = SegmentationFiles(*(Path(folder).expanduser().absolute() for folder in (images, labels)))
     for folder, what in zip(files, ("images", "label maps"), strict=True):
@@ -274,16 +274,16 @@ def open_segmentation(
     return SegmentationImages(files, channels, ignore, reduce)
 
 
-# What is wrong with them
+# Checking
 
 
 class _Look(NamedTuple):
-    """What one label map holds.
+    """What was seen in one label map.
 
     Attributes:
-        wrong: "" if nothing is; else a key of `_WRONG`, or `image` for an image that cannot be read.
-        what: its name, and the details.
-        classes: pixels of each class.
+        wrong: key of `_WRONG`, `image` for an image that cannot be read, or "" if nothing is wrong.
+        what: name of the file, and details.
+        classes: number of pixels by class.
     """
 
     wrong: str
@@ -301,23 +301,25 @@ _WRONG = {
 def check_segmentation(
     parts: Sequence[SegmentationImages], names: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
-    """Looks for everything that can be wrong with data, in every label map and the header of every image.
+    """Checks every label map, and the header of every image.
 
-    Fatal are images without label map, label maps without image, of another size, of colours instead of class numbers,
-    or unreadable; values that are no class; no images, or none with a class; a single class. Progress is shown on
-    stderr if that is a terminal.
+    Fatal are images without label map; label maps without image, of another size than it, of colours instead of class
+    numbers, or unreadable; values that are no class; a part without images or classes; a single class. Shows progress
+    on stderr if that is a terminal.
+
+    This reads every label map, so in a distributed run one process should do it: results and errors pickle.
 
     Args:
-        parts: to train and to validate on, or one of them.
-        names: of the classes; None to count them.
+        parts: images to train on, to validate on, or both.
+        names: names of the classes; None to count classes.
 
     Returns:
-        The names of the classes, which are "0", "1", … unless they are given; and notes, a line each.
+        Names of the classes, "0", "1", … unless given; and notes, a line each.
 
     Raises:
-        ValueError: if something is fatal, with all of it and the notes.
+        UserError: if a problem is fatal; lists all problems.
     """
-    every = Findings()
+    every = Problems()
     seen: list[dict[int, int]] = []
     for part in parts:
         found, classes = _look_through(part, names)
@@ -329,12 +331,12 @@ def check_segmentation(
     if count < 2 and not every.fatal:
         only = f"class {listed[0]}" if listed else "no class"
         every.fatal.append(
-            f"there is {only} alone, but segmentation needs 2 or more classes, the background being one; pixels of "
-            f"{parts[0].ignore} count for nothing unless ignore is another value"
+            f"there is {only} alone, but segmentation needs 2 or more classes, the background included; pixels of "
+            f"value {parts[0].ignore} are ignored, unless ignore is another value"
         )
     for part, classes in zip(parts, seen, strict=True):
         if not classes and not every.fatal:
-            every.fatal.append(f"{part.files.labels}: every pixel of every label map counts for nothing")
+            every.fatal.append(f"{part.files.labels}: every pixel of every label map is ignored")
     without = [name for number, name in enumerate(listed) if number not in seen[0]]
     if without:
         every.notes.append(f"{counted(len(without), 'class', 'classes')} without a pixel in {parts[0].files.labels}: "
@@ -342,13 +344,13 @@ def check_segmentation(
     return listed, every.check(" and ".join(dict.fromkeys(str(part.files.images) for part in parts)))
 
 
-def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tuple[Findings, dict[int, int]]:
-    """What is wrong with a part, and how many pixels each class has."""
-    found = Findings(list(part.findings.fatal), list(part.findings.notes))
+def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tuple[Problems, dict[int, int]]:
+    """Returns the problems of a part, and its number of pixels by class."""
+    found = Problems(list(part.problems.fatal), list(part.problems.notes))
     wrong: dict[str, list[str]] = defaultdict(list)
     totals: dict[int, int] = defaultdict(int)
     console = Console(stderr=True)
-    with strict_pillow(), ThreadPoolExecutor(_THREADS) as pool:
+    with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(part.look, range(len(part)))
         for look in track(looks, f"checking {part.files.labels.name}", len(part), console=console, transient=True,
                           disable=not console.is_terminal):  # fmt: skip

@@ -1,4 +1,4 @@
-"""Labelled images: class folders, a table of paths and labels, or a dataset; and how they are split."""
+"""Labelled images: class folders, a table of paths and labels, or a dataset."""
 
 from __future__ import annotations
 
@@ -15,19 +15,20 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from sparkmim.data.discovery import SUFFIXES, find_images
+from sparkmim.data.problems import counted, few
 from sparkmim.errors import MissingPath, UserError
 
 Part = Literal["train", "val"]
-"""What a data set is split into: images to train on, and to validate on."""
+"""Part of a data set: images to train on, or to validate on."""
 
 PART_NAMES: dict[Part, tuple[str, ...]] = {
     "train": ("train", "training"),
     "val": ("val", "valid", "validation", "test", "testing"),
 }
-"""Folder names of each; of several, the first that is there."""
+"""Folder names of each part; the first that exists is used."""
 
 PURPOSE: dict[Part, str] = {"train": "train on", "val": "validate on"}
-"""What each is for, in sentences."""
+"""Purpose of each part, in sentences."""
 
 _PATH_COLUMNS = ("path", "file", "filename", "image")
 _LABEL_COLUMNS = ("label", "class", "category", "target")
@@ -38,9 +39,9 @@ class Labelled:
     """Images with their classes.
 
     Attributes:
-        items: paths, or a dataset whose items hold an image first.
-        labels: long `[n]`, places in `classes`.
-        classes: names, in order.
+        items: list of paths, or a dataset whose items hold an image first.
+        labels: long `[n]`, indices into `classes`.
+        classes: names of the classes.
     """
 
     items: Any
@@ -51,13 +52,13 @@ class Labelled:
         return len(self.items)
 
     def take(self, chosen: Sequence[int]) -> Labelled:
-        """Some of them."""
+        """Returns the chosen images."""
         paths = isinstance(self.items, list)
         items = [self.items[i] for i in chosen] if paths else Subset(self.items, list(chosen))
         return Labelled(items, self.labels[list(chosen)], self.classes)
 
     def draw(self, per_class: int, generator: torch.Generator) -> Labelled:
-        """So many images of each class, or all where there are fewer.
+        """Draws `per_class` images of each class, or all of a class that has fewer.
 
         Example:
             >>> images = Labelled(list("abcdef"), torch.tensor([0, 0, 0, 1, 1, 1]), ["x", "y"])
@@ -72,10 +73,13 @@ class Labelled:
         return self.take(chosen)
 
     def split(self, share: float, seed: int) -> tuple[Labelled, Labelled]:
-        """Sets a share of every class apart, at least one image of each: what is left, and what was set apart.
+        """Sets apart a share of every class, at least one image.
+
+        Returns:
+            The remaining images, and those set apart.
 
         Raises:
-            ValueError: if a class has a single image, or the share is no share.
+            UserError: if a class has a single image.
         """
         if not 0 < share < 1:
             raise UserError(f"val_split is {share}; it is a share of the images, between 0 and 1")
@@ -96,25 +100,27 @@ class Labelled:
 def open_labelled(
     data: Any, val_data: Any | None = None, val_split: float | None = None, seed: int = 0
 ) -> tuple[Labelled, Labelled | None]:
-    """Finds labelled images, for training and for validation.
+    """Finds labelled images for training and validation.
 
-    `data` is a folder with `train/` and `val/` (or `valid`, `validation`, `test`) that hold a folder per class; a
-    folder that holds a folder per class itself; a CSV file with a header and columns `path` and `label`, and maybe
-    `split`, whose paths are relative to it; or a map-style dataset of (image, label), with names in `classes` if it
-    has them.
+    `data` is one of
+
+    - a folder with `train/` and `val/` (or `valid`, `validation`, `test`), each with a folder per class;
+    - a folder with a folder per class;
+    - a CSV file with a header, columns `path` and `label`, and optionally `split`; paths are relative to the file;
+    - a map-style dataset of (image, label), with names in `classes` if it has them.
 
     Args:
-        data: as above; also `val_data`, which must have the same classes.
-        val_data: validation images that stand elsewhere.
-        val_split: share of every class to set apart for validation where there is none.
-        seed: of that split.
+        data: as above.
+        val_data: validation images from elsewhere, as `data`; of no other classes.
+        val_split: share of every class to set apart if there are no validation images.
+        seed: seed of that split.
 
     Returns:
-        Images to train on, and to validate on; None where there are none.
+        Images to train on, and to validate on; None if there are no validation images.
 
     Raises:
-        ValueError: if there are no images, no classes, or the two sets differ in classes.
-        FileNotFoundError: if a path does not exist.
+        UserError: if there are no images or no classes, or if validation has classes that training lacks.
+        MissingPath: if a path does not exist.
     """
     if data is None:
         raise UserError("no data given; --data names a folder with a folder per class, or a CSV file")
@@ -132,11 +138,12 @@ def open_labelled(
 
 
 def _with_classes(images: Labelled, classes: list[str]) -> Labelled:
-    """The same images under the class numbers of training, of which validation may lack some."""
+    """Numbers the classes of validation images as in training."""
     unknown = sorted(set(images.classes) - set(classes))
     if unknown:
         raise UserError(
-            f"{len(unknown)} class(es) of the validation images have none for training: {', '.join(unknown[:5])}"
+            f"{counted(len(unknown), 'class', 'classes')} of the validation images without images to train on: "
+            f"{few(unknown, 5)}"
         )
     place = torch.tensor([classes.index(name) for name in images.classes])
     return Labelled(images.items, place[images.labels], classes)
@@ -164,8 +171,8 @@ def _of_folder(root: Path, fewest: int = 2) -> Labelled:
     loose = [name for path, name in zip(paths, names, strict=True) if Path(path).parent == root]
     classes = sorted(set(names) - set(loose))
     if loose or len(classes) < fewest:
-        found = f"{len(loose)} image(s) lie in no class folder" if loose else f"only one class folder, {classes[0]}"
-        raise UserError(f"{root} should hold a folder per class, but {found}; or give a CSV file of path and label")
+        found = f"{counted(len(loose), 'image')} outside of them" if loose else f"only one class folder, {classes[0]}"
+        raise UserError(f"{root} must hold a folder per class, but has {found}; or give a CSV file of path and label")
     number = {name: place for place, name in enumerate(classes)}
     return Labelled(paths, torch.tensor([number[name] for name in names]), classes)
 
@@ -207,13 +214,13 @@ def _of_table(file: Path) -> tuple[Labelled, Labelled | None]:
         parts.append(None if name is None else every.take([i for i, split in enumerate(splits) if split == name]))
     train, val = parts
     if train is None:
-        raise UserError(f"column split of {file} has no row `train`; it has {', '.join(sorted(set(splits))[:5])}")
+        raise UserError(f"column split of {file} has no row `train`; it has {few(sorted(set(splits)), 5)}")
     return train, val
 
 
 def _of_dataset(data: Any) -> Labelled:
     if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise UserError(f"data is a {type(data).__name__}; pass a path, or a dataset with a length and items")
+        raise UserError(f"data is of type {type(data).__name__}; pass a path, or a dataset with a length and items")
     if len(data) == 0:
         raise UserError("data is a dataset without items")
     labels = getattr(data, "targets", None)
@@ -240,7 +247,8 @@ def _label_of(item: Any, place: int) -> int:
 
 
 def few_of(labels: Tensor, classes: Sequence[str]) -> str | None:
-    """A warning about classes with hardly any images, or None."""
+    """Returns a warning about classes with fewer than 5 images, or None."""
     counts = Counter(labels.tolist())
-    few = [name for place, name in enumerate(classes) if counts[place] < 5]
-    return f"{len(few)} class(es) have fewer than 5 images to train on: {', '.join(few[:5])}" if few else None
+    small = [name for place, name in enumerate(classes) if counts[place] < 5]
+    number = counted(len(small), "class", "classes")
+    return f"{number} with fewer than 5 images to train on: {few(small, 5)}" if small else None

@@ -1,40 +1,46 @@
-"""The stream of training batches, which starts wherever a run stands."""
+"""Loaders of training and validation samples, and their worker processes."""
 
 from __future__ import annotations
 
 import logging
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from sparkmim.data import UnreadableImage, collate
+from sparkmim.data.dataset import collate
+from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.samplers import StepBatchSampler
 
 log = logging.getLogger("sparkmim")
 
-
 _GRACE_SECONDS = 20
+
+_FEW = 100
+"""Up to this many images, reading in-process beats starting workers."""
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Lets loader workers outlive a request to stop, which terminals and schedulers send to all processes alike.
+    """Makes a loader worker outlive a request to stop, which terminals and schedulers send to all processes alike.
 
-    A worker that died at once would take the last step along. One that is told to terminate stays for a while
-    and then goes, so that nobody who waits for it waits for ever.
+    A worker that died at once would fail the last step. After SIGTERM it lives on for `_GRACE_SECONDS`, so that
+    nobody waits for it for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(_GRACE_SECONDS))
+    signal.signal(signal.SIGTERM, _exit_later)
 
 
-_FEW = 100
-"""Up to so many images are read sooner than worker processes are started."""
+def _exit_later(number: int, frame: object) -> None:
+    timer = threading.Timer(_GRACE_SECONDS, os._exit, [128 + number])  # Windows has no signal.alarm
+    timer.daemon = True
+    timer.start()
 
 
 class _Marked(Dataset[tuple[int, Any, str]]):
-    """Places, items and, where there is no item, the reason."""
+    """Places and items of a data set; in place of an unreadable item, None and the reason."""
 
     def __init__(self, source: Any, places: Sequence[int]) -> None:
         self.source, self.places = source, places
@@ -55,7 +61,7 @@ def _single(samples: list[Any]) -> Any:
 
 
 def one_by_one(source: Any, places: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
-    """Places and items of a data set for validation, in order; unreadable ones are logged and left out."""
+    """Yields places and items of a validation set in order; logs unreadable ones and leaves them out."""
     loader = DataLoader(
         _Marked(source, places), 1, num_workers=workers if len(places) > _FEW else 0, collate_fn=_single,
         worker_init_fn=leave_signals_to_the_parent,
@@ -74,7 +80,7 @@ def make_loader(
     pin_memory: bool,
     collate_fn: Callable[[Any], dict[str, Any]] = collate,
 ) -> DataLoader[Any]:
-    """A loader over the endless stream."""
+    """Makes the loader of the endless stream of training batches."""
     return DataLoader(
         dataset,
         batch_sampler=sampler,

@@ -1,4 +1,4 @@
-"""What is wrong with annotated data, collected so that it can be told all at once."""
+"""Collects problems of annotated data, and reports them together."""
 
 from __future__ import annotations
 
@@ -10,20 +10,25 @@ from sparkmim.errors import UserError
 
 
 @dataclass
-class Findings:
-    """What must be mended before data can be used, and what is only worth knowing; a line each."""
+class Problems:
+    """Problems of a data set, a line each.
+
+    Attributes:
+        fatal: what makes the data unusable.
+        notes: what is only worth knowing.
+    """
 
     fatal: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def check(self, what: object) -> list[str]:
-        """The notes.
+        """Returns the notes, unless a problem is fatal.
 
         Args:
-            what: the data, as messages call them.
+            what: name of the data in the message.
 
         Raises:
-            ValueError: if something is fatal, with all of it and the notes.
+            UserError: if a problem is fatal; lists all problems.
         """
         if self.fatal:
             lines = [f"{what} cannot be used as it is:", *(f"- {line}" for line in self.fatal)]
@@ -34,7 +39,12 @@ class Findings:
 
 
 def counted(number: int, word: str, words: str | None = None) -> str:
-    """A number of things.
+    """Writes a number with its noun.
+
+    Args:
+        number: how many.
+        word: the singular.
+        words: the plural; None for the singular with an s.
 
     Example:
         >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
@@ -44,7 +54,7 @@ def counted(number: int, word: str, words: str | None = None) -> str:
 
 
 def few(items: Sequence[Any], most: int = 3) -> str:
-    """The first of them.
+    """Lists the first items.
 
     Example:
         >>> few("abcde")

@@ -1,4 +1,4 @@
-"""The order of samples, which (seed, epoch) decides."""
+"""The order of samples, which depends on (seed, epoch) alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparkmim.errors import UserError
 
 
 def counted_seed(*parts: int | str) -> int:
-    """A seed of 63 bits that depends on all of `parts`, and on nothing else."""
+    """Returns a seed of 63 bits that depends on all of `parts`, and on nothing else."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -20,23 +20,23 @@ def counted_seed(*parts: int | str) -> int:
 class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     """The batches of one epoch for one process, as lists of `(epoch, index)`.
 
-    The epoch's order is drawn from (seed, epoch). Each step takes the next `batch_size · world_size` of it, of
-    which each process takes its `batch_size` in turn: how many processes share a step changes no step. What
-    does not fill a last step is left out, and comes up in other epochs.
+    The epoch's order is drawn from (seed, epoch). Each step takes the next `batch_size · world_size` samples, and each
+    process its `batch_size` of them in turn, so the number of processes changes no step. Samples that do not fill a
+    last step are left out, and appear in other epochs.
 
     Args:
         num_samples: size of the dataset.
         batch_size: samples per step and process.
-        rank: which process this is.
-        world_size: how many there are.
-        seed: of the order.
-        epoch: which one.
-        start_step: the step to begin with, to resume within an epoch.
-        repeats: times that each image stands in a row in the order (repeated augmentation, Hoffer et al., CVPR 2020).
-            An epoch stays as long, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
+        rank: number of this process.
+        world_size: number of processes.
+        seed: seed of the order.
+        epoch: number of the epoch.
+        start_step: first step, to resume within an epoch.
+        repeats: number of times that an image is repeated in a row (repeated augmentation, Hoffer et al., CVPR 2020).
+            An epoch keeps its length, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
 
     Raises:
-        ValueError: if the dataset does not fill one step, or an argument is out of range.
+        UserError: if the dataset does not fill one step, or an argument is out of range.
 
     Example:
         >>> sampler = EpochBatchSampler(num_samples=5, batch_size=2, epoch=3)
@@ -56,7 +56,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
         repeats: int = 1,
     ) -> None:
         if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise UserError(f"batch_size {batch_size}, rank {rank} and world_size {world_size} make no sense")
+            raise UserError(f"batch_size {batch_size}, rank {rank} and world_size {world_size} do not go together")
         if num_samples < batch_size * world_size:
             largest = num_samples // world_size
             processes = f" on each of {world_size} processes" if world_size > 1 else ""
@@ -76,7 +76,7 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
             raise UserError(f"start_step is {start_step}; an epoch has {len(self)} steps")
 
     def __len__(self) -> int:
-        """Steps of the whole epoch, wherever iteration starts."""
+        """Number of steps of the whole epoch, wherever iteration starts."""
         return self.num_samples // (self.batch_size * self.world_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
@@ -92,16 +92,16 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
 
 
 class StepBatchSampler(Sampler[list[tuple[int, ...]]]):
-    """The batches of all epochs from the current step on, without an end.
+    """The endless batches of all epochs, from the current step on.
 
     Args:
-        samples: images in the data set.
+        samples: number of images in the data set.
         batch_size: images per optimiser step, over all processes.
         parts: batches that a step is split into on each process.
-        rank: of this process.
+        rank: number of this process.
         world_size: number of processes.
-        seed: of the order.
-        position: tells the optimiser step to start at, asked when iteration starts.
+        seed: seed of the order.
+        position: returns the optimiser step to start at, called when iteration starts.
         repeats: as for `EpochBatchSampler`.
     """
 

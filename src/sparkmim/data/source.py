@@ -1,34 +1,35 @@
-"""What `data` stands for: image files, array files, or a dataset, and how an item of it is read."""
+"""What `data` stands for: image files, array files, or a dataset, and how its items are read."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from sparkmim.data import ChannelStatistics, channel_statistics, to_array, to_image
-from sparkmim.data.arrays import ARRAY_SUFFIXES, MissingPackage
+from sparkmim.data.arrays import ARRAY_SUFFIXES, MissingPackage, to_array
 from sparkmim.data.augmentation import normalisation
-from sparkmim.data.decoding import UnreadableImage
-from sparkmim.data.discovery import SUFFIXES, find_items
-from sparkmim.data.labelled import Labelled
+from sparkmim.data.decoding import UnreadableImage, to_image
+from sparkmim.data.discovery import SUFFIXES, find_images
+from sparkmim.data.problems import counted
+from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 from sparkmim.errors import MissingPath, UserError
 
 _FIRST_LOOK = 200
-"""Samples that mean and deviation are measured on when a run starts without them."""
+"""Samples to measure mean and deviation on when a run starts without them."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Source:
-    """A data set and what it holds.
+    """A data set, and how its items are read. `Source.of` decides whether they are images or arrays.
 
     Attributes:
         items: a sequence of paths, or a dataset.
         arrays: whether items are arrays in their own units, of any channels and axes, rather than 8-bit images.
-        channels: of every item.
+        channels: channels of an item.
         rank: number of spatial axes.
     """
 
@@ -37,54 +38,101 @@ class Source:
     channels: int
     rank: int
 
-    def read(self, item: Any, name: str) -> Any:
-        """An item as `[C, *S]`: an array in its units, or a uint8 tensor."""
+    @classmethod
+    def of(cls, items: Any, channels: int, rank: int, name: object = "the data set") -> Source:
+        """Decides whether items are images or arrays.
+
+        Image files hold 1 or 3 channels and two axes: anything else is read as arrays, and so are paths without an
+        image file among them.
+
+        Raises:
+            UserError: if arrays are needed, but all paths are image files.
+        """
+        arrays = rank != 2 or channels not in (1, 3)
+        if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
+            if not arrays:
+                arrays = all(map(_is_array, items))
+            elif not any(map(_is_array, items)):
+                kind = counted(channels, "channel") if rank == 2 else {1: "signals", 3: "volumes"}[rank]
+                raise UserError(
+                    f"{name} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
+                    f"{', '.join(ARRAY_SUFFIXES)} files"
+                )
+        return cls(items, arrays, channels, rank)
+
+    @classmethod
+    def of_files(cls, data: str | Path, channels: int, rank: int) -> Source:
+        """Finds the files of a folder or a text file, as `find_images` does; of images and arrays, one kind.
+
+        Raises:
+            MissingPath: if `data`, or a file that it names, does not exist.
+            UserError: if there are no files, or only image files where arrays are needed.
+        """
+        paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
+        found = cls.of(paths, channels, rank, data)
+        return cls([path for path in paths if _is_array(path) == found.arrays], found.arrays, channels, rank)
+
+    @property
+    def read(self) -> Callable[..., Any]:
+        """Reads an item as `[C, *S]`, an array in its units or a uint8 tensor; called as `read(item, name=...)`."""
         if self.arrays:
-            return to_array(item, self.channels, self.rank, name)
-        return to_image(item, self.channels, name)
+            return functools.partial(to_array, channels=self.channels, rank=self.rank)
+        return functools.partial(to_image, channels=self.channels)
 
     def statistics(self, samples: int = _FIRST_LOOK) -> ChannelStatistics:
-        """Mean and deviation per channel; of images in 0..1."""
+        """Measures mean and deviation per channel; of images in 0…1."""
         scale = 1.0 if self.arrays else 255.0
         return channel_statistics(self.items, self.read, scale, samples, Console(stderr=True))
 
     def normalisation(
-        self, mean: Sequence[float] | None, std: Sequence[float] | None
-    ) -> tuple[Sequence[float], Sequence[float]]:
-        """Returns what is given; else ImageNet's mean and deviation for images, or those measured for arrays."""
-        if mean is not None and std is not None:
-            return mean, std
-        if self.arrays:
-            found = self.statistics()
-            return mean or found.mean, std or found.std
-        usual = normalisation(self.channels)
-        return mean or usual[0], std or usual[1]
+        self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    ) -> tuple[list[float], list[float]]:
+        """Settles mean and standard deviation per channel: what is given, else ImageNet's for images, else measured.
+
+        Raises:
+            UserError: if there is not one value per channel, or arrays cannot be measured.
+        """
+        if mean is None or std is None:
+            usual = normalisation(self.channels)
+            if self.arrays:
+                measured = self.statistics()
+                usual = tuple(measured.mean), tuple(measured.std)
+            mean = usual[0] if mean is None else mean
+            std = usual[1] if std is None else std
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != self.channels:
+                raise UserError(
+                    f"{name} has {counted(len(values), 'value')} for {counted(self.channels, 'channel')}; `sparkmim "
+                    "statistics` measures them"
+                )
+        return list(mean), list(std)
+
+
+def _is_array(path: str | Path) -> bool:
+    return str(path).lower().endswith(ARRAY_SUFFIXES)
 
 
 def open_source(data: Any, channels: int, rank: int) -> Source:
-    """Finds the items of a data set.
-
-    Files are of the kind that `find_items` chooses. A Dataset holds arrays in the same cases as files must.
+    """Opens a data set: a folder, a text file of paths, or a dataset.
 
     Raises:
-        ValueError: if there is nothing to read, or it cannot be read with these channels and axes.
-        FileNotFoundError: if a path does not exist.
+        UserError: if there is nothing to read, or it cannot be read with these channels and axes.
+        MissingPath: if a path does not exist.
     """
     if data is None:
         raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
-    if not isinstance(data, str):
-        return Source(data, rank != 2 or channels not in (1, 3), channels, rank)
-    paths, arrays = find_items(data, channels, rank)
-    source = Source(paths, arrays, channels, rank)
+    if not isinstance(data, (str, Path)):
+        return Source.of(data, channels, rank)
+    source = Source.of_files(data, channels, rank)
     if source.arrays:
-        _look_at(paths[0], source)
+        _check_first(source)
     return source
 
 
-def _look_at(path: str, source: Source) -> None:
-    """Fails before the run begins if the first array is of another shape, or its format cannot be read here."""
+def _check_first(source: Source) -> None:
+    """Fails before a run begins if the first array has another shape, or its format cannot be read here."""
     try:
-        source.read(path, path)
+        source.read(source.items[0])
     except MissingPackage:
         raise
     except UnreadableImage as error:
@@ -92,21 +140,12 @@ def _look_at(path: str, source: Source) -> None:
             raise UserError(str(error)) from error
 
 
-def measure(data: Any, channels: int, rank: int, samples: int) -> ChannelStatistics:
-    """What `sparkmim.statistics` does."""
-    if rank not in (1, 2, 3):
-        raise UserError(f"axes is {rank}; signals have 1, images 2, volumes 3")
-    if channels < 1 or samples < 1:
-        raise UserError(f"channels is {channels} and samples {samples}; both must be above 0")
-    return open_source(data, channels, rank).statistics(samples)
-
-
 def images_source(images: Any, channels: int, rank: int) -> Source:
-    """What `images` stands for: as for pretraining, a single file, or a list of these.
+    """Opens an argument `images`: what `open_source` takes, a single file, or a list of these.
 
     Raises:
-        ValueError: if there is nothing to read.
-        FileNotFoundError: if a path does not exist.
+        UserError: if there is nothing to read.
+        MissingPath: if a path does not exist.
     """
     if images is None:
         raise UserError("no images given; --images names a folder, an image, or a text file of paths")
@@ -120,18 +159,6 @@ def images_source(images: Any, channels: int, rank: int) -> Source:
     path = Path(images).expanduser().absolute()
     if not path.exists():
         raise MissingPath(f"there is no folder, image or text file {path}")
-    name = path.name.lower()
-    if path.is_file() and name.endswith((*SUFFIXES, *ARRAY_SUFFIXES)):
-        arrays = name.endswith(ARRAY_SUFFIXES)
-        if not arrays and (rank != 2 or channels not in (1, 3)):
-            raise UserError(f"{path} is an image file, but the network takes {channels} channels and {rank} axes")
-        return Source([str(path)], arrays, channels, rank)
-    return open_source(str(path), channels, rank)
-
-
-def labelled_source(images: Labelled, channels: int, rank: int) -> Source:
-    """How labelled items are read: as arrays where the network's channels or axes ask for it, or files are arrays."""
-    first = images.items[0] if isinstance(images.items, list) else None
-    of_arrays = isinstance(first, str) and first.lower().endswith(ARRAY_SUFFIXES)
-    arrays = rank != 2 or channels not in (1, 3) or of_arrays
-    return Source(images.items, arrays, channels, rank)
+    if path.is_file() and path.name.lower().endswith((*SUFFIXES, *ARRAY_SUFFIXES)):
+        return Source.of([str(path)], channels, rank, path)
+    return open_source(path, channels, rank)

@@ -1,10 +1,9 @@
-"""Mean and standard deviation of every channel, over a data set."""
+"""Mean and standard deviation per channel of a data set."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,19 +12,19 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.decoding import UnreadableImage, name_of
 from sparkmim.errors import UserError
 
 
 @dataclass
 class ChannelStatistics:
-    """What the channels of a data set look like.
+    """Mean and standard deviation per channel.
 
     Attributes:
-        mean: per channel; in 0..1 for image files, in the data's own units for arrays.
-        std: per channel, over all values.
-        samples: how many were read.
-        unreadable: what could not be read, and why.
+        mean: mean per channel; in 0…1 for image files, in the data's own units for arrays.
+        std: standard deviation per channel, over all values.
+        samples: number of samples read.
+        unreadable: path and reason of each unreadable sample.
     """
 
     mean: list[float]
@@ -36,26 +35,26 @@ class ChannelStatistics:
 
 def channel_statistics(
     source: Any,
-    read: Callable[[Any, str], Any],
+    read: Callable[..., Any],
     scale: float = 1.0,
     samples: int = 1000,
     console: Console | None = None,
 ) -> ChannelStatistics:
-    """Reads samples spread evenly over a data set.
+    """Measures mean and standard deviation on samples spread evenly over a data set.
 
     Args:
-        source: a sequence of items.
-        read: from an item and its name to `[C, *S]`.
-        scale: what values are divided by, 255 for 8-bit images.
-        samples: how many to read at most.
-        console: where progress is shown, if it is a terminal.
+        source: sequence of items.
+        read: called as `read(item, name=...)`, returns `[C, *S]`.
+        scale: divisor of values, 255 for 8-bit images.
+        samples: maximum number of samples.
+        console: shows progress, if it is a terminal.
 
     Raises:
-        ValueError: if nothing can be read, or a channel is the same everywhere or not finite.
+        UserError: if nothing can be read, or a channel has the same value everywhere.
     """
     count = min(samples, len(source))
     places = [place * len(source) // count for place in range(count)]
-    shift = total = squares = low = high = torch.zeros(())  # sums are taken of what is left after the shift
+    shift = total = squares = low = high = torch.zeros(())  # sums are taken after subtracting the shift
     values = done = 0
     unreadable: list[str] = []
     with Progress(console=console, transient=True, disable=console is None or not console.is_terminal) as progress:
@@ -63,8 +62,8 @@ def channel_statistics(
             name = f"item {place}"
             try:
                 found = source[place]
-                name = str(found) if isinstance(found, str | Path) else name
-                read_in = read(found, name)
+                name = name_of(found, place)
+                read_in = read(found, name=name)
                 if not isinstance(read_in, Tensor):
                     read_in = torch.from_numpy(np.array(read_in, dtype=np.float64))
                 item = read_in.double().flatten(1) / scale  # [C, values]
@@ -74,7 +73,7 @@ def channel_statistics(
                 unreadable.append(str(error))
                 continue
             if not done:
-                # The first sample's mean: squares of values far from zero would lose the digits of the deviation.
+                # Shift by the first sample's mean: squares of values far from zero lose the digits of the deviation.
                 shift, low, high = item.mean(1), item.amin(1), item.amax(1)
             low, high = torch.minimum(low, item.amin(1)), torch.maximum(high, item.amax(1))
             item = item - shift[:, None]
@@ -87,7 +86,6 @@ def channel_statistics(
     mean, std = shift + offset, (squares / values - offset.square()).clamp(min=0).sqrt()
     constant = (low == high).nonzero().flatten().tolist()
     if constant:
-        raise UserError(
-            f"channel(s) {', '.join(map(str, constant))} have the same value everywhere; leave them out of the data"
-        )
+        which = f"channel {constant[0]} has" if len(constant) == 1 else f"channels {', '.join(map(str, constant))} have"
+        raise UserError(f"{which} the same value everywhere; leave {'it' if len(constant) == 1 else 'them'} out")
     return ChannelStatistics(mean.tolist(), std.tolist(), done, unreadable)

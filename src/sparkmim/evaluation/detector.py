@@ -13,7 +13,7 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.coco import CocoFiles, CocoImages, check_coco, find_coco, open_coco
-from sparkmim.data.detection import detection_resize
+from sparkmim.data.detection_transforms import detection_resize
 from sparkmim.data.loading import one_by_one
 from sparkmim.data.parts import find_part
 from sparkmim.data.problems import counted

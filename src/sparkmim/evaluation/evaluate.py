@@ -16,7 +16,7 @@ from sparkmim._version import __version__
 from sparkmim.data import Labelled, open_labelled
 from sparkmim.data.inference import Preparation, still_batches
 from sparkmim.data.problems import counted
-from sparkmim.data.source import labelled_source
+from sparkmim.data.source import Source
 from sparkmim.errors import UserError
 from sparkmim.evaluation.features import StageFeatures, check_stage, features_of, frozen_hierarchy
 from sparkmim.evaluation.fewshot import few_shot
@@ -147,7 +147,7 @@ def _features(
         if place not in found:
             alike = [i for i, other in enumerate(networks) if other.preparation == network.preparation]
             seen = network.preparation
-            source = labelled_source(images, seen.channels, seen.rank)
+            source = Source.of(images.items, seen.channels, seen.rank)
             doing = counted(len(images), "image")
             batches = still_batches(source, seen, settings.batch_size, settings.workers, device, doing)
             parts = features_of([(networks[i].hierarchy, networks[i].stages) for i in alike], batches)

@@ -22,7 +22,7 @@ from sparkmim.data.label_maps import (
 from sparkmim.data.loading import one_by_one
 from sparkmim.data.parts import find_part
 from sparkmim.data.problems import counted
-from sparkmim.data.segmentation import segmentation_resize
+from sparkmim.data.segmentation_transforms import segmentation_resize
 from sparkmim.drawing.annotated import draw_classes, save_label_map, with_legend
 from sparkmim.drawing.pixels import Tones
 from sparkmim.errors import UserError

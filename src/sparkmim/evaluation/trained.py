@@ -69,7 +69,7 @@ def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[
     unreadable = 0
     for number, item in enumerate(source.items, 1):
         try:
-            image = source.read(item, str(item))
+            image = source.read(item, name=str(item))
         except UnreadableImage as error:
             unreadable += 1
             console.print(f"left out: {error}", markup=False)

@@ -22,7 +22,7 @@ from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
 from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
-from sparkmim.data.unreadable import SkipLog
+from sparkmim.data.skip_log import SkipLog
 from sparkmim.drawing.pixels import reconstruction_grid
 from sparkmim.files import replacing
 from sparkmim.runs.folder import PICTURES, RunFolder

@@ -12,9 +12,9 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
-from sparkmim.data.coco import CocoFiles, CocoImages, collate_detection, find_coco, open_coco
-from sparkmim.data.dataset import TargetDataset
-from sparkmim.data.detection import detection_transform
+from sparkmim.data.coco import CocoFiles, CocoImages, find_coco, open_coco
+from sparkmim.data.dataset import TargetDataset, collate_detection
+from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.parts import find_part
 from sparkmim.drawing.annotated import draw_detections
 from sparkmim.evaluation.coco import CocoScores

@@ -19,7 +19,7 @@ from sparkmim.data.dataset import LabelledDataset, collate
 from sparkmim.data.labelled import Labelled, few_of, open_labelled
 from sparkmim.data.loading import leave_signals_to_the_parent
 from sparkmim.data.problems import counted
-from sparkmim.data.source import Source, labelled_source
+from sparkmim.data.source import Source
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
 from sparkmim.evaluation.classification import ClassificationScores, score_classifier
@@ -88,9 +88,9 @@ class Finetuning(Training[FinetuneSettings]):
             )
         if warning := few_of(train_images.labels, train_images.classes):
             console.print(f"[yellow]note:[/] {warning}")
-        source = labelled_source(train_images, settings.channels, len(settings.image_size))
+        source = Source.of(train_images.items, settings.channels, len(settings.image_size))
         mean, std = source.normalisation(settings.mean, settings.std)
-        settings = replace(settings, mean=list(mean), std=list(std))
+        settings = replace(settings, mean=mean, std=std)
         model = build_model(settings, len(train_images.classes), start)
         train_set, val_set = build_datasets(settings, train_images, val_images, source)
         plan = plan_for(settings, batch_is_free, len(train_set))

@@ -24,7 +24,7 @@ from sparkmim.data.dataset import collate
 from sparkmim.data.loading import make_loader
 from sparkmim.data.problems import counted
 from sparkmim.data.samplers import StepBatchSampler
-from sparkmim.data.unreadable import SkipLog
+from sparkmim.data.skip_log import SkipLog
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import known_figures
 from sparkmim.interop.weights import Weights, WeightsMetadata, open_weights

@@ -138,7 +138,7 @@ def build_dataset(settings: PretrainSettings, model: SparK) -> tuple[PretrainDat
     source = open_source(settings.data, settings.channels, len(size))
     mean, std = source.normalisation(settings.mean, settings.std)
     flip = settings.flip if settings.flip is not None else 0.5 if len(size) == 2 else 0.0
-    settings = replace(settings, mean=list(mean), std=list(std), flip=flip)
+    settings = replace(settings, mean=mean, std=std, flip=flip)
     scale = (settings.crop_scale, 1.0)
     transform: Any
     if source.arrays:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from sparkmim.data.dataset import TargetDataset
 from sparkmim.data.label_maps import SegmentationFiles, SegmentationImages, find_segmentation, open_segmentation
 from sparkmim.data.parts import find_part
-from sparkmim.data.segmentation import segmentation_resize, segmentation_transform
-from sparkmim.data.source import Source
+from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
 from sparkmim.drawing.annotated import draw_classes, side_by_side, with_legend
 from sparkmim.evaluation.segmentation import SegmentationScores, evaluate_segmentation
 from sparkmim.evaluation.segmenter import checked_classes, class_names, run_segmenter, tones_of
@@ -65,8 +64,8 @@ class Segmentation(Training[SegmentSettings]):
         train_images, val_images = open_parts(settings)
         named = class_names(settings.data, settings.classes)
         classes = checked_classes(console, [train_images, val_images], named)
-        mean, std = _source(train_images, settings).normalisation(settings.mean, settings.std)
-        settings = replace(settings, mean=list(mean), std=list(std))
+        mean, std = train_images.source.normalisation(settings.mean, settings.std)
+        settings = replace(settings, mean=mean, std=std)
         model = build_model(settings, len(classes), start)
         transform = segmentation_transform(
             settings.short_side, settings.crop, mean, std, settings.flip, settings.jitter, train_images.arrays
@@ -97,11 +96,6 @@ def open_parts(settings: SegmentSettings) -> tuple[SegmentationImages, Segmentat
     channels, ignore, reduced = settings.channels, settings.ignore, settings.reduce_labels
     train_images, val_images = (open_segmentation(*part, channels, ignore, reduced) for part in files)
     return train_images, val_images
-
-
-def _source(images: SegmentationImages, settings: SegmentSettings) -> Source:
-    paths = [str(images.files.images / images.name(place)) for place in range(len(images))]
-    return Source(paths, images.arrays, settings.channels, 2)
 
 
 def build_model(settings: SegmentSettings, classes: int, start: Weights | None) -> Segmenter:

@@ -1,8 +1,6 @@
-"""What becomes of an image with boxes and masks before a detector sees it.
+"""Transforms of images with boxes and masks, for detectors.
 
-Both transforms take `(image, target)` as `CocoImages` gives them, and return a plain float32 tensor `[3, h, w]` from
-0 to 1 and a target of plain tensors. Images have their final size, and are not normalised: torchvision's detectors do
-that, and must not resize them again.
+Images get their final size, but are not normalised: torchvision's detectors do that, and must not resize them again.
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from sparkmim.data.coco import Sample
 from sparkmim.errors import UserError
 
 DetectionTransform = Callable[[Any], Sample]
-"""From an image and its target to both, in a tuple."""
+"""From an item of `CocoImages` to an image, float32 `[3, h, w]` in 0…1, and its target, as plain tensors."""
 
 Crop = Literal["none", "detr"]
 
@@ -27,23 +25,23 @@ Crop = Literal["none", "detr"]
 def detection_transform(
     shortest: Sequence[int], longest: int = 1333, flip: float = 0.5, crop: Crop = "none"
 ) -> DetectionTransform:
-    """Random size, mirroring and, if wanted, random crops, as detectors are usually trained.
+    """Makes the usual augmentation for detectors: mirroring, random crops if wanted, and a random size.
 
-    Images are mirrored, then resized until their shorter side has one of the sizes, or their longer side the longest
-    one. The crop of DETR (Carion et al., ECCV 2020) comes before that, for every other image: it is resized to a
-    shorter side of 400, 500 or 600, and a part of 384 to 600 pixels per axis cut out of it.
+    The shorter side is resized to one of the sizes, or the longer side to its limit if that is less. The crop of DETR
+    (Carion et al., ECCV 2020) comes before that, with probability 0.5: the shorter side is resized to 400, 500 or 600,
+    and a part of 384 to 600 pixels per axis is cut out.
 
-    Boxes are clipped to what is left of the image. Those of less than a pixel on a side are left out, and so are
-    those whose mask is cut away.
+    Boxes are clipped to the rest of the image. Those of less than a pixel on a side, or whose mask is cut away, are
+    left out.
 
     Args:
-        shortest: sizes in pixels to draw the shorter side from: `range(480, 897)`, or a list of some.
+        shortest: sizes in pixels to draw the shorter side from, such as `range(480, 897)`.
         longest: upper limit of the longer side.
-        flip: how often images are mirrored.
+        flip: probability of mirroring.
         crop: `none` or `detr`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        UserError: if an argument is out of range.
     """
     _check_sizes(shortest, longest)
     if not 0 <= flip <= 1:
@@ -60,12 +58,12 @@ def detection_transform(
 
 
 def detection_resize(shortest: int, longest: int) -> Callable[[Tensor], Tensor]:
-    """For evaluation, from uint8 `[3, H, W]` to float32 in 0…1: resized as in training, with nothing random.
+    """Makes the transform for evaluation, from uint8 `[3, H, W]` to float32 in 0…1, without anything random.
 
-    The shorter side becomes `shortest`, or the longer one `longest` where that is less.
+    The shorter side is resized to `shortest`, or the longer one to `longest` if that is less.
 
     Raises:
-        ValueError: if a size is out of range.
+        UserError: if a size is out of range.
     """
     _check_sizes([shortest], longest)
     resize: Callable[[Tensor], Tensor] = v2.Compose(
@@ -75,7 +73,7 @@ def detection_resize(shortest: int, longest: int) -> Callable[[Tensor], Tensor]:
 
 
 class _RandomPart(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
-    """A part of the image at a random place, of so many pixels per axis, or of all there are."""
+    """Crop of `fewest` to `most` pixels per axis, or of the whole axis if that is less, at a random place."""
 
     def __init__(self, fewest: int, most: int) -> None:
         super().__init__()
@@ -96,7 +94,7 @@ class _RandomPart(v2.Transform):  # type: ignore[misc]  # torchvision is untyped
 
 
 class _Visible(nn.Module):
-    """Clips boxes to the image, and leaves out what is no longer on it."""
+    """Clips boxes to the image, and leaves out objects that are no longer on it."""
 
     def forward(self, sample: Sample) -> Sample:
         image, target = sample
@@ -110,7 +108,7 @@ class _Visible(nn.Module):
 
 
 def to_float() -> nn.Module:
-    """Images become float32 in 0…1, or stay as they are if they are float already; targets stay as they are."""
+    """Makes the step that converts uint8 images to float32 in 0…1; float images and targets are left unchanged."""
     step: nn.Module = v2.ToDtype({tv_tensors.Image: torch.float32, "others": None}, scale=True)
     return step
 

@@ -1,4 +1,4 @@
-"""The account of images that could not be read."""
+"""Counts unreadable images."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from sparkmim.errors import UnusableData
 
 
 class SkipLog:
-    """The account of unreadable images, in the process that trains.
+    """Counts the unreadable images of the training process, and stops it when there are too many.
 
     Args:
-        max_fraction: the share of samples that may be replaced by others.
-        epoch_size: samples that this process sees in an epoch, if known. No share is judged on fewer than 100
-            samples, or than one epoch.
+        max_fraction: share of samples that others may stand in for.
+        epoch_size: samples that this process sees in an epoch, if known. The share is judged from 100 samples or one
+            epoch on, whichever is less.
 
     Attributes:
-        seen: samples so far.
-        count: those among them that were replaced.
-        unique: what was unreadable, each once, in the order it came up: path and reason.
+        seen: number of samples so far.
+        count: number of samples that others stood in for.
+        unique: path and reason of each unreadable image, in order of appearance.
     """
 
     def __init__(self, max_fraction: float = 0.1, epoch_size: int | None = None) -> None:
@@ -34,9 +34,9 @@ class SkipLog:
         return list(self._unique)
 
     def add(self, batch: Mapping[str, Any]) -> list[str]:
-        """Takes a batch into account, as `collate` makes it. Returns what had not been known as unreadable before."""
+        """Counts a batch made by `collate`. Returns path and reason of images not known as unreadable before."""
         self.seen += len(batch["image"])
-        if not batch["unreadable"]:  # nearly always, and it keeps a device from waiting for the line below
+        if not batch["unreadable"]:  # nearly always; the line below would wait for a device
             return []
         self.count += int((batch["skipped"] > 0).sum())
         new = [complaint for complaint in dict.fromkeys(batch["unreadable"]) if complaint not in self._unique]
@@ -44,13 +44,13 @@ class SkipLog:
         return new
 
     def check(self, seen: int | None = None) -> None:
-        """Raises if too much is unreadable.
+        """Raises an error if too many images are unreadable.
 
         Args:
-            seen: samples so far, if not all of them went through `add`.
+            seen: number of samples so far, if not all of them went through `add`.
 
         Raises:
-            RuntimeError: if more than `max_fraction` of them were replaced.
+            UnusableData: if others stood in for more than `max_fraction` of them.
         """
         seen = self.seen if seen is None else seen
         if seen >= self.enough and self.count > self.max_fraction * seen:

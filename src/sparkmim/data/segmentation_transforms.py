@@ -1,6 +1,6 @@
-"""What becomes of an image and its label map before a network sees them.
+"""Transforms of images with label maps, for segmenters.
 
-Images are uint8, or float32 in units of their own, which only normalisation changes.
+Images are uint8, or float32 in their own units, which only normalisation changes.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torchvision import tv_tensors
 from torchvision.transforms import v2
 
-from sparkmim.data.detection import detection_resize, to_float
+from sparkmim.data.detection_transforms import detection_resize, to_float
 from sparkmim.data.label_maps import IGNORED
 from sparkmim.errors import UserError
 
 SCALES = (0.5, 2.0)
-"""By so much an image is resized at random, relative to its usual size."""
+"""Range of random sizes, relative to the usual one."""
 
 LONGEST = 4
-"""In evaluation, the longer side is so many times the usual shorter one at most."""
+"""Limit of the longer side in evaluation, relative to the usual shorter one."""
 
 
 def segmentation_transform(
@@ -33,26 +33,26 @@ def segmentation_transform(
     jitter: float = 0.0,
     arrays: bool = False,
 ) -> Callable[[Any], tuple[Tensor, Tensor]]:
-    """Random size, crop, mirroring and colours, as usual in segmentation.
+    """Makes the usual augmentation for segmentation: random size, crop, mirroring and colours.
 
-    The shorter side is resized to between 0.5 and 2 times `shortest`, a square cut out at random, and mirrored. Where
-    the image is smaller than the square, it is filled up with the mean colour and pixels that count for nothing.
+    The shorter side is resized to between 0.5 and 2 times `shortest`, and a square is cut out at random and mirrored.
+    If the image is smaller than the square, it is padded with the mean colour, and its label map with `IGNORED`.
 
     Args:
         shortest: usual length of the shorter side, in pixels.
         crop: side of the square, in pixels.
-        mean: of each channel, of images in 0…1, or of arrays in their units.
-        std: as mean.
-        flip: how often images are mirrored.
-        jitter: of 8-bit images, by what share contrast and saturation change at most; brightness by a quarter of it,
-            the hue by a tenth of the circle times it.
-        arrays: whether images are float32 in units of their own, which have no colours to change.
+        mean: mean per channel, of images in 0…1, or of arrays in their own units.
+        std: standard deviation per channel, as mean.
+        flip: probability of mirroring.
+        jitter: largest relative change of contrast and saturation; brightness changes by up to a quarter of it, the hue
+            by up to a tenth of it times the full circle. Ignored for arrays.
+        arrays: whether images are float32 in their own units.
 
     Returns:
-        from an item of `SegmentationImages` to float32 `[C, crop, crop]` and long `[crop, crop]`.
+        A function from an item of `SegmentationImages` to float32 `[C, crop, crop]` and long `[crop, crop]`.
 
     Raises:
-        ValueError: if an argument is out of range.
+        UserError: if an argument is out of range.
     """
     if shortest < 1 or crop < 1:
         raise UserError(f"short_side is {shortest} and crop {crop}; they are sizes in pixels, above 0")
@@ -77,12 +77,12 @@ def segmentation_transform(
 
 
 def segmentation_resize(shortest: int, mean: Sequence[float], std: Sequence[float]) -> Callable[[Tensor], Tensor]:
-    """For evaluation, from `[C, H, W]` to float32: resized as in training, with nothing random, and normalised.
+    """Makes the transform for evaluation, from `[C, H, W]` to normalised float32, without anything random.
 
-    The shorter side becomes `shortest`, unless the longer one would be more than four times that.
+    The shorter side is resized to `shortest`, unless the longer one would exceed four times that.
 
     Raises:
-        ValueError: if the size is out of range.
+        UserError: if the size is out of range.
     """
     resize = detection_resize(shortest, LONGEST * shortest)
     whole: Callable[[Tensor], Tensor] = v2.Compose([resize, v2.Normalize(list(mean), list(std))])

@@ -1,0 +1,121 @@
+"""What loader workers are sent pickles, and is small."""
+
+from __future__ import annotations
+
+import pickle
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from coco_files import annotation, write_coco
+from label_map_files import write_shapes
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from sparkmim.data import (
+    LabelledDataset,
+    PretrainDataset,
+    Source,
+    TargetDataset,
+    array_transform,
+    classify_transform,
+    collate,
+    detection_transform,
+    images_source,
+    open_coco,
+    open_labelled,
+    open_segmentation,
+    open_source,
+    pretrain_transform,
+    segmentation_transform,
+)
+from sparkmim.data.decoding import strict_pillow
+from sparkmim.data.inference import Preparation, _Stills
+from sparkmim.data.loading import leave_signals_to_the_parent
+
+HALF = [0.5] * 3
+
+
+def images(folder: Path, photos: list[str]) -> Any:
+    source = open_source(photos, 3, 2)
+    return PretrainDataset(source.items, pretrain_transform((32, 32)), (2, 2), 0.5, read=source.read)
+
+
+def arrays(folder: Path, photos: list[str]) -> Any:
+    np.save(folder / "a.npy", np.random.default_rng(0).normal(size=(2, 8, 8)))
+    source = images_source(folder / "a.npy", 2, 2)
+    transform = array_transform((8, 8), *source.normalisation(), flip=0.5)
+    return PretrainDataset(source.items, transform, (2, 2), 0.5, channels=2, read=source.read)
+
+
+def labelled(folder: Path, photos: list[str]) -> Any:
+    for name in ("a", "b"):
+        (folder / "classes" / name).mkdir(parents=True)
+        Image.open(photos[0]).save(folder / "classes" / name / "0.jpg")
+    train, _ = open_labelled(folder / "classes")
+    source = Source.of(train.items, 3, 2)
+    return LabelledDataset(train, classify_transform((32, 32), augment="auto"), read=source.read)
+
+
+def boxes(folder: Path, photos: list[str]) -> Any:
+    data = open_coco(*write_coco(folder / "coco", [annotation(10, 3, (4, 6, 20, 10))]))
+    return TargetDataset(data, detection_transform([48], crop="detr"))
+
+
+def label_maps(folder: Path, photos: list[str]) -> Any:
+    root = write_shapes(folder / "shapes")
+    data = open_segmentation(root / "images" / "train", root / "labels" / "train")
+    return TargetDataset(data, segmentation_transform(32, 32, HALF, HALF, jitter=0.5))
+
+
+@pytest.mark.parametrize("make", [images, arrays, labelled, boxes, label_maps])
+def test_datasets_pickle(tmp_path: Path, photos: list[str], make: Callable[[Path, list[str]], Any]) -> None:
+    dataset = make(tmp_path, photos)
+    expected, found = dataset[1, 0], pickle.loads(pickle.dumps(dataset))[1, 0]
+    assert torch.equal(expected["image"], found["image"])
+    assert expected["index"] == found["index"]
+
+
+@pytest.mark.parametrize("arrays", [False, True])
+def test_stills_pickle(arrays: bool) -> None:
+    item = np.random.default_rng(0).integers(0, 255, (9, 9, 3), dtype=np.uint8)
+    source = Source([item], arrays, 3, 2)
+    stills = _Stills(source.items, source.read, Preparation((8, 8), 3, None, None, 0.9).transform(source))
+    assert torch.equal(stills[0][2], pickle.loads(pickle.dumps(stills))[0][2])
+
+
+def test_spawned_workers(tmp_path: Path, photos: list[str]) -> None:
+    dataset = images(tmp_path, photos)
+    keys = [[(0, 3), (0, 1)]]
+    (found,) = DataLoader(
+        dataset, batch_sampler=keys, num_workers=1, collate_fn=collate, multiprocessing_context="spawn",
+        worker_init_fn=leave_signals_to_the_parent,
+    )  # fmt: skip
+    expected = collate([dataset[key] for key in keys[0]])
+    assert torch.equal(found["image"], expected["image"])
+    assert torch.equal(found["visible"], expected["visible"])
+
+
+def test_threads_share_pillows_limit() -> None:
+    """The last to leave restores it, whoever entered first."""
+    limit = Image.MAX_IMAGE_PIXELS
+    entered, leave = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with strict_pillow():
+            entered.set()
+            leave.wait(10)
+
+    with strict_pillow():
+        thread = threading.Thread(target=hold)
+        thread.start()
+        entered.wait(10)
+    strict = int(Image.MAX_IMAGE_PIXELS or 0)
+    leave.set()
+    thread.join()
+    assert strict == 250_000_000
+    assert limit == Image.MAX_IMAGE_PIXELS
