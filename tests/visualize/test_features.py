@@ -15,6 +15,7 @@ import sparkmim
 from sparkmim.cli import main
 from sparkmim.drawing.figures import shortened
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
 from sparkmim.visualize.features import as_colours, principal_components
@@ -26,7 +27,7 @@ KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25]
 def encoder_file(tmp_path: Path, network: str) -> str:
     """Random weights of the network of maps at strides 2 and 4, for images of 16×16."""
     torch.manual_seed(0)
-    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, **KNOWN})
+    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", WeightsMetadata(model=network, **KNOWN))
     return str(tmp_path / "encoder.safetensors")
 
 
@@ -234,8 +235,8 @@ def test_of_a_classifier_the_encoder_is_shown(network: str, photos: Path, tmp_pa
     torch.manual_seed(0)
     classifier = create_classifier(network, 4, image_size=[16, 16])
     known = {"model": network, "classes": list("abcd"), "pooled": True, **KNOWN}
-    weights.write(classifier, tmp_path / "classifier.safetensors", known)
-    weights.write(encoder_of(classifier), tmp_path / "encoder.safetensors", {"model": network, **KNOWN})
+    weights.write(classifier, tmp_path / "classifier.safetensors", WeightsMetadata(**known))
+    weights.write(encoder_of(classifier), tmp_path / "encoder.safetensors", WeightsMetadata(model=network, **KNOWN))
     one, other = (
         sparkmim.features(weights=tmp_path / f"{kind}.safetensors", images=photos, limit=2)
         for kind in ("classifier", "encoder")
@@ -245,7 +246,7 @@ def test_of_a_classifier_the_encoder_is_shown(network: str, photos: Path, tmp_pa
 
 def test_grey_images(network: str, photos: Path, tmp_path: Path) -> None:
     grey = {"model": network, "image_size": [16, 16], "channels": 1}
-    weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", grey)
+    weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", WeightsMetadata(**grey))
     result = sparkmim.features(weights=tmp_path / "grey.safetensors", images=photos, limit=2)
     assert (result.inputs == result.inputs[..., :1]).all()
     assert (result.maps[1] != result.maps[1][..., :1]).any()
@@ -258,7 +259,7 @@ def test_files_of_the_original_form(photos: Path, tmp_path: Path) -> None:
     original["dense_decoder.proj.weight"] = torch.zeros(3, 8, 1, 1)
     original["mask_tokens.0"] = torch.zeros(1, 512, 1, 1)
     torch.save({"module": original}, tmp_path / "original.pth")
-    weights.write(encoder, tmp_path / "ours.safetensors", {"model": "resnet18"})
+    weights.write(encoder, tmp_path / "ours.safetensors", WeightsMetadata(model="resnet18"))
     one, other = (
         sparkmim.features(weights=tmp_path / file, images=photos, limit=1, image_size=64, model="resnet18")
         for file in ("original.pth", "ours.safetensors")
@@ -269,7 +270,7 @@ def test_files_of_the_original_form(photos: Path, tmp_path: Path) -> None:
 
 def test_volumes(tmp_path: Path) -> None:
     network = nn.Sequential(nn.Conv3d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv3d(4, 6, 3, stride=2, padding=1))
-    weights.write(network, tmp_path / "volumes.safetensors", {"image_size": [16, 8, 12], "channels": 1})
+    weights.write(network, tmp_path / "volumes.safetensors", WeightsMetadata(image_size=[16, 8, 12], channels=1))
     np.save(tmp_path / "volume.npy", np.random.default_rng(0).normal(40, 9, (16, 8, 12)))
     result = sparkmim.features(weights=tmp_path / "volumes.safetensors", images=tmp_path / "volume.npy", model=network)
     assert result.inputs.shape == (1, 8, 12, 3)
@@ -310,12 +311,12 @@ def test_signals_diverged_weights_and_unreadable_images_are_refused(
     with pytest.raises(ValueError, match=r"none of the 1 images can be read; the first is .*broken.jpg"):
         sparkmim.features(weights=encoder_file, images=tmp_path / "broken.jpg")
     signals = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2))
-    weights.write(signals, tmp_path / "signals.safetensors", {"image_size": [64], "channels": 2})
+    weights.write(signals, tmp_path / "signals.safetensors", WeightsMetadata(image_size=[64], channels=2))
     with pytest.raises(ValueError, match=r"signals, which are no pictures; `sparkmim embed` writes features"):
         sparkmim.features(weights=tmp_path / "signals.safetensors", images=[torch.zeros(2, 64)], model=signals)
     diverged = create_encoder(network)
     nn.init.constant_(next(diverged.parameters()), float("nan"))
-    weights.write(diverged, tmp_path / "diverged.safetensors", {"model": network, **KNOWN})
+    weights.write(diverged, tmp_path / "diverged.safetensors", WeightsMetadata(model=network, **KNOWN))
     with pytest.raises(ValueError, match=r"stage 1 of .*diverged.safetensors gives values that are not finite"):
         sparkmim.features(weights=tmp_path / "diverged.safetensors", images=[np.zeros((16, 16, 3), np.uint8)])
 

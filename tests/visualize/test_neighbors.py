@@ -17,6 +17,7 @@ import sparkmim
 from sparkmim.cli import main
 from sparkmim.evaluation import knn_predict
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import create_classifier, create_encoder
 
 KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}
@@ -26,7 +27,7 @@ KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25]
 def encoder_file(tmp_path: Path, network: str) -> str:
     """Random weights of the network of maps at strides 2 and 4, for images of 16×16."""
     torch.manual_seed(0)
-    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, **KNOWN})
+    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", WeightsMetadata(model=network, **KNOWN))
     return str(tmp_path / "encoder.safetensors")
 
 
@@ -170,7 +171,7 @@ def test_images_from_python(encoder_file: str, families: Path) -> None:
 def test_arrays_are_normalised_by_the_folder_and_volumes_show_a_slice(tmp_path: Path) -> None:
     torch.manual_seed(0)
     network = nn.Sequential(nn.Conv3d(1, 4, 3, stride=2, padding=1), nn.Conv3d(4, 6, 3, stride=2, padding=1))
-    weights.write(network, tmp_path / "volumes.safetensors", {"image_size": [8, 8, 12], "channels": 1})
+    weights.write(network, tmp_path / "volumes.safetensors", WeightsMetadata(image_size=[8, 8, 12], channels=1))
     generator = np.random.default_rng(0)
     (tmp_path / "scans").mkdir()
     for number in range(6):
@@ -193,9 +194,9 @@ def test_classifiers_and_grey_images(network: str, families: Path, tmp_path: Pat
     torch.manual_seed(0)
     classifier = create_classifier(network, 4, image_size=[16, 16])
     known = {"model": network, "classes": list("abcd"), "pooled": True, **KNOWN}
-    weights.write(classifier, tmp_path / "classifier.safetensors", known)
+    weights.write(classifier, tmp_path / "classifier.safetensors", WeightsMetadata(**known))
     weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors",
-                  {"model": network, "image_size": [16, 16], "channels": 1})  # fmt: skip
+                  WeightsMetadata(model=network, image_size=[16, 16], channels=1))  # fmt: skip
     query = families / "2" / "original.png"
     for file in ("classifier", "grey"):
         result = search(weights=tmp_path / f"{file}.safetensors", query=query, data=families, k=2)
@@ -242,11 +243,11 @@ def test_what_cannot_be_compared_is_refused(encoder_file: str, network: str, fam
     with pytest.raises(ValueError, match=r"one of query and data holds image files and the other arrays"):
         search(weights=encoder_file, query=tmp_path / "array.npy", data=families)
     signals = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2))
-    weights.write(signals, tmp_path / "signals.safetensors", {"image_size": [64], "channels": 2})
+    weights.write(signals, tmp_path / "signals.safetensors", WeightsMetadata(image_size=[64], channels=2))
     with pytest.raises(ValueError, match=r"signals, which are no pictures"):
         search(weights=tmp_path / "signals.safetensors", query=[], data=[], model=signals)
     diverged = create_encoder(network)
     nn.init.constant_(next(diverged.parameters()), float("nan"))
-    weights.write(diverged, tmp_path / "diverged.safetensors", {"model": network, **KNOWN})
+    weights.write(diverged, tmp_path / "diverged.safetensors", WeightsMetadata(model=network, **KNOWN))
     with pytest.raises(ValueError, match=r"stage 2 of .* gives values that are not finite"):
         search(weights=tmp_path / "diverged.safetensors", query=families / "0", data=families)

@@ -20,6 +20,7 @@ import sparkmim
 from processes import run
 from sparkmim.cli import main
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.visualize.masks import mask_text
 from sparkmim.visualize.playground import sample_images
 from sparkmim.visualize.playground_session import Playground, Refused, strip
@@ -31,7 +32,7 @@ def run_of(folder: Path, network: str, seed: int = 0, patch: int = 8) -> Path:
     model = sparkmim.SparK(network, image_size=[32, 48], patch_size=patch, decoder_width=16)
     known = {"model": network, "image_size": [32, 48], "patch_size": patch, "decoder_width": 16, "channels": 3,
              "mean": [0.5] * 3, "std": [0.2] * 3}  # fmt: skip
-    weights.save(model, folder / "weights", known)
+    weights.save(model, folder / "weights", WeightsMetadata(**known))
     return folder
 
 

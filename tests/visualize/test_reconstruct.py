@@ -14,6 +14,7 @@ from torch import nn
 import sparkmim
 from sparkmim.cli import main
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models.patches import reconstruction_loss
 from sparkmim.visualize.reconstruct import Reconstructor
 
@@ -25,7 +26,7 @@ def saved(folder: Path, network: str, size: list[int], channels: int = 3, **meta
     torch.manual_seed(0)
     model = sparkmim.SparK(network, image_size=size, patch_size=8, decoder_width=16, channels=channels)
     known = {"model": network, "image_size": size, "patch_size": 8, "decoder_width": 16, "channels": channels}
-    weights.save(model, folder / "weights", {**known, **metadata})
+    weights.save(model, folder / "weights", WeightsMetadata(**{**known, **metadata}))
     return folder
 
 
@@ -156,7 +157,7 @@ def test_signals_keep_their_units(tmp_path: Path, known: bool) -> None:
     colours = {"mean": [100.0, 1.0], "std": [5.0, 0.1]} if known else {"mean": None, "std": None}
     model = sparkmim.SparK(net, image_size=64, decoder_width=16, channels=2)
     settings = {"model": None, "image_size": [64], "patch_size": 8, "decoder_width": 16, "channels": 2, **colours}
-    weights.save(model, tmp_path / "run" / "weights", settings)
+    weights.save(model, tmp_path / "run" / "weights", WeightsMetadata(**settings))
     signal = np.stack([np.linspace(90, 110, 64), np.linspace(0.9, 1.1, 64)]).astype(np.float32)  # [C, length]
     np.save(tmp_path / "signal.npy", signal)
     result = sparkmim.reconstruct(

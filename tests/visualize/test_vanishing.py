@@ -18,6 +18,7 @@ import sparkmim
 from sparkmim.cli import main
 from sparkmim.drawing.pixels import at_pixels
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import Hierarchy, create_encoder, random_visible
 from sparkmim.sparse import MaskedDense
 from sparkmim.visualize.vanishing import LAYERS, calibrate, drift, kolmogorov_smirnov, masked_shapes, through_layers
@@ -191,7 +192,7 @@ def test_images_that_are_broken_are_left_out_and_named(
 def test_weights_and_modules_are_looked_at_as_they_are(network: str, photos: Path, tmp_path: Path) -> None:
     encoder = create_encoder(network)
     known = {"model": network, "image_size": [32, 32], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3}
-    weights.write(encoder, tmp_path / "mine.safetensors", known)
+    weights.write(encoder, tmp_path / "mine.safetensors", WeightsMetadata(**known))
     of_file = sparkmim.explain(weights=tmp_path / "mine.safetensors", images=photos, accelerator="cpu")
     assert of_file.network == "my_network.py:tiny with the weights of mine.safetensors"
     assert of_file.values["whole"].size == 8 * 3 * 32 * 32  # no more than eight images
@@ -237,7 +238,9 @@ def test_mistakes_are_one_sentence_and_leave_nothing(
     change: dict[str, Any], message: str, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    weights.write(nn.Conv3d(1, 4, 3), tmp_path / "volumes.safetensors", {"image_size": [8, 8, 8], "channels": 1})
+    weights.write(
+        nn.Conv3d(1, 4, 3), tmp_path / "volumes.safetensors", WeightsMetadata(image_size=[8, 8, 8], channels=1)
+    )
 
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         sparkmim.explain(**{"model": network, "out": "new.png", **SMALL, **change})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,28 +45,6 @@ class Preparation:
     def rank(self) -> int:
         """Number of spatial axes."""
         return len(self.image_size)
-
-    @classmethod
-    def of(
-        cls, known: Mapping[str, Any], channels: int, image_size: int | Sequence[int] | None, crop: float | None
-    ) -> Preparation:
-        """What the metadata of weights say of their images, or what is given instead.
-
-        Raises:
-            ValueError: if a size or the crop is out of range.
-        """
-        size = known.get("image_size") or (224, 224)
-        if isinstance(image_size, int):
-            size = (image_size,) * len(size)
-        elif image_size is not None:
-            size = tuple(image_size)
-        if not 1 <= len(size) <= 3 or min(size) < 1:
-            raise UserError(f"image_size is {list(size)}; give one number above 0, or one per axis")
-        if crop is None:
-            crop = known.get("crop", CROP)
-        elif not 0 <= crop <= 1:
-            raise UserError(f"crop is {crop}; it is a share of the image, at most 1, or 0 to resize it whole")
-        return cls(tuple(size), channels, known.get("mean"), known.get("std"), crop or None)
 
     def settled(self, source: Source) -> Preparation:
         """With mean and std, where they are unknown: ImageNet's for images, those of the source for arrays."""

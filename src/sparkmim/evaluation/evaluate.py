@@ -18,7 +18,7 @@ from sparkmim.data import Labelled, open_labelled
 from sparkmim.data.inference import Preparation, still_batches
 from sparkmim.data.source import labelled_source
 from sparkmim.errors import UserError
-from sparkmim.evaluation.features import StageFeatures, check_stage, features_of, frozen_hierarchy
+from sparkmim.evaluation.features import StageFeatures, check_stage, features_of
 from sparkmim.evaluation.fewshot import few_shot
 from sparkmim.evaluation.knn import knn_accuracy
 from sparkmim.evaluation.linear import HELD_OUT, linear_probe
@@ -99,23 +99,23 @@ def _networks(settings: Mapping[str, Any], device: torch.device) -> list[Network
             random = copy.deepcopy(model)
         else:
             random = create_encoder(model or weights.model, weights.channels)
-    trained = weights.encoder(copy.deepcopy(model) if isinstance(model, nn.Module) else model)
+    trained = weights.encoder_hierarchy(copy.deepcopy(model) if isinstance(model, nn.Module) else model)
     found = [
         _network("weights", weights, trained, settings, device),
-        _network("random", weights, random, settings, device),
+        _network("random", weights, weights.hierarchy_of(random), settings, device),
     ]
     if settings["compare"] is not None:
         other = open_weights(settings["compare"])
-        unnamed = other.metadata.get("model") is None and model is not None
-        encoder = other.encoder(copy.deepcopy(model) if unnamed else None)
-        found.append(_network("compare", other, encoder, settings, device))
+        unnamed = other.metadata.model is None and model is not None
+        hierarchy = other.encoder_hierarchy(copy.deepcopy(model) if unnamed else None)
+        found.append(_network("compare", other, hierarchy, settings, device))
     return found
 
 
 def _network(
-    name: str, weights: Weights, encoder: nn.Module, settings: Mapping[str, Any], device: torch.device
+    name: str, weights: Weights, hierarchy: Hierarchy, settings: Mapping[str, Any], device: torch.device
 ) -> Network:
-    hierarchy = frozen_hierarchy(weights, encoder, device)
+    hierarchy = hierarchy.to(device).eval().requires_grad_(False)
     preparation = weights.preparation(settings["image_size"], settings["crop"])
     deepest = check_stage(settings["stage"], hierarchy, str(weights.path))
     every = settings["stage"] is None and settings["protocol"] != "fewshot"

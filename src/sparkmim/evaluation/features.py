@@ -108,14 +108,9 @@ def features_of(networks: Sequence[tuple[Hierarchy, Sequence[int]]], batches: It
 # Networks
 
 
-def frozen_hierarchy(weights: Weights, encoder: torch.nn.Module, device: torch.device) -> Hierarchy:
-    """The feature maps of an encoder as it was pretrained: no deeper stage than the run's, its own modules."""
-    known = weights.metadata
-    size = known.get("image_size")
-    hierarchy = Hierarchy(
-        encoder, weights.channels, len(size) if size else 2, size, known.get("stages"), known.get("feature_modules")
-    )
-    return hierarchy.to(device).eval().requires_grad_(False)
+def frozen_hierarchy(weights: Weights, model: str | torch.nn.Module | None, device: torch.device) -> Hierarchy:
+    """Returns the pretrained encoder's feature maps in evaluation mode, without gradients."""
+    return weights.encoder_hierarchy(model).to(device).requires_grad_(False)
 
 
 def check_stage(stage: int | None, hierarchy: Hierarchy, name: str) -> int:

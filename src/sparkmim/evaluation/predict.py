@@ -108,7 +108,7 @@ def run_embedding(settings: Mapping[str, Any]) -> EmbedResult:
     weights = open_weights(settings["weights"])
     preparation = weights.preparation(settings["image_size"], settings["crop"])
     source = images_source(settings["images"], preparation.channels, preparation.rank)
-    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
+    hierarchy = frozen_hierarchy(weights, own_module(settings["model"]), device)
     stage = check_stage(settings["stage"], hierarchy, str(weights.path))
     batches = still_batches(source, preparation, settings["batch_size"], settings["workers"], device, "embedding")
 

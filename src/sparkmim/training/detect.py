@@ -29,6 +29,7 @@ from sparkmim.drawing.annotated import SURE, draw_detections
 from sparkmim.errors import UserError
 from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco, mask_at
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.models import create_encoder
 from sparkmim.models.detector import create_detector
@@ -135,27 +136,27 @@ def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -
     encoder = settings["model"]
     if isinstance(encoder, str):
         encoder = create_encoder(encoder, 3, settings["drop_path"])
-    if start is not None:
-        start.load_into_encoder(encoder)
     detector: Any = create_detector(
         encoder, classes, settings["masks"], mean=settings["mean"], std=settings["std"], box_head=settings["box_head"],
         norm=settings["norm"], short_side=settings["eval_short_side"], long_side=settings["long_side"],
         feature_modules=settings["feature_modules"], box_batch_size_per_image=settings["regions"],
     )  # fmt: skip
+    if start is not None:
+        start.load_into_encoder(encoder, detector.backbone.hierarchy)
     detector.backbone.freeze(settings["frozen_stages"])
     return detector
 
 
-def _metadata(settings: dict[str, Any], train: CocoImages) -> dict[str, Any]:
+def _metadata(settings: dict[str, Any], train: CocoImages) -> WeightsMetadata:
     kept = ("masks", "mean", "std", "feature_modules", "box_head", "norm", "eval_short_side", "long_side")
-    return {
-        "task": "detection",
-        "model": settings["model"] if isinstance(settings["model"], str) else None,
-        "channels": 3,
-        "classes": train.classes,
-        "category_ids": train.category_ids,
+    return WeightsMetadata(
+        task="detection",
+        model=settings["model"] if isinstance(settings["model"], str) else None,
+        channels=3,
+        classes=train.classes,
+        category_ids=train.category_ids,
         **{name: settings[name] for name in kept},
-    }
+    )
 
 
 # Validation
@@ -254,7 +255,7 @@ def opened(settings: dict[str, Any]) -> tuple[Any, Weights, dict[str, Any], torc
     """
     found, device, out = downstream.opened_for_use(settings, "detector")
     model: Any = found.detector(own_module(settings["model"])).to(device)
-    if settings["masks"] and not found.metadata["masks"]:
+    if settings["masks"] and not found.metadata.masks:
         raise UserError(f"{found.path} finds boxes alone; leave out --masks")
     settings = dict(settings)
     downstream.fill_from_weights(settings, found, ("mean", "std", "eval_short_side", "long_side"))
@@ -274,9 +275,8 @@ def score_detector(settings: dict[str, Any], console: Console) -> DetectResult:
     masks = bool(model.roi_heads.has_mask())
     (val,) = open_parts({**settings, "masks": None if masks else False}, ("val",))
     downstream.say_notes(console, _notes(val))
-    val.take_categories(
-        detector_weights.metadata["category_ids"], detector_weights.metadata["classes"], detector_weights.path
-    )
+    known = detector_weights.metadata
+    val.take_categories(list(known.category_ids or ()), list(known.classes or ()), detector_weights.path)
     found = detections_of(model, val, range(len(val)), settings["workers"], device)
     scores = _scores_of(val, found, masks)
     downstream.say_scores(console, out, scores)
@@ -289,24 +289,21 @@ def predict_detections(settings: dict[str, Any], console: Console) -> DetectResu
     """Draws what a detector finds on images, and lists it in COCO's format in `detections.json`."""
     model, detector_weights, settings, device, out = opened(settings)
     known = detector_weights.metadata
+    category_ids, classes = list(known.category_ids or ()), list(known.classes or ())
     transform = _resizing(model)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
-    for name, path, image in downstream.images_read(console, settings["predict"], known):
+    for name, path, image in downstream.images_read(console, settings["predict"], known.channels):
         size = (int(image.shape[1]), int(image.shape[2]))
         seen = transform(image)  # [3, h, w]
         (output,) = model([seen.to(device)])
         number = len(records) + 1
         records.append({"id": number, "file_name": path, "height": size[0], "width": size[1]})
-        annotations += coco_results(
-            output, number, size, (int(seen.shape[1]), int(seen.shape[2])), known["category_ids"]
-        )
-        picture = draw_detections(image / 255, _at_size(output, seen, size), known["classes"])  # [3, H, W]
+        annotations += coco_results(output, number, size, (int(seen.shape[1]), int(seen.shape[2])), category_ids)
+        picture = draw_detections(image / 255, _at_size(output, seen, size), classes)  # [3, H, W]
         out.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
-    categories = [
-        {"id": number, "name": name} for number, name in zip(known["category_ids"], known["classes"], strict=True)
-    ]
+    categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
     content = {"images": records, "categories": categories, "annotations": annotations}
     (out / "detections.json").write_text(json.dumps(content) + "\n")
     sure = sum(annotation["score"] > SURE for annotation in annotations)

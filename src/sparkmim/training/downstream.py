@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
@@ -24,6 +24,7 @@ from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import device_named, is_main_process
 from sparkmim.runs.folder import RunFolder
@@ -70,14 +71,13 @@ def fill_from_weights(settings: dict[str, Any], start: Weights | None, names: Se
     Raises:
         ValueError: if no model is known.
     """
-    known = {} if start is None else start.metadata
     if settings["model"] is None:
         if start is None:
             raise UserError("no model given; --model names the network to train from scratch")
         settings["model"] = start.model
     for name in names:
         if settings[name] is None:
-            settings[name] = known.get(name)
+            settings[name] = None if start is None else getattr(start.metadata, name)
 
 
 def check_ranges(settings: dict[str, Any], above_zero: Sequence[str]) -> None:
@@ -287,7 +287,7 @@ def train_scored(
     plan: Plan,
     scorer: Scorer[Any],
     file: str,
-    metadata: Mapping[str, Any],
+    metadata: WeightsMetadata,
     rows: Mapping[str, str],
     callbacks: Sequence[pl.Callback],
     collate_fn: Callable[[Any], dict[str, Any]] = collate,
@@ -320,7 +320,7 @@ def train_scored(
 
     def write(what: nn.Module, suffix: str, scores: Scores | None) -> None:
         figures = {} if scores is None else known_figures(scores)
-        weights.write(what, folder.weights / file.replace(".", f"{suffix}."), {**metadata, **figures})
+        weights.write(what, folder.weights / file.replace(".", f"{suffix}."), replace(metadata, figures=figures))
 
     def write_weights(step: int) -> None:
         write(model, "", None if ema else scorer.last)
@@ -365,7 +365,7 @@ def say_scores(console: Console, out: Path, scores: Scores) -> None:
     console.print(scores.table())
 
 
-def images_read(console: Console, images: Any, known: Mapping[str, Any]) -> Iterator[tuple[str, str, Tensor]]:
+def images_read(console: Console, images: Any, channels: int) -> Iterator[tuple[str, str, Tensor]]:
     """Images to predict on: a name for what is written, the path, and the image, `[C, H, W]`, in turn.
 
     Images are uint8, arrays float32. Those that cannot be read are named.
@@ -373,12 +373,12 @@ def images_read(console: Console, images: Any, known: Mapping[str, Any]) -> Iter
     Args:
         console: to name them on.
         images: what `images_source` takes.
-        known: metadata of the weights.
+        channels: image channels.
 
     Raises:
         ValueError: if none can be read.
     """
-    source = images_source(images, known["channels"], 2)
+    source = images_source(images, channels, 2)
     unreadable = 0
     for number, item in enumerate(source.items, 1):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence, Set
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,10 @@ from sparkmim.data.labelled import Labelled, few_of
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import is_main_process
 from sparkmim.models import PooledClassifier, create_classifier
-from sparkmim.models.classifier import encoder_of
 from sparkmim.results import FinetuneResult
 from sparkmim.runs.folder import RunFolder
 from sparkmim.training.callbacks import Ema, Keeper, Monitor
@@ -109,9 +109,9 @@ def run_finetuning(settings: dict[str, Any], given: Set[str], callbacks: Sequenc
     metadata = _metadata(settings, model, train.classes)
 
     def write_classifier(classifier: nn.Module, suffix: str, scores: Scores | None) -> None:
-        known = {} if scores is None else {"top1": scores.top1, "top5": scores.top5}
+        figures = {} if scores is None else {"top1": scores.top1, "top5": scores.top5}
         path = folder.weights / weights.CLASSIFIER_FILE.replace(".", f"{suffix}.")
-        weights.write(classifier, path, {**metadata, **known})
+        weights.write(classifier, path, replace(metadata, figures=figures))
 
     def write_weights(step: int) -> None:
         write_classifier(model, "", validator.last.get("model"))
@@ -176,20 +176,20 @@ def in_force(settings: dict[str, Any], start: Weights | None) -> dict[str, Any]:
     for field in fields(FinetuneRecipe):
         if settings[field.name] is None:
             settings[field.name] = getattr(recipe, field.name)
-    known = {} if start is None else start.metadata
+    known = WeightsMetadata() if start is None else start.metadata
     if settings["model"] is None:
         if start is None:
             raise UserError("no model given; --model names the network to train from scratch")
         settings["model"] = start.model
     for name, otherwise in (("channels", 3), ("image_size", 224), ("feature_modules", None)):
         if settings[name] is None:
-            settings[name] = known.get(name) or otherwise
+            settings[name] = getattr(known, name) or otherwise
     size = settings["image_size"]
     settings["image_size"] = [size, size] if isinstance(size, int) else list(size)
     grey = settings["channels"] != 3
     for name, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
         default = [sum(usual) / 3] * settings["channels"] if grey else list(usual)
-        settings[name] = list(settings[name] or known.get(name) or default)
+        settings[name] = list(settings[name] or getattr(known, name) or default)
         if len(settings[name]) != settings["channels"]:
             raise UserError(f"{name} has {len(settings[name])} value(s) for {settings['channels']} channel(s)")
     settle_machine(settings)
@@ -223,7 +223,7 @@ def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -
         settings["feature_modules"],
     )  # fmt: skip
     if start is not None:
-        start.load_into_encoder(encoder_of(model))
+        start.load_into_encoder(model, model.hierarchy if isinstance(model, PooledClassifier) else None)
     return model
 
 
@@ -253,18 +253,15 @@ def build_datasets(settings: dict[str, Any], train: Labelled, val: Labelled) -> 
     )
 
 
-def _metadata(settings: dict[str, Any], model: nn.Module, classes: list[str]) -> dict[str, Any]:
-    return {
-        "model": settings["model"] if isinstance(settings["model"], str) else None,
-        "pooled": isinstance(model, PooledClassifier),
-        "classes": classes,
-        "image_size": settings["image_size"],
-        "crop": settings["eval_crop"] or None,
-        "channels": settings["channels"],
-        "feature_modules": settings["feature_modules"],
-        "mean": settings["mean"],
-        "std": settings["std"],
-    }
+def _metadata(settings: dict[str, Any], model: nn.Module, classes: list[str]) -> WeightsMetadata:
+    kept = ("image_size", "channels", "feature_modules", "mean", "std")
+    return WeightsMetadata(
+        model=settings["model"] if isinstance(settings["model"], str) else None,
+        pooled=isinstance(model, PooledClassifier),
+        classes=classes,
+        crop=settings["eval_crop"] or 0.0,
+        **{name: settings[name] for name in kept},
+    )
 
 
 def _rows(settings: dict[str, Any], model: nn.Module, train: Labelled, val: Labelled, plan: Plan) -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from sparkmim.data import PretrainDataset, SkipLog, array_transform, normalisati
 from sparkmim.data.source import Source, open_source
 from sparkmim.errors import UserError
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import is_main_process
 from sparkmim.models import SparK, create_encoder
@@ -85,9 +87,9 @@ def run_pretraining(settings: dict[str, Any], given: Set[str], callbacks: Sequen
     metadata = _metadata(settings, model)
 
     def write_weights(step: int) -> None:
-        weights.save(model, folder.weights, {**metadata, "step": step})
+        weights.save(model, folder.weights, replace(metadata, step=step))
         if ema is not None:
-            weights.save(ema.average.module, folder.weights, {**metadata, "step": step}, suffix="_ema")
+            weights.save(ema.average.module, folder.weights, replace(metadata, step=step), suffix="_ema")
 
     keeper = Keeper(folder, settings["save_minutes"], write_weights, monitor)
     every = [monitor, *([ema] if ema else []), *callbacks, keeper]
@@ -218,20 +220,15 @@ def build_dataset(settings: dict[str, Any], model: SparK, source: Source) -> Pre
     )
 
 
-def _metadata(settings: dict[str, Any], model: SparK) -> dict[str, Any]:
-    return {
-        "model": settings["model"] if isinstance(settings["model"], str) else None,
-        "image_size": list(model.image_size),
-        "patch_size": model.patch_size,
-        "mask_ratio": model.mask_ratio,
-        "decoder": settings["decoder"],
-        "decoder_width": settings["decoder_width"],
-        "stages": settings["stages"],
-        "feature_modules": settings["feature_modules"],
-        "channels": settings["channels"],
-        "mean": settings["mean"],
-        "std": settings["std"],
-    }
+def _metadata(settings: dict[str, Any], model: SparK) -> WeightsMetadata:
+    kept = ("decoder", "decoder_width", "stages", "feature_modules", "channels", "mean", "std")
+    return WeightsMetadata(
+        model=settings["model"] if isinstance(settings["model"], str) else None,
+        image_size=list(model.image_size),
+        patch_size=model.patch_size,
+        mask_ratio=model.mask_ratio,
+        **{name: settings[name] for name in kept},
+    )
 
 
 def _rows(settings: dict[str, Any], model: SparK, images: int, plan: Plan) -> dict[str, str]:

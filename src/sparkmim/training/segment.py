@@ -30,6 +30,7 @@ from sparkmim.drawing.pixels import Tones
 from sparkmim.errors import UserError
 from sparkmim.evaluation.segmentation import SegmentationScores, classes_at, evaluate_segmentation
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.models import create_encoder
 from sparkmim.models.encoders import own_module
@@ -161,25 +162,25 @@ def build_model(settings: dict[str, Any], classes: int, start: Weights | None) -
     encoder = settings["model"]
     if isinstance(encoder, str):
         encoder = create_encoder(encoder, settings["channels"], settings["drop_path"])
-    if start is not None:
-        start.load_into_encoder(encoder)
     size = [settings["crop"], settings["crop"]]
     segmenter = create_segmenter(
         encoder, classes, settings["channels"], settings["norm"], size, settings["feature_modules"]
     )
+    if start is not None:
+        start.load_into_encoder(encoder, segmenter.backbone.hierarchy)
     segmenter.backbone.freeze(settings["frozen_stages"])
     return segmenter
 
 
-def _metadata(settings: dict[str, Any], classes: list[str]) -> dict[str, Any]:
+def _metadata(settings: dict[str, Any], classes: list[str]) -> WeightsMetadata:
     kept = ("channels", "mean", "std", "feature_modules", "norm", "eval_short_side", "ignore", "reduce_labels")
-    return {
-        "task": "segmentation",
-        "model": settings["model"] if isinstance(settings["model"], str) else None,
-        "image_size": [settings["crop"], settings["crop"]],
-        "classes": classes,
+    return WeightsMetadata(
+        task="segmentation",
+        model=settings["model"] if isinstance(settings["model"], str) else None,
+        image_size=[settings["crop"], settings["crop"]],
+        classes=classes,
         **{name: settings[name] for name in kept},
-    }
+    )
 
 
 # Validation
@@ -283,7 +284,7 @@ def opened(settings: dict[str, Any]) -> tuple[Segmenter, Weights, dict[str, Any]
     """The segmenter, its weights, settings in force, the device, and the folder to write into."""
     found, device, out = downstream.opened_for_use(settings, "segmenter")
     model = found.segmenter(own_module(settings["model"])).to(device)
-    reduced = settings["reduce_labels"] or found.metadata["reduce_labels"]
+    reduced = settings["reduce_labels"] or found.metadata.reduce_labels
     settings = {**settings, "channels": found.channels, "reduce_labels": reduced}
     downstream.fill_from_weights(settings, found, ("mean", "std", "eval_short_side", "ignore"))
     settle_machine(settings)
@@ -293,7 +294,7 @@ def opened(settings: dict[str, Any]) -> tuple[Segmenter, Weights, dict[str, Any]
 def score_segmenter(settings: dict[str, Any], console: Console) -> SegmentResult:
     """Scores a segmenter on the validation images; writes `metrics.json`."""
     model, found, settings, device, out = opened(settings)
-    names, known = class_names(settings), found.metadata["classes"]
+    names, known = class_names(settings), list(found.metadata.classes or ())
     if names is not None and names != known:
         raise UserError(f"the data have other classes than {found.path}: {len(names)} and {len(known)} names, which "
                          "must be the same, in the same order")  # fmt: skip
@@ -308,12 +309,12 @@ def score_segmenter(settings: dict[str, Any], console: Console) -> SegmentResult
 def predict_label_maps(settings: dict[str, Any], console: Console) -> SegmentResult:
     """Writes the class of each pixel of images as PNG, and draws them on the images."""
     model, found, settings, device, out = opened(settings)
-    classes = found.metadata["classes"]
+    classes = list(found.metadata.classes or ())
     transform = segmentation_resize(settings["eval_short_side"], settings["mean"], settings["std"])
     means, deviations = (torch.tensor(settings[name]).view(-1, 1, 1) for name in ("mean", "std"))
     seen: set[int] = set()
     count = 0
-    for name, _, image in downstream.images_read(console, settings["predict"], settings):
+    for name, _, image in downstream.images_read(console, settings["predict"], settings["channels"]):
         labels = predicted(model, transform(image).to(device), image.shape[1:], settings["precision"]).cpu()  # [h, w]
         arrays = image.is_floating_point()
         normalised = ((image if arrays else image / 255) - means) / deviations  # [c, h, w]

@@ -61,7 +61,7 @@ def run_features(settings: Mapping[str, Any]) -> FeaturesResult:
     weights = open_weights(settings["weights"])
     preparation = weights.preparation(settings["image_size"], crop=1.0)
     check_pictured(preparation, weights.path)
-    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
+    hierarchy = frozen_hierarchy(weights, own_module(settings["model"]), device)
     stages = _stages(settings["stages"], hierarchy, weights.path)
     shown = read_shown(settings["images"], preparation, settings["limit"], device)
 

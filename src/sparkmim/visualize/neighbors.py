@@ -70,7 +70,7 @@ def run_neighbors(settings: Mapping[str, Any]) -> NeighborsResult:
     source = images_source(settings["data"], preparation.channels, preparation.rank)
     if images_source(settings["query"], preparation.channels, preparation.rank).arrays != source.arrays:
         raise UserError("one of query and data holds image files and the other arrays; give one kind")
-    hierarchy = frozen_hierarchy(weights, weights.encoder(own_module(settings["model"])), device)
+    hierarchy = frozen_hierarchy(weights, own_module(settings["model"]), device)
     stage = check_stage(settings["stage"], hierarchy, str(weights.path))
     if source.arrays and (preparation.mean is None or preparation.std is None):
         measured = source.statistics()  # of the folder, for the queries too

@@ -123,9 +123,9 @@ def _network(settings: Mapping[str, Any], device: torch.device) -> tuple[str, Hi
         weights = open_weights(settings["weights"])
         preparation = weights.preparation(size, None)
         _check_axes(len(preparation.image_size), str(weights.path))
-        name = model or weights.metadata.get("model") or "a network"
+        name = model or weights.metadata.model or "a network"
         of = f" with the weights of {Path(settings['weights']).resolve().name}"
-        return _short(name) + of, frozen_hierarchy(weights, weights.encoder(model), device), preparation
+        return _short(name) + of, frozen_hierarchy(weights, model, device), preparation
     of = ""
     encoder = "resnet18" if model is None else model
     name = _short(encoder)
