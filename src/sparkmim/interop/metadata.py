@@ -83,7 +83,7 @@ class WeightsMetadata:
 
     def to_json(self) -> dict[str, Any]:
         """Returns the JSON object for a file."""
-        nulls = {"model", "feature_modules"}  # written even when unknown: version 1 readers look them up in any file
+        nulls = {"model", "feature_modules"}  # null where unknown: earlier versions look them up in every file
         if self.classes is None:
             nulls |= {"decoder_width", "stages", "mean", "std"}
         values = {name: getattr(self, name) for name in _CHECKS}
