@@ -32,7 +32,11 @@ class Range:
 
     def __call__(self, value: Any) -> str | None:
         """Tells what `value` must be, if it is not that."""
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or (isinstance(value, float) and not math.isfinite(value))
+        ):
             return f"it must be a finite number, {self}"
         if self.whole and value != int(value):
             return f"it must be a whole number, {self}"

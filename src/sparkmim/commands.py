@@ -1092,33 +1092,36 @@ def export(
 ) -> ExportResult:
     """Write weights for other software.
 
-    Of pretrained weights, the encoder; of a classifier, all of it where the format has a place for that. Networks of
-    timm and torchvision get the target's names; a network of your own, path/to/file.py:factory, keeps its own in every
-    format. Programs (onnx, torch-export) give a classifier's logits, or an encoder's feature maps. None of the other
-    packages is needed, but for onnx (pip install 'sparkmim[onnx]').
+    Pretrained weights give the encoder; a classifier is exported whole where the format can hold one. Networks of
+    timm and torchvision get the target's tensor names; a custom network, path/to/file.py:factory, keeps its names in
+    every format. Programs (onnx, torch-export) compute a classifier's logits, or an encoder's feature maps. The other
+    packages need not be installed, except for onnx (pip install 'sparkmim[onnx]').
 
     Args:
         weights: run folder, weight file of ours, or original SparK file
         format: timm, torchvision, detectron2 (ResNets), mmdet, mmpretrain (ResNets and ConvNeXts), huggingface (a
-            folder), onnx, torch-export, or spark (the original release's, with the decoder if there is one)
-        out: file to write, which ends in .safetensors or .pth, .pkl (detectron2), .onnx, or .pt2 (torch-export); or
+            folder), onnx, torch-export, or spark (as in the original release, with the decoder if there is one)
+        out: file to write, ending in .safetensors or .pth, .pkl (detectron2), .onnx, or .pt2 (torch-export); or
             folder (huggingface)
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
             weights say
-        image_size: of a program, side in pixels, or one size per axis; None for that of training
-        overwrite: replace what is there
+        image_size: for onnx and torch-export, side in pixels, or one size per axis; None for that of training
+        overwrite: replace existing files
         push: repository on the Hugging Face Hub, OWNER/NAME, to upload the folder to
         private: make that repository private, if it is new
 
     Returns:
-        An `ExportResult`: what was written, how many tensors, and how far a program is from PyTorch.
+        An `ExportResult`: the path, the number of tensors, and a program's largest difference to PyTorch.
 
     Raises:
-        ValueError: if the format cannot hold this network, or out is taken; says what would do.
+        ValueError: if the format cannot hold this network, or out exists.
     """
     from sparkmim.interop.export import export_weights
 
-    return export_weights(weights, format, out, model, image_size, overwrite, push, private)
+    return export_weights(
+        weights=weights, format=format, out=out, model=model, image_size=image_size, overwrite=overwrite, push=push,
+        private=private,
+    )  # fmt: skip
 
 
 @_command
@@ -1126,7 +1129,7 @@ def weights() -> list[Any]:
     """List the weights that the authors of SparK have published.
 
     Returns:
-        A list of `sparkmim.interop.published.PublishedWeights`: network, size, accuracy, file and link of each.
+        A list of `sparkmim.interop.published.PublishedWeights`: network, image size, accuracy, file and link.
     """
     from sparkmim.interop.published import PUBLISHED
 

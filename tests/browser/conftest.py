@@ -40,14 +40,15 @@ def run_of(folder: Path, seed: int) -> Path:
 
     import sparkmim
     from sparkmim.interop import weights
+    from sparkmim.interop.metadata import WeightsMetadata
 
     torch.manual_seed(seed)
     network = str(Path(__file__).parents[2] / "examples" / "small_cnn.py") + ":small_cnn"
     model = sparkmim.SparK(network, image_size=64, patch_size=8, decoder_width=16)
     weights.save(
         model, folder / "weights",
-        {"model": network, "image_size": [64, 64], "patch_size": 8, "decoder_width": 16, "channels": 3,
-         "mean": [0.5] * 3, "std": [0.25] * 3},
+        WeightsMetadata(model=network, image_size=[64, 64], patch_size=8, decoder_width=16, channels=3,
+                        mean=[0.5] * 3, std=[0.25] * 3),
     )  # fmt: skip
     return folder
 

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import create_classifier, create_encoder
 
 CLASSES = ["blue", "green", "red"]
@@ -37,7 +38,9 @@ def run(tmp_path: Path, network: str) -> Path:
     torch.manual_seed(1)
     classifier = create_classifier(network, 3, image_size=[16, 16])
     file = tmp_path / "run" / "weights" / "classifier_best.safetensors"
-    weights.write(classifier, file, {"model": network, "classes": CLASSES, "pooled": True, "top1": 0.5, **KNOWN})
+    weights.write(
+        classifier, file, WeightsMetadata(model=network, classes=CLASSES, pooled=True, figures={"top1": 0.5}, **KNOWN)
+    )
     return tmp_path / "run"
 
 
@@ -46,5 +49,5 @@ def encoder_file(tmp_path: Path, network: str) -> Path:
     """Weights of that network alone, others than the run's."""
     torch.manual_seed(2)
     file = tmp_path / "other.safetensors"
-    weights.write(create_encoder(network), file, {"model": network, **KNOWN})
+    weights.write(create_encoder(network), file, WeightsMetadata(model=network, **KNOWN))
     return file

@@ -16,6 +16,7 @@ import sparkmim
 from processes import Cli
 from sparkmim.data import decode, eval_transform
 from sparkmim.evaluation import knn_accuracy, stage_features
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_encoder
 
@@ -121,7 +122,7 @@ def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
         rows.append(f"{place}.npy,{'ab'[place % 2]}")
     (tmp_path / "table.csv").write_text("\n".join(rows))
     known = {"model": "resnet10t", "image_size": [64, 64], "channels": 5, "mean": [0.0] * 5, "std": [1.0] * 5}
-    weights.write(create_encoder("resnet10t", 5), tmp_path / "five.safetensors", known)
+    weights.write(create_encoder("resnet10t", 5), tmp_path / "five.safetensors", WeightsMetadata(**known))
     arguments: dict[str, Any] = {
         "data": tmp_path / "table.csv", "weights": tmp_path / "five.safetensors", "val_split": 0.5, "stage": 1, **FAST
     }  # fmt: skip
@@ -190,6 +191,6 @@ def test_a_network_that_takes_other_channels_converts_images(labelled: Path, tmp
     from sparkmim.interop import weights
 
     known = {"model": network, "image_size": [16, 12], "channels": 1, "mean": [0.5], "std": [0.5]}
-    weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", known)
+    weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", WeightsMetadata(**known))
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(labelled / "val" / "red" / "grey.png")
     assert len(sparkmim.evaluate(data=labelled, weights=tmp_path / "grey.safetensors", **FAST).rows) == 4

@@ -17,6 +17,7 @@ from sparkmim.cli import _spelled_as_arguments, build_parser
 from sparkmim.data import decode, eval_transform
 from sparkmim.evaluation import stage_features
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_classifier
 
@@ -100,7 +101,7 @@ def test_many_classes_are_named_not_spread_over_columns(network: str, photos: Pa
     classifier = create_classifier(network, 101, image_size=[16, 16])
     known = {"model": network, "classes": [str(i) for i in range(101)], "pooled": True, "image_size": [16, 16],
              "channels": 3, "crop": None}  # fmt: skip
-    weights.write(classifier, tmp_path / "many.safetensors", known)
+    weights.write(classifier, tmp_path / "many.safetensors", WeightsMetadata(**known))
     sparkmim.predict(images=photos, weights=tmp_path / "many.safetensors", out=tmp_path / "many.csv", **FAST)
     rows = rows_of(tmp_path / "many.csv")
     assert len(rows) == 24

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from sparkmim.cli import main
 from sparkmim.data import eval_transform
 from sparkmim.interop import official
 from sparkmim.interop.export import SUFFIXES
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights, save, write
 from sparkmim.models import SparK, create_classifier, create_encoder
 
@@ -48,23 +50,45 @@ def shaken(module: nn.Module) -> nn.Module:
     return module.eval()
 
 
-def encoder_file(folder: Path, model: str, **metadata: Any) -> Path:
-    """A weight file of an encoder, as pretraining writes it."""
+def metadata(model: str | None, **others: Any) -> WeightsMetadata:
+    """Metadata of a network for images of 64²."""
+    return WeightsMetadata(**{"model": model, "image_size": [64, 64], "mean": MEAN, "std": STD, **others})
+
+
+def encoder_file(folder: Path, model: str, **others: Any) -> Path:
+    """Writes an encoder, as pretraining does."""
     torch.manual_seed(0)
-    path = folder / "encoder.safetensors"
-    known = {"model": model, "image_size": [64, 64], "channels": 3, "mean": MEAN, "std": STD, **metadata}
-    write(shaken(create_encoder(model, known["channels"])), path, known)
+    path, known = folder / "encoder.safetensors", metadata(model, **others)
+    write(shaken(create_encoder(model, known.channels)), path, WeightsMetadata(**known))
     return path
 
 
 def classifier_file(folder: Path, model: str) -> Path:
-    """A weight file of a classifier of three classes, as fine-tuning writes it."""
+    """Writes a classifier of three classes, as fine-tuning does."""
     torch.manual_seed(0)
     path = folder / "classifier.safetensors"
-    known = {"model": model, "image_size": [64, 64], "channels": 3, "mean": MEAN, "std": STD, "top1": 87.5,
-             "classes": ["cat", "dog", "owl"], "pooled": ".py:" in model}  # fmt: skip
-    write(shaken(create_classifier(model, 3, image_size=[64, 64])), path, known)
+    known = metadata(model, classes=["cat", "dog", "owl"], pooled=".py:" in model, figures={"top1": 87.5})
+    write(shaken(create_classifier(model, 3, image_size=[64, 64])), path, WeightsMetadata(**known))
     return path
+
+
+def spark_run(folder: Path, model: str, size: int = 64, **others: Any) -> SparK:
+    """Writes a run folder `run` of pretraining; returns the model."""
+    torch.manual_seed(0)
+    settings = {"decoder_width": 32, "decoder": "spark", **others}
+    channels = settings.get("channels", 3)
+    colours = {name: settings.pop(name) for name in ("mean", "std") if name in settings}
+    spark = SparK(create_encoder(model, channels), image_size=size, **settings)
+    settings |= {"image_size": [size, size], "patch_size": spark.patch_size, "mask_ratio": spark.mask_ratio}
+    save(spark, folder / "run" / "weights", WeightsMetadata(**metadata(model, **settings, **colours)))
+    return spark
+
+
+def export(folder: Path, weights: Path, format: str, **settings: Any) -> Path:
+    """Exports weights to a new file or folder, and returns its path."""
+    out = folder / f"{format}{(*SUFFIXES[format], '')[0]}"
+    sparkmim.export(weights=weights, format=format, out=out, **settings)
+    return out
 
 
 def images(size: int = 64, channels: int = 3) -> Tensor:
@@ -132,21 +156,17 @@ def test_classifiers_keep_their_head(tmp_path: Path, model: str) -> None:
         ("timm", timm.create_model(model, num_classes=3)),
         ("torchvision", torchvision.models.get_model(model, weights=None, num_classes=3)),
     ):
-        out = tmp_path / f"{format}.pth"
-        sparkmim.export(weights=weights, format=format, out=out)
-        network.load_state_dict(torch.load(out, weights_only=True))
+        network.load_state_dict(load_file(export(tmp_path, weights, format)))
         assert (network.eval()(images()) - expected).abs().max() == 0
 
 
 @pytest.mark.parametrize("model", ["resnet18", "convnext_tiny"])
 def test_from_torchvision_to_timm(tmp_path: Path, model: str) -> None:
     weights = encoder_file(tmp_path, f"torchvision/{model}")
-    sparkmim.export(weights=weights, format="timm", out=tmp_path / "timm.pth")
-    sparkmim.export(weights=weights, format="torchvision", out=tmp_path / "torchvision.pth")
     here = timm.create_model(model, num_classes=0).eval()
-    here.load_state_dict(torch.load(tmp_path / "timm.pth", weights_only=True))
+    here.load_state_dict(load_file(export(tmp_path, weights, "timm")))
     there = torchvision.models.get_model(model, weights=None)
-    there.load_state_dict(torch.load(tmp_path / "torchvision.pth", weights_only=True))
+    there.load_state_dict(load_file(export(tmp_path, weights, "torchvision")))
     expected = torchvision_encoder(model)
     expected.load_state_dict({name: tensor for name, tensor in there.state_dict().items()
                               if not name.startswith(("fc.", "classifier.2."))})  # fmt: skip
@@ -157,7 +177,7 @@ def test_a_module_from_python(tmp_path: Path) -> None:
     """Weights of a run that was started with a module name no network; the module, or its name, is given again."""
     weights = encoder_file(tmp_path, "resnet18")
     tensors = load_file(weights)
-    write(open_weights(weights).encoder(), weights, {"model": None, "image_size": [64, 64], "channels": 3})
+    write(open_weights(weights).encoder(), weights, WeightsMetadata(**metadata(None)))
     with pytest.raises(ValueError, match="does not name its network; give it as --model"):
         sparkmim.export(weights=weights, format="timm", out=tmp_path / "none.pth")
     for number, model in enumerate((timm.create_model("resnet18", num_classes=0), "resnet18", "resnet18.a1_in1k")):
@@ -216,9 +236,7 @@ def test_detectron2(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("format", ["mmdet", "mmpretrain"])
 def test_openmmlab_resnet(tmp_path: Path, format: str) -> None:
-    weights = encoder_file(tmp_path, "resnet50")
-    sparkmim.export(weights=weights, format=format, out=tmp_path / "r50.pth")
-    content = torch.load(tmp_path / "r50.pth", weights_only=True)
+    content = torch.load(export(tmp_path, encoder_file(tmp_path, "resnet50"), format), weights_only=True)
     listing = resnet_listing(
         "conv1", lambda number: f"layer{number}", ("downsample.0", "downsample.1"),
         lambda conv: conv.replace("conv", "bn"),
@@ -270,8 +288,7 @@ def test_openmmlab_convnext(tmp_path: Path, model: str, depths: tuple[int, ...],
         ("mmpretrain", {"backbone.norm3.weight": widths[-1:], "backbone.norm3.bias": widths[-1:],
                         "head.fc.weight": (3, widths[-1]), "head.fc.bias": (3,)}),
     ):  # fmt: skip
-        sparkmim.export(weights=weights, format=format, out=tmp_path / f"{format}.pth")
-        content = torch.load(tmp_path / f"{format}.pth", weights_only=True)
+        content = torch.load(export(tmp_path, weights, format), weights_only=True)
         found = {name: tuple(tensor.shape) for name, tensor in content["state_dict"].items()}
         assert found == {**listing, **head}
     assert content["meta"]["dataset_meta"] == {"classes": ["cat", "dog", "owl"]}
@@ -326,8 +343,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
 def test_hugging_face_encoders(tmp_path: Path, model: str, channels: int) -> None:
     mean = [0.5] * channels
     weights = encoder_file(tmp_path, model, channels=channels, mean=mean, std=mean)
-    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
-    network = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    network = timm.create_model(f"local-dir:{export(tmp_path, weights, 'huggingface')}", pretrained=True).eval()
     assert network.num_classes == 0
     pixels = images(channels=channels)
     assert torch.equal(network(pixels), open_weights(weights).encoder()(pixels))
@@ -436,8 +452,7 @@ def test_torch_export(tmp_path: Path) -> None:
 
 def test_torch_export_of_an_own_network(tmp_path: Path, network: str) -> None:
     weights = encoder_file(tmp_path, network)
-    sparkmim.export(weights=weights, format="torch-export", out=tmp_path / "net.pt2", image_size=32)
-    maps = torch.export.load(tmp_path / "net.pt2").module()(images(32))
+    maps = torch.export.load(export(tmp_path, weights, "torch-export", image_size=32)).module()(images(32))
     assert [tuple(map_.shape) for map_ in maps] == [(2, 8, 16, 16), (2, 16, 8, 8)]
 
 
@@ -455,8 +470,8 @@ def test_there_and_back(tmp_path: Path, arch: str) -> None:
     assert out.loss.isfinite()
     assert out.reconstruction.isfinite().all()
 
-    sparkmim.export(weights=path, format="spark", out=tmp_path / "back.pth")
-    before, after = (torch.load(file, weights_only=True, mmap=True) for file in (path, tmp_path / "back.pth"))
+    back = export(tmp_path, path, "spark")
+    before, after = (torch.load(file, weights_only=True, mmap=True) for file in (path, back))
     assert list(after) == PUBLISHED[arch]["top_level_keys"]
     assert (after["arch"], after["input_size"], after["is_pretrain"]) == (arch, 224, True)
     assert after["module"].pop("config") == before["module"].pop("config") == PUBLISHED[arch]["config"]
@@ -485,7 +500,7 @@ def test_original_files_are_fine_tuned(tmp_path: Path, arch: str) -> None:
     moved = [(after[name] - before[name]).abs().max().item() for name in weights]
     assert max(moved) < 1e-4
     assert min(moved) > 0
-    assert open_weights(tmp_path / "run").metadata["mean"] == MEAN
+    assert open_weights(tmp_path / "run").metadata.mean == MEAN
 
 
 @pytest.mark.parametrize("arch", ["resnet50", "convnext_small"])
@@ -497,8 +512,7 @@ def test_encoder_alone_there_and_back(tmp_path: Path, arch: str) -> None:
     path = tmp_path / "style.pth"
     torch.save(encoder, path)
     assert open_weights(path).kind == "encoder"
-    sparkmim.export(weights=path, format="spark", out=tmp_path / "back.pth")
-    back = torch.load(tmp_path / "back.pth", weights_only=True)
+    back = torch.load(export(tmp_path, path, "spark"), weights_only=True)
     assert back.keys() == encoder.keys()
     assert all(torch.equal(back[name], encoder[name]) for name in back)
 
@@ -506,13 +520,8 @@ def test_encoder_alone_there_and_back(tmp_path: Path, arch: str) -> None:
 @pytest.mark.parametrize("model", ["resnet18", "torchvision/convnext_tiny"])
 def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
     """What this package pretrained loads from such a file again, decoder and all."""
-    torch.manual_seed(0)
-    spark = SparK(model, image_size=64, decoder_width=32, mask_ratio=0.5)
-    known = {"model": model, "image_size": [64, 64], "patch_size": 32, "mask_ratio": 0.5, "decoder": "spark",
-             "decoder_width": 32, "stages": None, "feature_modules": None, "channels": 3}  # fmt: skip
-    save(spark, tmp_path / "run" / "weights", known)
-    sparkmim.export(weights=tmp_path / "run", format="spark", out=tmp_path / "spark.pth")
-    content = torch.load(tmp_path / "spark.pth", weights_only=True)
+    spark = spark_run(tmp_path, model, mask_ratio=0.5)
+    content = torch.load(export(tmp_path, tmp_path / "run", "spark"), weights_only=True)
     assert content["module"]["config"]["dense_decoder.width"] == 32
     back = SparK(model.removeprefix("torchvision/"), image_size=64, decoder_width=32, mask_ratio=0.5).eval()
     official.load_into(back, content)
@@ -523,12 +532,9 @@ def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
 
 
 def test_shallower_stages_have_no_original_form(tmp_path: Path) -> None:
-    spark = SparK("resnet18", image_size=64, decoder_width=32, stages=2)
-    known = {"model": "resnet18", "image_size": [64, 64], "patch_size": 8, "decoder": "spark", "decoder_width": 32,
-             "stages": 2, "channels": 3}  # fmt: skip
-    save(spark, tmp_path / "run" / "weights", known)
+    spark_run(tmp_path, "resnet18", stages=2)
     with pytest.raises(ValueError, match=r"at stride 32, but this was trained at stride 8 \(--stages\)"):
-        sparkmim.export(weights=tmp_path / "run", format="spark", out=tmp_path / "spark.pth")
+        export(tmp_path, tmp_path / "run", "spark")
 
 
 class Hourglass(nn.Module):
@@ -545,13 +551,13 @@ class Hourglass(nn.Module):
 
 def test_parts_called_encoder_and_decoder(tmp_path: Path) -> None:
     network = Hourglass()
-    known = {"model": None, "image_size": [32, 32], "channels": 3}
-    write(network, tmp_path / "encoder.safetensors", known)
+    known = metadata(None, image_size=[32, 32], decoder_width=16)
+    write(network, tmp_path / "encoder.safetensors", WeightsMetadata(**known))
     opened = open_weights(tmp_path / "encoder.safetensors")
     assert opened.kind == "encoder"
     assert torch.equal(opened.encoder(Hourglass()).decoder[0].weight, network.decoder[0].weight)
     whole = SparK(network, image_size=32, decoder_width=16)
-    save(whole, tmp_path / "run" / "weights", {**known, "decoder_width": 16})
+    save(whole, tmp_path / "run" / "weights", WeightsMetadata(**known))
     assert open_weights(tmp_path / "run").kind == "pretrained"
 
 
@@ -563,20 +569,15 @@ def test_a_module_that_is_given_stays_as_it_is(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-@pytest.mark.parametrize(("crop", "mode", "size"), [(None, "squash", 64), (0.875, "center", 64)])
-def test_the_hub_prepares_images_as_validation_did(
-    tmp_path: Path, crop: float | None, mode: str, size: int
-) -> None:  # fmt: skip
-    weights = encoder_file(tmp_path, "resnet18")
-    known = {**open_weights(weights).metadata, "crop": crop, "image_size": [size, size]}
-    write(open_weights(weights).encoder(), weights, known)
-    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
-    network = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True)
+@pytest.mark.parametrize(("crop", "mode"), [(0.0, "squash"), (0.875, "center")])
+def test_the_hub_prepares_images_as_validation_did(tmp_path: Path, crop: float, mode: str) -> None:
+    hub = export(tmp_path, encoder_file(tmp_path, "resnet18", crop=crop), "huggingface")
+    network = timm.create_model(f"local-dir:{hub}", pretrained=True)
     config = timm.data.resolve_model_data_config(network)
     assert config["crop_mode"] == mode
     wide = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (32, 1, 3)))  # 32×128, a ramp
     seen = timm.data.create_transform(**config)(wide)[0]  # [64, 64]
-    ours = eval_transform((size, size), crop=crop)(pil_to_tensor(wide))[0]
+    ours = eval_transform((64, 64), crop=crop or None)(pil_to_tensor(wide))[0]
     assert (seen - ours).abs().max() < 0.1
 
 
@@ -615,7 +616,7 @@ def test_an_own_network(tmp_path: Path, network: str, kind: str, capsys: pytest.
         file.write_text(code.replace("Tiny(in_chans)", "Tiny(in_chans, num_classes)"))
     weights = encoder_file(tmp_path, network) if kind == "encoder" else classifier_file(tmp_path, network)
     if kind == "classifier":
-        write(shaken(create_classifier(network, 3)), weights, {**open_weights(weights).metadata, "pooled": False})
+        write(shaken(create_classifier(network, 3)), weights, replace(open_weights(weights).metadata, pooled=False))
     source = open_weights(weights)
     whole = dict(source.encoder_tensors)
     backbone = {name: tensor for name, tensor in whole.items() if name.startswith(BACKBONE)}
@@ -686,29 +687,25 @@ def my_registered(pretrained=False, **settings):
 """
     )
     weights = encoder_file(tmp_path, f"{path}:my_registered")
-    sparkmim.export(weights=weights, format="huggingface", out=tmp_path / "hub")
-    network = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    network = timm.create_model(f"local-dir:{export(tmp_path, weights, 'huggingface')}", pretrained=True).eval()
     assert torch.equal(network(images()), open_weights(weights).encoder()(images()))
 
 
 @pytest.mark.parametrize("channels", [3, 1])
 def test_an_own_run_in_the_original_form(tmp_path: Path, network: str, channels: int) -> None:
     """Encoder and decoder, there and back; other channels too, which the original can be told of."""
-    torch.manual_seed(0)
-    spark = SparK(create_encoder(network, channels), image_size=32, decoder_width=32, channels=channels).eval()
-    known = {"model": network, "image_size": [32, 32], "patch_size": 4, "mask_ratio": 0.6, "decoder": "spark",
-             "decoder_width": 32, "channels": channels, "mean": [0.3] * channels, "std": [0.4] * channels}  # fmt: skip
-    save(spark, tmp_path / "run" / "weights", known)
-    sparkmim.export(weights=tmp_path / "run", format="spark", out=tmp_path / "spark.pth")
-    content = torch.load(tmp_path / "spark.pth", weights_only=True)
+    colours = {"mean": [0.3] * channels, "std": [0.4] * channels}
+    spark = spark_run(tmp_path, network, size=32, channels=channels, **colours).eval()
+    out = export(tmp_path, tmp_path / "run", "spark")
+    content = torch.load(out, weights_only=True)
     assert content["arch"] == "tiny"
     assert content["module"]["norm_black"].shape == (1, channels, 32, 32)
     assert {name for name in content["module"] if name.startswith("sparse_encoder.")} == {
         f"sparse_encoder.sp_cnn.{name}" for name in spark.encoder.state_dict() if name.startswith(BACKBONE)
     }
-    opened = open_weights(tmp_path / "spark.pth")
-    assert (opened.kind, opened.channels, opened.metadata["patch_size"]) == ("pretrained", channels, 4)
-    assert (opened.metadata["mean"], opened.metadata["std"]) == (known["mean"], known["std"])
+    opened = open_weights(out)
+    assert (opened.kind, opened.channels, opened.metadata.patch_size) == ("pretrained", channels, 4)
+    assert opened.metadata.given("mean", "std") == colours
     back = opened.spark(network)
     visible = spark.draw_visible(2, torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -722,27 +719,26 @@ def test_an_own_run_in_the_original_form(tmp_path: Path, network: str, channels:
 @pytest.mark.parametrize(
     ("model", "format", "message"),
     [
-        ("convnext_atto", "detectron2", "detectron2 takes ordinary ResNets, and convnext_atto is none; use mmdet for"),
         (
-            "mobilenetv3_small_050",
-            "torchvision",
-            "torchvision computes no network as timm's mobilenetv3_small_050 does",
+            "convnext_atto",
+            "detectron2",
+            "detectron2 takes ordinary ResNets, and convnext_atto is not one; use mmdet",
         ),
-        ("resnet18d", "torchvision", "torchvision computes no network as timm's resnet18d does"),
-        ("resnet18d", "detectron2", "detectron2 takes ordinary ResNets, and resnet18d is none"),
+        ("mobilenetv3_small_050", "torchvision", "torchvision has no network equivalent to timm's mobilenetv3_small_"),
+        ("resnet18d", "torchvision", "torchvision has no network equivalent to timm's resnet18d"),
+        ("resnet18d", "detectron2", "detectron2 takes ordinary ResNets, and resnet18d is not one"),
         ("mobilenetv3_small_050", "mmdet", "mmdet takes ordinary ResNets and ConvNeXts, and mobilenetv3_small_050 is"),
         ("mobilenetv3_small_050", "mmpretrain", "mmpretrain takes ordinary ResNets"),
         ("convnextv2_atto", "spark", r"ResNets and ConvNeXts \(V1\), and convnextv2_atto is neither; use timm"),
-        ("torchvision/shufflenet_v2_x0_5", "timm", "timm computes no network as torchvision/shufflenet_v2_x0_5 does"),
+        ("torchvision/shufflenet_v2_x0_5", "timm", "timm has no network equivalent to torchvision/shufflenet_v2_x0_5"),
     ],
 )
 def test_networks_without_a_place(tmp_path: Path, model: str, format: str, message: str) -> None:
     weights = encoder_file(tmp_path, model)
-    out = tmp_path / f"out{(*SUFFIXES[format], '')[0]}"
     with pytest.raises(ValueError, match=message) as refusal:
-        sparkmim.export(weights=weights, format=format, out=out)
+        export(tmp_path, weights, format)
     assert len(str(refusal.value).splitlines()) == 1
-    assert not list(tmp_path.glob("out*"))
+    assert not list(tmp_path.glob(f"{format}*"))
 
 
 @pytest.mark.parametrize(
@@ -790,10 +786,7 @@ def test_overwrite_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_every_format_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Through the command line, from the folder of a pretraining run; a line each, and nothing else is left there."""
     pytest.importorskip("onnxscript")
-    torch.manual_seed(0)
-    known = {"model": "resnet18", "image_size": [64, 64], "patch_size": 32, "mask_ratio": 0.6, "decoder": "spark",
-             "decoder_width": 32, "channels": 3, "mean": MEAN, "std": STD}  # fmt: skip
-    save(SparK("resnet18", image_size=64, decoder_width=32), tmp_path / "run" / "weights", known)
+    spark_run(tmp_path, "resnet18")
     for format, endings in SUFFIXES.items():
         out = tmp_path / "out" / f"{format}{(*endings, '')[0]}"
         main(["export", "--weights", str(tmp_path / "run"), "--format", format, "--out", str(out)])

@@ -161,8 +161,8 @@ def test_read(small: SparK, tmp_path: Path) -> None:
     module = {**original_names(small), "config": {"mask_ratio": 0.6}}
     torch.save({"arch": "resnet18", "epoch": 1600, "module": module, "is_pretrain": True}, path)
     tensors, known = official.read(path)
-    assert known["model"] == "resnet18"
-    assert known["mask_ratio"] == 0.6
+    assert known.model == "resnet18"
+    assert known.mask_ratio == 0.6
     small.load_state_dict(tensors)
     assert official.read(str(path))[0].keys() == tensors.keys()
 

@@ -16,6 +16,7 @@ from PIL import Image
 import sparkmim
 from interrupting import InterruptAt
 from sparkmim.cli import main
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
 
 SMALL = ["--short-sides", "[48]", "--eval-short-side", "48", "--long-side", "64", "--workers", "0",
@@ -68,7 +69,7 @@ def test_commands(
 
     known = {"model": network, "image_size": [16, 16], "decoder_width": 16, "channels": 3, "mean": [0.4] * 3,
              "std": [0.3] * 3}  # fmt: skip
-    weights.save(pretrained, tmp_path / "pre" / "weights", known)
+    weights.save(pretrained, tmp_path / "pre" / "weights", WeightsMetadata(**known))
     main(["detect", "--data", str(data), "--weights", "pre", "--out", "det", "--iterations", "2", "--batch-size", "2",
           "--frozen-stages", "1", *SMALL])  # fmt: skip
     said = capsys.readouterr().err
@@ -80,8 +81,8 @@ def test_commands(
     trained = json.loads((tmp_path / "det" / "metrics.json").read_text())
     opened = open_weights(tmp_path / "det")
     assert opened.kind == "detector"
-    assert opened.metadata["mean"] == [0.4] * 3
-    assert opened.metadata["classes"] == ["cat", "dog", "owl"]
+    assert opened.metadata.mean == [0.4] * 3
+    assert opened.metadata.classes == ["cat", "dog", "owl"]
     encoder, before = opened.encoder().state_dict(), pretrained.encoder.state_dict()  # a start for others too
     assert all(torch.equal(encoder[name], before[name]) for name in encoder if name.startswith("stem."))
     assert not torch.equal(encoder["body.0.weight"], before["body.0.weight"])
@@ -207,6 +208,6 @@ def test_weights_of_something_else(data: Path, network: str, tmp_path: Path) -> 
     from sparkmim.interop import weights
     from sparkmim.models import create_encoder
 
-    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, "channels": 3})
+    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", WeightsMetadata(model=network, channels=3))
     with pytest.raises(ValueError, match="holds no detector; `sparkmim detect` makes one"):
         sparkmim.detect(weights=tmp_path / "encoder.safetensors", predict=str(data), out=tmp_path / "seen")

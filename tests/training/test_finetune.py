@@ -18,6 +18,7 @@ from torch import Tensor
 
 import sparkmim
 from sparkmim.data.problems import counted
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights, save
 from sparkmim.models import SparK, create_classifier, create_encoder
 from sparkmim.training.finetune import recipe_rows
@@ -150,7 +151,7 @@ def pretrained(folder: Path, name: str) -> SparK:
     model = SparK(create_encoder(name), image_size=64, decoder_width=32)
     metadata = {"model": name, "image_size": [64, 64], "patch_size": 32, "decoder_width": 32, "channels": 3,
                 "mean": [0.1, 0.2, 0.3], "std": [1.0, 1.0, 2.0]}  # fmt: skip
-    save(model, folder / "weights", metadata)
+    save(model, folder / "weights", WeightsMetadata(**metadata))
     return model
 
 
@@ -163,8 +164,8 @@ def test_starts_from_pretrained_weights_and_their_settings(settings: dict[str, A
     assert all(torch.equal(found[name], source[name]) for name in source)
     assert found["fc.weight"].shape == (2, 512)
     metadata = open_weights(tmp_path / "run").metadata
-    assert metadata["mean"] == [0.1, 0.2, 0.3]
-    assert metadata["image_size"] == [64, 64]
+    assert metadata.mean == [0.1, 0.2, 0.3]
+    assert metadata.image_size == [64, 64]
     timm.create_model("resnet18", num_classes=2).load_state_dict(
         load_file(tmp_path / "run" / "weights" / "classifier.safetensors")
     )
@@ -216,7 +217,7 @@ def test_a_classifier_of_other_classes_is_a_start_too(tmp_path: Path, network: s
 
     source = timm.create_model("resnet18", num_classes=7)
     metadata = {"model": "resnet18", "classes": list("abcdefg"), "channels": 3, "image_size": [64, 64]}
-    write(source, tmp_path / "seven.safetensors", metadata)
+    write(source, tmp_path / "seven.safetensors", WeightsMetadata(**metadata))
     target = create_classifier("resnet18", 3)
     head = target.state_dict()["fc.weight"].clone()
     open_weights(tmp_path / "seven.safetensors").load_into_encoder(target)

@@ -272,9 +272,9 @@ def test_initial_weights(photos: Path, network: str, tmp_path: Path) -> None:
 def test_weight_files_tell_how_to_build_the_model(photos: Path, network: str, tmp_path: Path) -> None:
     pretrain(photos, network, tmp_path / "run", epochs=1)
     metadata = weights.open_weights(tmp_path / "run" / "weights" / "encoder.safetensors").metadata
-    assert metadata["model"] == network
-    assert metadata["image_size"] == [32, 32]
-    assert json.dumps(metadata)
+    assert metadata.model == network
+    assert metadata.image_size == [32, 32]
+    assert json.dumps(metadata.to_json())
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"1234")
     for path, message in ((broken, "cannot be read as a safetensors file"), (tmp_path / "no", "does not exist"),

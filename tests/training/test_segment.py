@@ -18,6 +18,7 @@ from interrupting import InterruptAt
 from sparkmim.cli import main
 from sparkmim.data.label_maps import IGNORED, read_values
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
 from sparkmim.models import create_encoder
 from sparkmim.models.segmenter import create_segmenter
@@ -46,7 +47,7 @@ def pretrained(folder: Path, network: str) -> sparkmim.SparK:
     model = sparkmim.SparK(network, image_size=16, decoder_width=16)
     known = {"model": network, "image_size": [16, 16], "decoder_width": 16, "channels": 3, "mean": [0.4] * 3,
              "std": [0.3] * 3}  # fmt: skip
-    weights.save(model, folder / "weights", known)
+    weights.save(model, folder / "weights", WeightsMetadata(**known))
     return model
 
 
@@ -100,8 +101,8 @@ def test_commands(
     opened = open_weights(tmp_path / "seg")
     assert opened.kind == "segmenter"
     assert opened.path.name == "segmenter_best.safetensors"
-    assert opened.metadata["classes"] == NAMES
-    assert opened.metadata["mean"] == [0.4] * 3
+    assert opened.metadata.classes == NAMES
+    assert opened.metadata.mean == [0.4] * 3
     encoder = opened.encoder().state_dict()
     assert torch.allclose(encoder["stem.0.weight"], before["stem.0.weight"], atol=1e-2)  # started from it
     assert not torch.equal(encoder["stem.0.weight"], before["stem.0.weight"])
@@ -169,7 +170,7 @@ def test_arrays_of_many_channels_and_more_classes_than_a_byte(tmp_path: Path, ne
     result = sparkmim.segment(**settings(root, network, tmp_path / "run") | change)
     assert result.model.classify.out_channels == 300
     metadata = open_weights(tmp_path / "run").metadata
-    assert metadata["mean"] == pytest.approx([1000] * 5, rel=0.05)
+    assert metadata.mean == pytest.approx([1000] * 5, rel=0.05)
     sparkmim.segment(weights=tmp_path / "run", predict=str(root / "images" / "val"), out=tmp_path / "seen")
     with Image.open(tmp_path / "seen" / "00001-0.png") as image:
         assert (image.mode, image.size) == ("I;16", (30, 20))
@@ -263,7 +264,7 @@ def test_a_frozen_encoder(data: Path, network: str, tmp_path: Path) -> None:
 
 
 def test_weights_of_something_else(data: Path, network: str, tmp_path: Path) -> None:
-    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", {"model": network, "channels": 3})
+    weights.write(create_encoder(network), tmp_path / "encoder.safetensors", WeightsMetadata(model=network, channels=3))
     with pytest.raises(ValueError, match="holds no segmenter; `sparkmim segment` makes one"):
         sparkmim.segment(weights=tmp_path / "encoder.safetensors", predict=str(data / "images"), out=tmp_path / "seen")
     sparkmim.segment(**settings(data, network, tmp_path / "run") | {"epochs": 0.5})

@@ -12,6 +12,7 @@ from torch import nn
 
 import sparkmim
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import create_classifier, create_encoder
 
 KNOWN = {"image_size": [16, 16], "channels": 3, "mean": [0.5] * 3, "std": [0.25] * 3, "crop": 1.0}
@@ -25,7 +26,7 @@ def written(tmp_path: Path) -> Written:
 
     def write(module: nn.Module, name: str, **metadata: Any) -> Path:
         path = tmp_path / f"{name}.safetensors"
-        weights.write(module, path, {**KNOWN, **metadata})
+        weights.write(module, path, WeightsMetadata(**{**KNOWN, **metadata}))
         return path
 
     return write
@@ -89,7 +90,7 @@ def pretrained(tmp_path: Path, network: str) -> Callable[..., Path]:
         model = sparkmim.SparK(network, channels=channels, **built)
         known = {"model": network if isinstance(network, str) else None, "channels": channels,
                  "mean": [0.4] * channels, "std": [0.2] * channels}  # fmt: skip
-        weights.save(model, tmp_path / name / "weights", {**built, **known, **metadata})
+        weights.save(model, tmp_path / name / "weights", WeightsMetadata(**{**built, **known, **metadata}))
         return tmp_path / name
 
     return write

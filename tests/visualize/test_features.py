@@ -16,6 +16,7 @@ import sparkmim
 from sparkmim.cli import main
 from sparkmim.drawing.figures import shortened
 from sparkmim.interop import weights
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import create_encoder
 from sparkmim.visualize.features import as_colours, principal_components
 
@@ -239,7 +240,7 @@ def test_files_of_the_original_form(photos: Path, tmp_path: Path) -> None:
     original["dense_decoder.proj.weight"] = torch.zeros(3, 8, 1, 1)
     original["mask_tokens.0"] = torch.zeros(1, 512, 1, 1)
     torch.save({"module": original}, tmp_path / "original.pth")
-    weights.write(encoder, tmp_path / "ours.safetensors", {"model": "resnet18"})
+    weights.write(encoder, tmp_path / "ours.safetensors", WeightsMetadata(model="resnet18"))
     one, other = (
         sparkmim.features(weights=tmp_path / file, images=photos, limit=1, image_size=64, model="resnet18")
         for file in ("original.pth", "ours.safetensors")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -45,20 +45,6 @@ class Preparation:
     def rank(self) -> int:
         """Number of spatial axes."""
         return len(self.image_size)
-
-    @classmethod
-    def of(
-        cls, known: Mapping[str, Any], channels: int, image_size: int | Sequence[int] | None, crop: float | None
-    ) -> Preparation:
-        """Takes what is given, and the rest from the metadata of weights."""
-        size = known.get("image_size") or (224, 224)
-        if isinstance(image_size, int):
-            size = (image_size,) * len(size)
-        elif image_size is not None:
-            size = tuple(image_size)
-        if crop is None:
-            crop = known.get("crop", CROP)
-        return cls(tuple(size), channels, known.get("mean"), known.get("std"), crop or None)
 
     def settled(self, source: Source) -> Preparation:
         """Fills unknown mean and std with those that `Source.normalisation` settles."""

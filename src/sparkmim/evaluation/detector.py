@@ -59,11 +59,12 @@ def score_detector(
         weights, out, model, masks, eval_short_side, long_side, mean, std, accelerator, precision
     )
     console, out = Console(stderr=True), Path(out)
+    known: Any = opened.metadata  # complete, or the file would have been refused
     with_masks = bool(detector.roi_heads.has_mask())
     named = {"val_annotations": val_annotations, "val_images": val_images}
     images = open_coco(*find_part("val", data, named, CocoFiles, find_coco), masks=None if with_masks else False)
     print_notes(console, coco_notes(images))
-    images.take_categories(opened.metadata["category_ids"], opened.metadata["classes"], opened.path)
+    images.take_categories(known.category_ids, known.classes, opened.path)
     found = run_detector(detector, images, range(len(images)), worker_count(workers, device), device)
     scores = score_detections(images, found, with_masks)
     report_scores(console, out, scores)
@@ -94,7 +95,8 @@ def predict_detections(
         weights, out, model, masks, eval_short_side, long_side, mean, std, accelerator, precision
     )
     console, out = Console(stderr=True), Path(out)
-    classes, category_ids = opened.metadata["classes"], opened.metadata["category_ids"]
+    known: Any = opened.metadata  # complete, or the file would have been refused
+    classes, category_ids = known.classes, known.category_ids
     resize = _resize_for(detector)
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
@@ -128,14 +130,14 @@ def open_detector(
         UserError: if masks are wanted from a detector that has none.
     """
     opened, device = open_trained(weights, "detector", out, accelerator)
-    known = opened.metadata
+    known: Any = opened.metadata  # complete, or the file would have been refused
     detector: Any = opened.detector(own_module(model)).to(device)
-    if masks and not known["masks"]:
+    if masks and not known.masks:
         raise UserError(f"{opened.path} finds boxes alone; leave out --masks")
     transform = detector.transform
-    transform.min_size = (eval_short_side or known["eval_short_side"],)
-    transform.max_size = long_side or known["long_side"]
-    transform.image_mean, transform.image_std = list(mean or known["mean"]), list(std or known["std"])
+    transform.min_size = (eval_short_side or known.eval_short_side,)
+    transform.max_size = long_side or known.long_side
+    transform.image_mean, transform.image_std = list(mean or known.mean), list(std or known.std)
     detector.backbone.low_precision = in_bfloat16(precision, device)
     if masks is False:
         detector.roi_heads.mask_predictor = None  # `has_mask` is then false, and no part of the mask branch runs

@@ -19,7 +19,6 @@ from sparkmim.files import new_file, replacing
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy
-from sparkmim.models.encoders import own_module
 from sparkmim.results import EmbedResult
 
 
@@ -51,7 +50,7 @@ def run_embedding(
     opened = open_weights(weights)
     preparation = opened.preparation(image_size, crop)
     source = images_source(images, preparation.channels, preparation.rank)
-    hierarchy = frozen_hierarchy(opened, opened.encoder(own_module(model)), device)
+    hierarchy = frozen_hierarchy(opened, model, device)
     stage = check_stage(stage, hierarchy, str(opened.path))
     batches = still_batches(source, preparation, batch_size, workers, device, "embedding")
 

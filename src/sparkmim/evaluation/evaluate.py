@@ -117,21 +117,18 @@ def _networks(settings: EvaluateSettings, device: torch.device) -> list[FrozenNe
         if not isinstance(random, nn.Module):
             random = create_encoder(random or weights.model, weights.channels)
     found = [
-        _network("weights", weights, weights.encoder(own_module(model)), settings, device),
-        _network("random", weights, random, settings, device),
+        _network("weights", weights, frozen_hierarchy(weights, model, device), settings),
+        _network("random", weights, weights.hierarchy_of(random).to(device).eval().requires_grad_(False), settings),
     ]
     if settings.compare is not None:
         other = open_weights(settings.compare)
-        unnamed = other.metadata.get("model") is None and model is not None
-        encoder = other.encoder(own_module(model) if unnamed else None)
-        found.append(_network("compare", other, encoder, settings, device))
+        unnamed = other.metadata.model is None and model is not None
+        hierarchy = frozen_hierarchy(other, model if unnamed else None, device)
+        found.append(_network("compare", other, hierarchy, settings))
     return found
 
 
-def _network(
-    name: str, weights: Weights, encoder: nn.Module, settings: EvaluateSettings, device: torch.device
-) -> FrozenNetwork:
-    hierarchy = frozen_hierarchy(weights, encoder, device)
+def _network(name: str, weights: Weights, hierarchy: Hierarchy, settings: EvaluateSettings) -> FrozenNetwork:
     preparation = weights.preparation(settings.image_size, settings.crop)
     deepest = check_stage(settings.stage, hierarchy, str(weights.path))
     every = settings.stage is None and settings.protocol != "fewshot"

@@ -6,13 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparkmim.data.inference import Batch
 from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
 from sparkmim.interop.weights import Weights
 from sparkmim.models import Hierarchy
+from sparkmim.models.encoders import own_module
 
 
 @torch.no_grad()
@@ -101,14 +102,15 @@ def features_of(networks: Sequence[tuple[Hierarchy, Sequence[int]]], batches: It
     ]
 
 
-def frozen_hierarchy(weights: Weights, encoder: torch.nn.Module, device: torch.device) -> Hierarchy:
-    """Returns the frozen feature hierarchy of an encoder, with the stages and feature modules of its training."""
-    known = weights.metadata
-    size = known.get("image_size")
-    hierarchy = Hierarchy(
-        encoder, weights.channels, len(size) if size else 2, size, known.get("stages"), known.get("feature_modules")
-    )
-    return hierarchy.to(device).eval().requires_grad_(False)
+def frozen_hierarchy(weights: Weights, model: str | nn.Module | None, device: torch.device) -> Hierarchy:
+    """Returns the pretrained encoder's feature maps in evaluation mode, without gradients.
+
+    Args:
+        weights: of the encoder.
+        model: its name, or a module, which is copied; None for the name in the file.
+        device: to move it to.
+    """
+    return weights.encoder_hierarchy(own_module(model)).to(device).requires_grad_(False)
 
 
 def check_stage(stage: int | None, hierarchy: Hierarchy, name: str) -> int:

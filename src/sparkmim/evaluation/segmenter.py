@@ -63,24 +63,23 @@ def score_segmenter(
     """
     opened, device = open_trained(weights, "segmenter", out, accelerator)
     segmenter = opened.segmenter(own_module(model)).to(device)
-    console, out, known = Console(stderr=True), Path(out), opened.metadata
+    console, out = Console(stderr=True), Path(out)
+    known: Any = opened.metadata  # complete, or the file would have been refused
     names = class_names(data, classes)
-    if names is not None and names != known["classes"]:
-        raise UserError(f"the data have other classes than {opened.path}: {len(names)} and {len(known['classes'])} "
+    if names is not None and names != known.classes:
+        raise UserError(f"the data have other classes than {opened.path}: {len(names)} and {len(known.classes)} "
                          "names, which must be the same, in the same order")  # fmt: skip
     named = {"val_images": val_images, "val_labels": val_labels}
     images = open_segmentation(
         *find_part("val", data, named, SegmentationFiles, find_segmentation), opened.channels,
-        known["ignore"] if ignore is None else ignore, reduce_labels or known["reduce_labels"],
+        known.ignore if ignore is None else ignore, reduce_labels or known.reduce_labels,
     )  # fmt: skip
-    transform = segmentation_resize(
-        eval_short_side or known["eval_short_side"], mean or known["mean"], std or known["std"]
-    )
+    transform = segmentation_resize(eval_short_side or known.eval_short_side, mean or known.mean, std or known.std)
     maps = run_segmenter(
         segmenter, images, range(len(images)), transform, worker_count(workers, device), device,
         in_bfloat16(precision, device),
     )  # fmt: skip
-    scores = evaluate_segmentation(maps, checked_classes(console, [images], known["classes"]), device)
+    scores = evaluate_segmentation(maps, checked_classes(console, [images], known.classes), device)
     report_scores(console, out, scores)
     return SegmentResult(out, 0, 0, scores.figures, segmenter)
 
@@ -105,9 +104,10 @@ def predict_label_maps(
     """
     opened, device = open_trained(weights, "segmenter", out, accelerator)
     segmenter = opened.segmenter(own_module(model)).to(device)
-    console, out, known = Console(stderr=True), Path(out), opened.metadata
-    classes, mean, std = known["classes"], mean or known["mean"], std or known["std"]
-    transform = segmentation_resize(eval_short_side or known["eval_short_side"], mean, std)
+    console, out = Console(stderr=True), Path(out)
+    known: Any = opened.metadata  # complete, or the file would have been refused
+    classes, mean, std = known.classes, mean or known.mean, std or known.std
+    transform = segmentation_resize(eval_short_side or known.eval_short_side, mean, std)
     means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     low_precision = in_bfloat16(precision, device)
     found: set[int] = set()
@@ -119,7 +119,7 @@ def predict_label_maps(
         tones = tones_of(opened.channels, mean, std, arrays)
         picture = with_legend(draw_classes(tones(normalised[None])[0], labels), [labels], classes)  # [3, h, w]
         out.mkdir(parents=True, exist_ok=True)
-        save_label_map(out / f"{name}.png", labels, len(classes), reduce_labels or known["reduce_labels"])
+        save_label_map(out / f"{name}.png", labels, len(classes), reduce_labels or known.reduce_labels)
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
         count += 1
         found.update(labels.flatten().bincount().nonzero().flatten().tolist())

@@ -1,6 +1,6 @@
-"""Detectron2's names of ResNets, in the pickle of arrays that its checkpointer reads; Detectron2 is not needed.
+"""Export to Detectron2: ResNets under its names, in the pickle that its checkpointer reads.
 
-A network of the user's own keeps its names: it is registered there under them.
+Detectron2 need not be installed. A custom network keeps its names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _RULES: list[tuple[str, str | Callable[[re.Match[str]], str]]] = [
 
 
 def detectron2_name(name: str) -> str:
-    """Detectron2's name of a tensor of timm's ResNet.
+    """Translates the name of a tensor of timm's ResNet to Detectron2's.
 
     >>> detectron2_name("bn1.weight"), detectron2_name("layer1.0.downsample.0.weight")
     ('stem.conv1.norm.weight', 'res2.0.shortcut.weight')
@@ -37,14 +37,13 @@ def detectron2_name(name: str) -> str:
 
 
 def detectron2_file(network: ExportableNetwork) -> tuple[bytes, int]:
-    """The file's content, and how many arrays it holds.
+    """Returns the file's content and the number of its arrays.
 
-    Of a ResNet six entries per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm.
-    So a ResNet-50 of 53 convolutions has 318. The counter has a place in SyncBN; a frozen norm has none, and passes it
-    over.
+    A ResNet has six arrays per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm;
+    318 in a ResNet-50. Detectron2's SyncBN takes the counter, its frozen norm ignores it.
 
     Raises:
-        ValueError: if it is neither an ordinary ResNet nor the user's own.
+        UserError: if the network is neither an ordinary ResNet nor a custom one.
     """
     arrays = {name: tensor.numpy() for name, tensor in _backbone(network).items()}
     content: dict[str, Any] = {"model": arrays, "__author__": "sparkmim", "matching_heuristics": True}
@@ -52,12 +51,12 @@ def detectron2_file(network: ExportableNetwork) -> tuple[bytes, int]:
 
 
 def _backbone(network: ExportableNetwork) -> dict[str, Tensor]:
-    if network.is_own:
-        return network.own_backbone()
-    if network.family() != "resnet":
+    if network.is_custom:
+        return network.backbone_tensors()
+    if network.family != "resnet":
         raise UserError(
-            f"detectron2 takes ordinary ResNets, and {network.called()} is none; use mmdet for a ConvNeXt, or onnx for "
+            f"detectron2 takes ordinary ResNets, and {network.label} is not one; use mmdet for a ConvNeXt, or onnx for "
             "any network"
         )
-    _, tensors = network.in_timm()
+    _, tensors = network.timm_tensors()
     return {detectron2_name(name): tensor for name, tensor in without_head(tensors).items()}

@@ -1,4 +1,4 @@
-"""Writing weights for other software. The public function is `sparkmim.export`."""
+"""Export of weights to other software."""
 
 from __future__ import annotations
 
@@ -32,26 +32,27 @@ SUFFIXES: dict[str, tuple[str, ...]] = {
     "torch-export": (".pt2",),
     "spark": (".pth",),
 }
-"""How the files of each format end."""
+"""File endings by format."""
 
 
 def export_weights(
+    *,
     weights: str | Path,
     format: str,
     out: str | Path,
-    model: str | nn.Module | None,
-    image_size: int | Sequence[int] | None,
-    overwrite: bool,
-    push: str | None,
-    private: bool,
+    model: str | nn.Module | None = None,
+    image_size: int | Sequence[int] | None = None,
+    overwrite: bool = False,
+    push: str | None = None,
+    private: bool = False,
 ) -> ExportResult:
-    """Writes weights in a format; arguments, result and errors as of `sparkmim.export`."""
+    """Runs `sparkmim.export`, which documents arguments, result and errors."""
     path = Path(out)
     _check(format, path, image_size, overwrite, push)
     network = open_exportable(weights, model)
     if format in ("timm", "torchvision", "huggingface"):
-        network = network.own_alone()
-    result = ExportResult(path, format, network.called(), own_names=network.is_own)
+        network = network.without_pooled_head()
+    result = ExportResult(path, format, network.label, own_names=network.is_custom)
     if format == "huggingface":
         result.tensors = write_folder(network, path)
         if push:
@@ -76,9 +77,9 @@ def export_weights(
 
 
 def _entries(network: ExportableNetwork, format: str) -> dict[str, Any]:
-    """What a PyTorch or safetensors file holds."""
+    """Returns the content of a PyTorch or safetensors file."""
     if format == "timm":
-        return dict(network.in_timm()[1])
+        return dict(network.timm_tensors()[1])
     if format == "torchvision":
         return dict(torchvision_tensors(network))
     if format == "spark":
@@ -87,14 +88,14 @@ def _entries(network: ExportableNetwork, format: str) -> dict[str, Any]:
 
 
 def _innermost(entries: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors among what a file holds."""
+    """Returns the tensors in the content of a file."""
     for key in ("module", "state_dict"):
         entries = entries.get(key, entries)
     return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
 def _check(format: str, out: Path, image_size: int | Sequence[int] | None, overwrite: bool, push: str | None) -> None:
-    """Refuses arguments that do not go together, before anything is read or written."""
+    """Checks that the arguments go together, before anything is read or written."""
     if format not in SUFFIXES:
         raise UserError(f"there is no format {format!r}; choose one of {', '.join(SUFFIXES)}")
     if push and format != "huggingface":

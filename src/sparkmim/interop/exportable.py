@@ -1,4 +1,4 @@
-"""A network to export: its module with the weights in it, and its tensors under timm's names."""
+"""A network to export: its module, and its tensors under timm's names."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IN_BOTH_LIBRARIES = frozenset({
     "resnext101_64x4d", "wide_resnet50_2", "wide_resnet101_2", "convnext_tiny", "convnext_small", "convnext_base",
     "convnext_large",
 })  # fmt: skip
-"""Networks that timm and torchvision have under one name, and compute alike."""
+"""Networks with the same name and computation in timm and torchvision."""
 
 _PLAIN_RESNETS = {name for name in IN_BOTH_LIBRARIES if not name.startswith("convnext")} | {"resnet200"}
 _PLAIN_CONVNEXT = re.compile(r"convnext(v2)?_(atto|femto|pico|nano|tiny|small|base|large|xlarge|huge)")
@@ -35,10 +35,10 @@ class ExportableNetwork:
     """A network with its weights.
 
     Attributes:
-        weights: what was opened.
-        name: timm's name without a tag, `torchvision/NAME`, `file.py:factory`, or "" if it is not known.
-        module: in evaluation mode: a classifier if the weights are of one, an encoder otherwise.
-        classes: their names; None of an encoder.
+        weights: the file's content.
+        name: timm's name without a tag, `torchvision/NAME`, `file.py:factory`, or "" if unknown.
+        module: the classifier if the weights are a classifier's, else the encoder; in evaluation mode.
+        classes: their names; None for an encoder.
     """
 
     weights: Weights
@@ -47,70 +47,71 @@ class ExportableNetwork:
     classes: list[str] | None
 
     @property
-    def is_own(self) -> bool:
-        """Whether its user wrote it, so that other software can only know it by the names that it has itself."""
+    def label(self) -> str:
+        """Name for messages."""
+        return self.name or type(self.module).__name__
+
+    @property
+    def is_custom(self) -> bool:
+        """Whether the network comes from the user's code, so that its tensors keep their names in every format."""
         return ".py:" in self.name
-
-    def own_backbone(self) -> dict[str, Tensor]:
-        """The tensors of the user's network, under its own names, without what stands behind the last feature map."""
-        return self.weights.without_unreached(encoder_of(self.module))
-
-    def own_alone(self) -> ExportableNetwork:
-        """Without a classifier that was put behind the user's network."""
-        if self.is_own and isinstance(self.module, PooledClassifier):
-            return replace(self, module=self.module.encoder, classes=None)
-        return self
 
     @property
     def factory(self) -> str:
-        """The function that makes the user's network."""
+        """Name of the function that makes a custom network."""
         return self.name.rpartition(":")[2]
 
-    def called(self) -> str:
-        """How messages call it."""
-        return self.name or type(self.module).__name__
+    @property
+    def family(self) -> Family | None:
+        """`resnet` (ResNeXt and wide ResNet too) or `convnext` (V2 too) for the ordinary ones; None for all others."""
+        name = self.name.removeprefix("torchvision/")
+        if name in _PLAIN_RESNETS:
+            return "resnet"
+        return "convnext" if _PLAIN_CONVNEXT.fullmatch(name) else None
 
-    def in_timm(self) -> tuple[str, dict[str, Tensor]]:
-        """timm's name of the network, and its tensors under timm's names, which load strictly there.
+    def without_pooled_head(self) -> ExportableNetwork:
+        """Returns the encoder of a custom network with a `PooledClassifier` around it; others as they are."""
+        if self.is_custom and isinstance(self.module, PooledClassifier):
+            return replace(self, module=self.module.encoder, classes=None)
+        return self
 
-        Of an encoder without a classifier: `timm.create_model(name, num_classes=0)`. Of the user's own network, the
-        factory, which timm knows if it is registered there, and the network's own names.
+    def backbone_tensors(self) -> dict[str, Tensor]:
+        """Returns the encoder's tensors up to its last feature map, under its own names."""
+        return self.weights.backbone_tensors(encoder_of(self.module))
+
+    def timm_tensors(self) -> tuple[str, dict[str, Tensor]]:
+        """Returns timm's name of the network, and its tensors under timm's names, which load strictly there.
+
+        For an encoder, that is into `timm.create_model(name, num_classes=0)`. A custom network has its factory's name,
+        under which it can be registered in timm, and keeps its tensors' names.
 
         Raises:
-            ValueError: if timm has no such network.
+            UserError: if timm has no such network.
         """
         import timm
 
-        if self.is_own:
+        if self.is_custom:
             return self.factory, tensors_of(self.module)
         base = self.name.removeprefix("torchvision/")
         if base == self.name and (not base or not timm.is_model(base)):
             raise UserError(
-                f"{self.called()} is not known to be a network of timm; give its name there as model, or export it as "
+                f"{self.label} is not known to be a network of timm; give its name there as model, or export it as "
                 "onnx or torch-export, which take any network"
             )
         if base != self.name and base not in IN_BOTH_LIBRARIES:
             raise UserError(
-                f"timm computes no network as {self.name} does; export it as torchvision, onnx or torch-export"
+                f"timm has no network equivalent to {self.name}; export it as torchvision, onnx or torch-export"
             )
         with torch.device("meta"):
             target = timm.create_model(base, num_classes=len(self.classes or ()), in_chans=self.weights.channels)
         tensors = tensors_of(self.module)
         if base != self.name:
-            given = tensors
             tensors = {
-                name: given[torchvision_name(name)].reshape(tensor.shape)
+                name: tensors[torchvision_name(name)].reshape(tensor.shape)
                 for name, tensor in target.state_dict().items()
             }
         check_fit(target, tensors, f"timm's {base}")
         return base, tensors
-
-    def family(self) -> Family | None:
-        """Whether it is an ordinary ResNet (ResNeXt, wide ResNet) or ConvNeXt (V2); None for all else."""
-        name = self.name.removeprefix("torchvision/")
-        if name in _PLAIN_RESNETS:
-            return "resnet"
-        return "convnext" if _PLAIN_CONVNEXT.fullmatch(name) else None
 
 
 def open_exportable(path: str | Path, model: str | nn.Module | None = None) -> ExportableNetwork:
@@ -118,22 +119,32 @@ def open_exportable(path: str | Path, model: str | nn.Module | None = None) -> E
 
     Args:
         path: run folder, one of our weight files, or an original SparK file.
-        model: the network's name, or a module to load into; None for what the file says.
+        model: the network's name, or a module, which is copied; None for the name in the file.
 
     Raises:
-        ValueError: if there are no weights, they do not fit, or no name is known.
+        UserError: if there are no weights, they do not fit, or no name is known.
     """
     weights, model = open_weights(path), own_module(model)
-    module = weights.classifier(model) if weights.kind == "classifier" else weights.encoder(model)
+    classes = weights.classes if weights.kind == "classifier" else None
+    module = weights.encoder(model) if classes is None else weights.classifier(model)
     name = model if isinstance(model, str) else getattr(model, "default_cfg", {}).get("architecture")
-    name = str(name or weights.metadata.get("model") or "")
+    name = name or weights.metadata.model or ""
     if ".py:" not in name:
         name = name.partition(".")[0]  # resnet50.a1_in1k: the tag names weights
-    return ExportableNetwork(weights, name, module, weights.classes if weights.kind == "classifier" else None)
+    return ExportableNetwork(weights, name, module, classes)
 
 
 def check_fit(target: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Raises a ValueError unless the tensors are, by name and shape, all that the target has."""
+    """Checks that names and shapes of tensors are exactly those of a network.
+
+    Args:
+        target: the network.
+        tensors: by name.
+        what: the network's name, for the message.
+
+    Raises:
+        UserError: if they differ.
+    """
     own = {name: tensor.shape for name, tensor in target.state_dict().items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))

@@ -1,4 +1,4 @@
-"""Programs that compute a network without its Python code: ONNX, and `torch.export`'s."""
+"""Export of programs that compute a network without its Python code: ONNX and `torch.export`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from sparkmim.models.classifier import PooledClassifier
 from sparkmim.models.hierarchy import rank_of
 
 TOLERANCE = 1e-4
-"""Largest difference to PyTorch, of values up to 1 in size, or in proportion to the largest."""
+"""Maximum absolute difference to PyTorch, relative to the largest output where that exceeds 1."""
 
 _LARGEST = 2**31 - 2**20
-"""Bytes of weights that a single ONNX file can hold, beside the program."""
+"""Maximum bytes of weights in a single ONNX file, with room for the program."""
 
 
 class FeatureMaps(nn.Module):
-    """Images `[B, C, *S]` to feature maps `[B, C_i, *(S / s_i)]`, shallow to deep, as a tuple."""
+    """A network from images `[B, C, *S]` to a tuple of feature maps `[B, C_i, *(S / s_i)]`, shallow to deep."""
 
     def __init__(self, hierarchy: Hierarchy) -> None:
         super().__init__()
@@ -35,8 +35,8 @@ class FeatureMaps(nn.Module):
         names = self.hierarchy._names
         if names is None:
             return tuple(self.hierarchy(images))
-        # A hierarchy of named modules stops the network at the last of them, which a tracer does not survive. Here the
-        # network runs to its end; what no output depends on is left out of the program.
+        # The hierarchy stops the network after the last map by an exception, which cannot be traced. Here the network
+        # runs to its end, and export leaves out what no output depends on.
         encoder, maps = self.hierarchy.encoder, {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -55,7 +55,7 @@ class FeatureMaps(nn.Module):
 
 
 class Logits(nn.Module):
-    """A `PooledClassifier`, by way of `FeatureMaps`: images `[B, C, *S]` to logits `[B, classes]`."""
+    """A `PooledClassifier` that can be traced: images `[B, C, *S]` to logits `[B, classes]`."""
 
     def __init__(self, classifier: PooledClassifier) -> None:
         super().__init__()
@@ -67,23 +67,23 @@ class Logits(nn.Module):
 
 
 def write_onnx(network: ExportableNetwork, path: Path, image_size: int | Sequence[int] | None) -> float | None:
-    """Writes an ONNX file, and compares it with PyTorch if onnxruntime is installed.
+    """Writes an ONNX file, and compares its outputs with PyTorch's if onnxruntime is installed.
 
-    The input `images` `[batch, C, *S]` may have any batch. Of a classifier, the output is `logits` `[batch, classes]`;
-    of an encoder, one per feature map, `stride4` and so on. The metadata hold image size, mean, std and classes.
+    The input is `images` `[batch, C, *S]`, of any batch size. A classifier's output is `logits` `[batch, classes]`; an
+    encoder has one output per feature map, `stride4` and so on. The metadata hold image size, mean, std and classes.
 
     Returns:
-        The largest difference, or None if it was not looked for.
+        The largest difference, or None if not compared.
 
     Raises:
-        ValueError: if a package is missing, the network cannot be written so, or differs.
+        UserError: if a package is missing, the network cannot be exported, or the outputs differ.
     """
     if sum(tensor.nbytes for tensor in network.module.state_dict().values()) > _LARGEST:
-        raise UserError(f"{network.called()} is larger than an ONNX file can be, 2 GB; export it as torch-export")
+        raise UserError(f"{network.label} is larger than an ONNX file can be, 2 GB; export it as torch-export")
     missing = [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(f"onnx needs the package {missing[0]}; install it with: pip install 'sparkmim[onnx]'")
-    program, names, size = _program_of(network, image_size)
+    program, names, size = _traceable(network, image_size)
     exported = _exported(network, program, size)
     model = torch.onnx.export(exported, dynamo=True, input_names=["images"], output_names=names, verbose=False)
     assert model is not None  # with dynamo=True
@@ -100,17 +100,17 @@ def write_onnx(network: ExportableNetwork, path: Path, image_size: int | Sequenc
 
 
 def write_torch_export(network: ExportableNetwork, path: Path, image_size: int | Sequence[int] | None) -> float:
-    """Writes a `torch.export` program, and compares what it computes when read again with the network.
+    """Writes a `torch.export` program, reads it again, and compares its outputs with the network's.
 
-    Input and outputs as of ONNX: logits, or a tuple of feature maps.
+    It maps images to logits, or to a tuple of feature maps.
 
     Returns:
         The largest difference.
 
     Raises:
-        ValueError: if the network cannot be traced, or differs.
+        UserError: if the network cannot be traced, or the outputs differ.
     """
-    program, _, size = _program_of(network, image_size)
+    program, _, size = _traceable(network, image_size)
     exported = _exported(network, program, size)
     torch.export.save(exported, path, extra_files={"sparkmim.json": json.dumps(_metadata(network, size))})
     module = torch.export.load(path).module()
@@ -121,19 +121,17 @@ def write_torch_export(network: ExportableNetwork, path: Path, image_size: int |
     return _difference(network, "torch-export", program, images, found)
 
 
-def _program_of(
+def _traceable(
     network: ExportableNetwork, image_size: int | Sequence[int] | None
 ) -> tuple[nn.Module, list[str], tuple[int, ...]]:
-    """What to write, the names of its outputs, and the size of its images."""
+    """Returns the module to export, the names of its outputs, and the image size."""
     known = network.weights.metadata
-    size = image_size if image_size is not None else known.get("image_size") or 224
+    size = image_size if image_size is not None else known.image_size or 224
     size = (size,) * rank_of(network.module) if isinstance(size, int) else tuple(size)
     if network.classes:
         module = network.module
         return Logits(module).eval() if isinstance(module, PooledClassifier) else module, ["logits"], size
-    hierarchy = Hierarchy(
-        network.module, network.weights.channels, len(size), size, known.get("stages"), known.get("feature_modules")
-    )
+    hierarchy = Hierarchy(network.module, known.channels, len(size), size, known.stages, known.feature_modules)
     if any(extent % hierarchy.stride for extent in size):
         shown = "×".join(map(str, size))
         raise UserError(f"image_size {shown} is not a multiple of the network's stride, {hierarchy.stride}; use one")
@@ -147,10 +145,10 @@ def _exported(network: ExportableNetwork, program: nn.Module, size: Sequence[int
             return torch.export.export(
                 program, (_images(network, size, 2),), dynamic_shapes=({0: batch},), strict=False
             )
-    except Exception as error:  # torch has many kinds, for what it cannot trace
+    except Exception as error:  # torch raises many kinds
         reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"torch.export cannot trace {network.called()} at {'×'.join(map(str, size))}: {reason}; give another "
+            f"torch.export cannot trace {network.label} at {'×'.join(map(str, size))}: {reason}; give another "
             "image_size, or export its weights as timm"
         ) from error
 
@@ -165,9 +163,9 @@ def _difference(
     for one, other in zip(expected, found, strict=True):
         difference = (one - other).abs().max().item()
         worst = max(worst, difference)
-        if not difference <= TOLERANCE * max(1.0, one.abs().max().item()):  # not: NaN is no agreement
+        if not difference <= TOLERANCE * max(1.0, one.abs().max().item()):  # NaN must fail too
             raise UserError(
-                f"{network.called()} as {format} differs from PyTorch by {difference:.1e}; export its weights as timm"
+                f"{network.label} as {format} differs from PyTorch by {difference:.1e}; export its weights as timm"
             )
     return worst
 
@@ -178,6 +176,6 @@ def _images(network: ExportableNetwork, size: Sequence[int], batch: int) -> Tens
 
 def _metadata(network: ExportableNetwork, size: Sequence[int]) -> dict[str, str]:
     known = network.weights.metadata
-    said: dict[str, Any] = {"model": network.name, "image_size": list(size), "mean": known.get("mean"),
-                            "std": known.get("std"), "classes": network.classes}  # fmt: skip
-    return {f"sparkmim.{key}": json.dumps(value) for key, value in said.items() if value}
+    values: dict[str, Any] = {"model": network.name, "image_size": list(size), "mean": known.mean, "std": known.std,
+                              "classes": network.classes}  # fmt: skip
+    return {f"sparkmim.{key}": json.dumps(value) for key, value in values.items() if value}

@@ -1,7 +1,10 @@
-"""A folder as the Hugging Face Hub has it for timm: `config.json`, `model.safetensors`, and a model card.
+"""Export to the Hugging Face Hub: a folder with `config.json`, `model.safetensors` and a model card, as timm reads it.
 
-Of a network of the user's own too, under its own names; its card says how to load it without timm.
+The card of a custom network says how to load it without timm.
 """
+# timm.models.push_to_hf_hub and save_for_hf do not serve here: they need a timm model with a pretrained_cfg, which
+# custom networks and torchvision's are not, record the preprocessing of timm's weights instead of the run's, write a
+# pickle beside the safetensors file, and put the licence apache-2.0 on weights that may have another.
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from sparkmim._version import __version__
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.interop.exportable import ExportableNetwork
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models.encoders import factory_settings
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
@@ -25,21 +29,21 @@ CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "READ
 _NOT_SHOWN = {"data", "out", "resume", "weights", "init_weights", "workers", "devices", "num_nodes", "accelerator",
               "val_data", "save_minutes", "log_every", "picture_every", "max_unreadable", "mean", "std",
               "model"}  # fmt: skip
-"""Settings that say nothing of the weights, stand elsewhere in the card, or name places on somebody's disk."""
+"""Settings that do not describe the weights, appear elsewhere in the card, or name local paths."""
 
 _MOST_SCORES = 40
 
 
 def write_folder(network: ExportableNetwork, folder: Path) -> int:
-    """Writes the folder; `timm.create_model("local-dir:FOLDER", pretrained=True)` loads it, if timm has the network.
+    """Writes a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, if timm has the network.
 
     Returns:
-        How many tensors there are.
+        The number of tensors.
 
     Raises:
-        ValueError: if timm has no such network.
+        UserError: if timm has no such network.
     """
-    name, tensors = network.in_timm()
+    name, tensors = network.timm_tensors()
     contents = {
         WEIGHTS_FILE: to_bytes(tensors, {"format": "pt"}),
         CONFIG_FILE: json.dumps(_config(network, name), indent=2).encode() + b"\n",
@@ -52,16 +56,15 @@ def write_folder(network: ExportableNetwork, folder: Path) -> int:
 
 
 def push_folder(folder: Path, repository: str, private: bool) -> str:
-    """Uploads the folder's three files to the hub, into a repository that is made if there is none.
+    """Uploads the folder's three files to a repository on the hub, which is created if it does not exist.
 
-    The address of the hub is that of the environment variable `HF_ENDPOINT`, if it is set; the token, as for all of
-    `huggingface_hub`, that of `hf auth login` or `HF_TOKEN`.
+    `HF_ENDPOINT` overrides the hub's address; the token is that of `hf auth login` or `HF_TOKEN`.
 
     Returns:
         The repository's address.
 
     Raises:
-        ValueError: if the hub refuses or cannot be reached; the folder stays.
+        UserError: if the hub refuses or cannot be reached; the folder is kept.
     """
     from huggingface_hub import HfApi
 
@@ -74,7 +77,7 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
             allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
             commit_message="Add a network pretrained with sparkmim",
         )
-    except Exception as error:  # of the hub, its token, the name, or the connection; each has classes of its own
+    except Exception as error:  # hub, token, name and connection each have their own classes
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(
             f"{folder} is written, but could not be pushed to {repository} ({reason}); check that name and "
@@ -87,9 +90,9 @@ def _config(network: ExportableNetwork, name: str) -> dict[str, Any]:
     import timm
 
     known = network.weights.metadata
-    size, channels = known.get("image_size", [224, 224]), network.weights.channels
-    crop = known.get("crop", 0.95)
-    source = None if network.is_own else timm.models.get_pretrained_cfg(name)
+    size, channels = known.image_size or [224, 224], known.channels
+    crop = 0.95 if known.crop is None else known.crop
+    source = None if network.is_custom else timm.models.get_pretrained_cfg(name)
     pretrained: dict[str, Any] = {
         "tag": "sparkmim",
         "custom_load": False,
@@ -100,14 +103,12 @@ def _config(network: ExportableNetwork, name: str) -> dict[str, Any]:
         "crop_mode": "center" if crop else "squash",  # the whole image, resized
         "num_classes": len(network.classes or ()),
     }
-    for key in ("mean", "std"):
-        if known.get(key):
-            pretrained[key] = list(known[key])
+    pretrained |= {key: list(value) for key, value in known.given("mean", "std").items()}
     for key in ("first_conv", "classifier"):
         if (value := getattr(source, key, None)) is not None:
             pretrained[key] = value
     if channels != 3:
-        pretrained.pop("first_conv", None)  # timm would take the weights for those of three channels, and adapt them
+        pretrained.pop("first_conv", None)  # or timm would adapt the weights from three channels
     config: dict[str, Any] = {
         "architecture": name,
         "num_classes": len(network.classes or ()),
@@ -120,22 +121,22 @@ def _config(network: ExportableNetwork, name: str) -> dict[str, Any]:
 
 
 def model_card(network: ExportableNetwork, name: str) -> str:
-    """Markdown with the header that the hub reads: what it is, how to load it, settings and scores of the run."""
+    """Returns the model card: the hub's header, facts, how to load the network, scores and settings of the run."""
     known, classes = network.weights.metadata, network.classes
     task = "image-classification" if classes else "image-feature-extraction"
     run = network.weights.path.parent.parent if network.weights.path.parent.name == "weights" else None
     settings = _settings(run)
     header: dict[str, Any] = {"pipeline_tag": task, "tags": [task, "sparkmim"]}
-    if not network.is_own:
+    if not network.is_custom:
         header = {"library_name": "timm", **header, "tags": ["timm", *header["tags"]]}
     parameters = sum(parameter.numel() for parameter in network.module.parameters()) / 1e6
-    size = known.get("image_size", [224, 224])
+    size = known.image_size or [224, 224]
     what = f"a classifier of {len(classes)} classes" if classes else "an image encoder without a classifier"
     facts = {
         "network": f"{name}, {parameters:.1f} M parameters, {what}",
         "images": f"{'×'.join(map(str, size))} pixels, {network.weights.channels} channels",
-        "mean": _shown(known.get("mean")),
-        "std": _shown(known.get("std")),
+        "mean": _shown(known.mean),
+        "std": _shown(known.std),
         "training": _training(network, settings),
         "classes": ", ".join(classes) if classes and len(classes) <= 20 else None,
     }
@@ -145,7 +146,7 @@ def model_card(network: ExportableNetwork, name: str) -> str:
         f"## Load it\n\n```python\n{_loading(network)}"
         f"images = ...  # [B, {network.weights.channels}, {', '.join(map(str, size))}], normalised by mean and std\n"
         f"{'logits' if classes else 'features'} = model(images)"
-        f"{'  # pretrained up to its last feature map' if network.is_own and not classes else ''}\n```\n",
+        f"{'  # pretrained up to its last feature map' if network.is_custom and not classes else ''}\n```\n",
     ]
     scores = list(_scores(known, run))
     if scores:
@@ -159,8 +160,8 @@ def model_card(network: ExportableNetwork, name: str) -> str:
 
 
 def _loading(network: ExportableNetwork) -> str:
-    """Lines of Python that give `model`."""
-    if not network.is_own:
+    """Returns the lines of Python that make `model`."""
+    if not network.is_custom:
         return (
             "import timm\n\n"
             'model = timm.create_model("hf-hub:OWNER/NAME", pretrained=True).eval()  # or "local-dir:FOLDER"\n'
@@ -176,16 +177,18 @@ def _loading(network: ExportableNetwork) -> str:
     )
 
 
-def _scores(known: dict[str, Any], run: Path | None) -> Iterator[tuple[str, float]]:
-    """Numbers by name: those in the weights' metadata, then those of the run folder's JSON files."""
-    for key in ("top1", "top5", "loss", "epoch", "step"):
-        if isinstance(value := known.get(key), int | float):
-            yield key, float(value)
+def _scores(known: WeightsMetadata, run: Path | None) -> Iterator[tuple[str, float]]:
+    """Returns numbers by name: those in the weights' metadata, then those in the run folder's JSON files."""
+    for key in ("top1", "top5", "loss", "epoch"):
+        if key in known.figures:
+            yield key, float(known.figures[key])
+    if known.step is not None:
+        yield "step", float(known.step)
     for file in sorted(run.glob("*.json")) if run else []:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except ValueError:
-            continue  # somebody else's
+            continue  # not written by us
         yield from _leaves(content, file.stem)
 
 
@@ -198,17 +201,13 @@ def _leaves(content: Any, path: str) -> Iterator[tuple[str, float]]:
 
 
 def _training(network: ExportableNetwork, settings: dict[str, Any]) -> str:
-    """How the weights came about, as far as is known."""
-    version = network.weights.metadata.get("version")
-    pretraining, said = (
-        "masked image modelling, SparK (arXiv:2301.03580)",
-        f", with sparkmim {version}" if version else "",
-    )
-    if network.classes is None:
-        return pretraining + said
-    if settings.get("weights") == "none":
-        return "with labels alone" + said
-    return (f"{pretraining}, then fine-tuning" if settings.get("weights") else "fine-tuning") + said
+    """Describes how the weights were trained, as far as known."""
+    version = network.weights.metadata.version
+    how = "masked image modelling, SparK (arXiv:2301.03580)"
+    if network.classes is not None:
+        start = settings.get("weights")
+        how = "with labels alone" if start == "none" else f"{how}, then fine-tuning" if start else "fine-tuning"
+    return f"{how}, with sparkmim {version}" if version else how
 
 
 def _settings(run: Path | None) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Names and shapes of tensors in other libraries, by those that they have in timm."""
+"""Tensor names and shapes of other libraries, translated from timm's."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ _TORCHVISION_BLOCK = {
     "mlp.fc2": "block.5",
     "gamma": "layer_scale",
 }
-
-
 _TORCHVISION_HEAD = {"head.norm": "classifier.0", "head.fc": "classifier.2"}
 
 
 def torchvision_name(name: str) -> str:
-    """torchvision's name of a tensor of timm's ResNet or ConvNeXt.
+    """Translates the name of a tensor of timm's ResNet or ConvNeXt to torchvision's.
 
     >>> torchvision_name("stages.1.blocks.0.gamma"), torchvision_name("stages.1.downsample.0.bias")
     ('features.3.0.layer_scale', 'features.2.0.bias')
@@ -39,24 +37,12 @@ def torchvision_name(name: str) -> str:
     return name
 
 
-_HEAD = re.compile(r"(fc|head\.fc)\.")
-
-
-_BEHIND_MAPS = re.compile(r"(fc|head)\.")
-
-
-def without_head(tensors: Mapping[str, Tensor], norm: bool = False) -> dict[str, Tensor]:
-    """Without the linear classifier of a plain ResNet or ConvNeXt; without all behind the last map unless `norm`."""
-    left_out = _HEAD if norm else _BEHIND_MAPS
-    return {name: tensor for name, tensor in tensors.items() if not left_out.match(name)}
-
-
 def convnext_name(name: str, parts: Mapping[str, str]) -> str:
-    """A ConvNeXt tensor's name where blocks are `stages.i.j` and stem and downsampling `downsample_layers.i`.
+    """Translates a ConvNeXt tensor's name to the original's scheme: `stages.i.j`, `downsample_layers.i`.
 
     Args:
         name: timm's.
-        parts: names of what is in a block, by timm's; others stay as they are.
+        parts: new names of the parts of a block, by timm's; others keep theirs.
 
     >>> convnext_name("stages.2.blocks.4.mlp.fc1.weight", {"mlp.fc1": "pwconv1"})
     'stages.2.4.pwconv1.weight'
@@ -74,8 +60,13 @@ def convnext_name(name: str, parts: Mapping[str, str]) -> str:
     return re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", name)
 
 
+def without_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the tensors of a ResNet or ConvNeXt up to its last feature map."""
+    return {name: tensor for name, tensor in tensors.items() if not re.match(r"(fc|head)\.", name)}
+
+
 def linear_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """With weights `[out, in]` for pointwise layers that timm may build as 1×1 convolutions, `[out, in, 1, 1]`."""
+    """Returns the tensors with pointwise layers as linear, `[out, in]`; timm may have 1×1 convolutions there."""
     return {
         name: tensor.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", name) else tensor
         for name, tensor in tensors.items()

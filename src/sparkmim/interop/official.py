@@ -1,4 +1,4 @@
-"""Weights of the original SparK release: names, and loading them into a `SparK` model.
+"""Weights of the original SparK release: reading files, translating names, loading into a `SparK` model.
 
 A released `*_withdecoder_1kpretrained_spark_style.pth` holds encoder and decoder under the key `module`;
 its ResNets carry timm's names, its ConvNeXts those of the original ConvNeXt release.
@@ -16,10 +16,11 @@ from torch import Tensor
 
 from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import SparK
 
 _LEFTOVERS = {"imn_m", "imn_s", "norm_black", "config"}
-"""Entries of released files that mean nothing to the model."""
+"""Entries of released files that the model does not use."""
 
 _DECODER = [
     (r"dense_decoder\.dec\.(\d+)\.up_sample\.", r"decoder.blocks.\1.upsample."),
@@ -40,7 +41,7 @@ _CONVNEXT = [
 
 
 def encoder_name(name: str) -> str:
-    """timm's name of an encoder tensor of the original release.
+    """Translates the name of an encoder tensor to timm's.
 
     >>> encoder_name("downsample_layers.1.0.weight"), encoder_name("layer1.0.conv1.weight")
     ('stages.1.downsample.0.weight', 'layer1.0.conv1.weight')
@@ -51,11 +52,11 @@ def encoder_name(name: str) -> str:
 
 
 def parameter_name(name: str, maps: int = 4) -> str:
-    """Our name of a tensor of the original `module` dictionary.
+    """Translates the name of a tensor in the original `module` dictionary to ours.
 
     Args:
         name: the original name.
-        maps: how many feature maps the model decodes from; the original numbers them from the deepest.
+        maps: number of feature maps that the model decodes from; the original counts them from the deepest.
     """
     if name.startswith("sparse_encoder.sp_cnn."):
         return "encoder." + encoder_name(name.removeprefix("sparse_encoder.sp_cnn."))
@@ -68,13 +69,13 @@ def parameter_name(name: str, maps: int = 4) -> str:
 
 
 def translated(module: Mapping[str, Any], maps: int | None = None) -> dict[str, Tensor]:
-    """An original `module` dictionary under our names, without what means nothing to the model.
+    """Translates an original `module` dictionary, leaving out what the model does not use.
 
-    The keys of an encoder alone, or of a classifier, become timm's.
+    Names in an encoder alone, or in a classifier, become timm's.
 
     Args:
-        module: the dictionary.
-        maps: how many feature maps the model decodes from; None for as many as there are mask tokens.
+        module: tensors by name.
+        maps: number of feature maps that the model decodes from; None for the number of mask tokens.
     """
     if not any(name.startswith("sparse_encoder.") for name in module):
         return {encoder_name(name): tensor for name, tensor in module.items() if name not in _LEFTOVERS}
@@ -85,10 +86,10 @@ def translated(module: Mapping[str, Any], maps: int | None = None) -> dict[str, 
 def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     """Loads an original `module` dictionary, encoder and decoder, into a model.
 
-    Parameters that pretraining never reaches (a classifier) are not in such a dictionary and stay as they are.
+    Parameters that pretraining never reaches, such as a classifier's, are not in it and stay as they are.
 
     Raises:
-        ValueError: if a tensor is missing, has no place in the model, or has another shape; nothing is loaded then.
+        UserError: if a tensor is missing, has no place in the model, or has another shape; nothing is loaded then.
     """
     if "module" in state_dict and not isinstance(state_dict["module"], Tensor):
         state_dict = state_dict["module"]
@@ -128,9 +129,13 @@ _CONVNEXTS = {
 
 
 def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
-    """timm's name of the ResNet or ConvNeXt whose encoder tensors, under timm's names, these are; None if unknown.
+    """Recognises a ResNet or ConvNeXt by its blocks per stage and, for a ConvNeXt, the width of its stem.
 
-    Told by the number of blocks in each stage, and the width of a ConvNeXt's stem.
+    Args:
+        tensors: the encoder's, under timm's names.
+
+    Returns:
+        timm's name of the network, or None.
     """
 
     def blocks(pattern: str) -> int:
@@ -147,18 +152,18 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
     return None
 
 
-def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Reads a file of the original release, or another of PyTorch's, without running any code in it.
+def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
+    """Reads a file of the original release, or another PyTorch file, without running any code in it.
 
-    The kind is recognised from the content: encoder and decoder (`*_withdecoder_*_spark_style.pth`), an encoder alone
-    (`*_timm_style.pth`, `*_official_style.pth`), a fine-tuned classifier (`*_1kfinetuned_*.pth`), or a plain state
-    dict, maybe under `state_dict` or `model`.
+    Recognised are: encoder and decoder (`*_withdecoder_*_spark_style.pth`), an encoder alone (`*_timm_style.pth`,
+    `*_official_style.pth`), a fine-tuned classifier (`*_1kfinetuned_*.pth`), and a plain state dict, also under the key
+    `state_dict` or `model`.
 
     Returns:
-        The tensors under our names, and what is known of the model, in the words of our own weight files.
+        The tensors under our names, and the metadata that content and names give.
 
     Raises:
-        ValueError: if the file holds no weights.
+        UserError: if the file holds no weights, or unusable metadata.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -180,22 +185,22 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     size = content.get("input_size") or config.get("sparse_encoder.input_size") or 224
     known = {
         "model": architecture_of(encoder),
-        "image_size": [size, size] if isinstance(size, int) else list(size),
+        "image_size": [size, size] if isinstance(size, int) else size,
         "patch_size": 32,
         "mask_ratio": config.get("mask_ratio", 0.6),
         "channels": 3,
         "mean": list(IMAGENET_MEAN),
         "std": list(IMAGENET_STD),
     }
-    known |= {key: content[key] for key in ("mean", "std") if isinstance(content.get(key), list)}  # files of ours
+    known |= {key: content[key] for key in ("mean", "std") if isinstance(content.get(key), list)}  # our exports
     if "decoder.head.weight" in tensors:
         known["channels"] = tensors["decoder.head.weight"].shape[0]
         known["patch_size"] = 2 ** len({name.split(".")[2] for name in tensors if name.startswith("decoder.blocks.")})
         known["decoder"] = "spark"
         known["decoder_width"] = tensors["decoder.blocks.0.upsample.weight"].shape[0]
-    return tensors, known
+    return tensors, WeightsMetadata.from_json(known, path)
 
 
 def _first_line(error: Exception) -> str:
-    """PyTorch explains itself over several lines; the first says what happened."""
+    """Returns the first line of a message of PyTorch, which says what happened."""
     return str(error).strip().partition("\n")[0]

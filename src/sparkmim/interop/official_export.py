@@ -1,4 +1,4 @@
-"""Files in the form of the original SparK release, the reverse of `official`."""
+"""Export to files of the original SparK release; `official` reads them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.interop.names import convnext_name, linear_weights, without_head
-from sparkmim.models import Hierarchy
 
 _CONVNEXT = {"conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
 _DENSIFY = {"norm": "densify_norms", "project": "densify_projs", "mask_token": "mask_tokens"}
@@ -21,11 +20,11 @@ _DECODER = {"upsample": "up_sample", "conv1": "conv.0", "norm1": "conv.1", "conv
 
 
 def original_name(name: str, maps: int = 4) -> str:
-    """The original's name of a tensor of `SparK`.
+    """Translates the name of a tensor of `SparK` to the original's.
 
     Args:
-        name: ours; of the encoder, timm's behind `encoder.`.
-        maps: how many feature maps the model decodes from; the original numbers them from the deepest.
+        name: ours; an encoder's is `encoder.` and timm's name.
+        maps: number of feature maps that the model decodes from; the original counts them from the deepest.
 
     >>> original_name("densify.3.project.bias"), original_name("decoder.blocks.1.norm2.bias")
     ('densify_projs.0.bias', 'dense_decoder.dec.1.conv.4.bias')
@@ -42,25 +41,25 @@ def original_name(name: str, maps: int = 4) -> str:
 
 
 def original_file(network: ExportableNetwork) -> dict[str, Any]:
-    """The content of a `.pth` file.
+    """Returns the content of a `.pth` file.
 
-    Of pretrained weights, encoder and decoder under `module`, with the keys beside it that the release has
-    (`*_withdecoder_1kpretrained_spark_style.pth`); of an encoder or classifier, the encoder alone at the top level, a
-    ResNet under timm's names (`*_timm_style.pth`), a ConvNeXt under its release's (`*_official_style.pth`). The user's
-    own network keeps its names; the original takes it once it is registered there.
+    Pretrained weights give encoder and decoder under `module`, with the other keys of the release
+    (`*_withdecoder_1kpretrained_spark_style.pth`). An encoder or classifier gives the encoder alone at the top level: a
+    ResNet under timm's names (`*_timm_style.pth`), a ConvNeXt under those of its own release (`*_official_style.pth`).
+    A custom network keeps its names; register it in the original's code to use it there.
 
     Raises:
-        ValueError: if the original has no such network or decoder, or other images than of three channels.
+        UserError: if the original has no such network or decoder, or the images do not have three channels.
     """
     known = network.weights.metadata
     name, encoder = _encoder(network)
     if network.weights.kind != "pretrained":
         return dict(encoder)
 
-    size, channels = known["image_size"], network.weights.channels
-    # Whoever has a network of his own there has also told the original's decoder of other channels.
-    if known.get("decoder", "spark") != "spark" or len({*size}) != 1 or len(size) != 2 or (
-        channels != 3 and not network.is_own
+    size, channels = known.image_size or (), known.channels
+    # A custom network has to be registered in the original's code, where its decoder can be given other channels too.
+    if known.decoder not in (None, "spark") or len({*size}) != 1 or len(size) != 2 or (
+        channels != 3 and not network.is_custom
     ):  # fmt: skip
         raise UserError(
             "the original SparK has one decoder, spark, and square images of 3 channels; export the encoder alone "
@@ -69,18 +68,14 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
     tensors = network.weights.tensors
     maps = sum(key.endswith(".mask_token") for key in tensors)
     blocks = len({key.split(".")[2] for key in tensors if key.startswith("decoder.blocks.")})
-    if known.get("patch_size") not in (None, 2**blocks):
+    if known.patch_size not in (None, 2**blocks):
         raise UserError(
-            f"the original SparK hides patches of the network's stride, {2**blocks}, not of {known['patch_size']}; "
+            f"the original SparK hides patches of the network's stride, {2**blocks}, not of {known.patch_size}; "
             "export the encoder alone (its file encoder.safetensors)"
         )
-    names = known.get("feature_modules")
-    if (
-        known.get("stages")
-        and (stride := Hierarchy(network.module, channels, image_size=size, feature_modules=names).stride) != 2**blocks
-    ):
+    if known.stages and (stride := network.weights.hierarchy_of(network.module, whole=True).stride) != 2**blocks:
         raise UserError(
-            f"the original SparK rebuilds from the deepest map, at stride {stride}, but this was trained at stride "
+            f"the original SparK reconstructs from the deepest map, at stride {stride}, but this was trained at stride "
             f"{2**blocks} (--stages); export the encoder alone (its file encoder.safetensors)"
         )
     given = {f"sparse_encoder.sp_cnn.{key}": tensor for key, tensor in encoder.items()}
@@ -90,7 +85,7 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
         if not key.startswith("encoder.")
     }
     config = {
-        "mask_ratio": known.get("mask_ratio", 0.6),
+        "mask_ratio": 0.6 if known.mask_ratio is None else known.mask_ratio,
         "densify_norm_str": "bn" if "densify.0.norm.running_mean" in tensors else "ln",
         "sbn": False,
         "hierarchy": maps,
@@ -98,17 +93,17 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
         "dense_decoder.width": tensors["decoder.blocks.0.upsample.weight"].shape[0],
     }
     module = {**_unused(size[0], channels), **_in_order(given)}
-    # The release says nothing of these: its images are ImageNet's.
+    # The release has no such keys: its images are normalised as ImageNet's.
     others = {
-        key: list(known[key])
-        for key, usual in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD))
-        if known.get(key) and list(known[key]) != list(usual)
+        key: list(values)
+        for key, values, usual in (("mean", known.mean, IMAGENET_MEAN), ("std", known.std, IMAGENET_STD))
+        if values and list(values) != list(usual)
     }
     return {
         "args": "",
         "input_size": size[0],
         "arch": name,
-        "epoch": int(known.get("epoch", 0)),
+        "epoch": int(known.figures.get("epoch", 0)),
         "performance_desc": "",
         "module": {**module, "config": config},
         "optimizer": {},
@@ -118,28 +113,28 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
 
 
 def _encoder(network: ExportableNetwork) -> tuple[str, dict[str, Tensor]]:
-    """The original's name of the network, and its tensors under the names that they have there."""
-    if network.is_own:
-        return network.factory, network.own_backbone()
-    if network.family() is None or network.name.startswith("convnextv2"):
+    """Returns the original's name of the network, and its tensors under the names that it uses."""
+    if network.is_custom:
+        return network.factory, network.backbone_tensors()
+    if network.family is None or network.name.startswith("convnextv2"):
         raise UserError(
-            f"the original SparK takes ordinary ResNets and ConvNeXts (V1), and {network.called()} is neither; use "
+            f"the original SparK takes ordinary ResNets and ConvNeXts (V1), and {network.label} is neither; use "
             "timm, onnx or torch-export"
         )
-    name, tensors = network.in_timm()
+    name, tensors = network.timm_tensors()
     return name, {
         convnext_name(key, _CONVNEXT): tensor for key, tensor in linear_weights(without_head(tensors)).items()
     }
 
 
 def _unused(size: int, channels: int) -> dict[str, Tensor]:
-    """Buffers that the original registers, and does not use."""
+    """Returns buffers that the original registers but does not use."""
     shapes = {"imn_m": (1, 1), "imn_s": (1, 1), "norm_black": (size, size)}
     return {name: torch.zeros(1, channels, *shape) for name, shape in shapes.items()}
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Encoder, decoder, then the densifying layers from the deepest map on, as the original has them."""
+    """Sorts tensors as the original does: encoder, decoder, then the densifying layers from the deepest map on."""
     parts = ("sparse_encoder", "dense_decoder", "densify_norms", "densify_projs", "mask_tokens")
     densify = {name: int(name.split(".")[1]) if name.startswith(parts[2:]) else 0 for name in tensors}
     return {

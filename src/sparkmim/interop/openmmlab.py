@@ -1,6 +1,6 @@
-"""OpenMMLab's names of ResNets and ConvNeXts, in a checkpoint of its libraries, which are not needed.
+"""Export to OpenMMLab (MMDetection, MMPretrain): ResNets and ConvNeXts under its names, as a checkpoint.
 
-A network of the user's own keeps its names: it is registered there under them.
+Its libraries need not be installed. A custom network keeps its names.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CONVNEXT = {
 
 
 def openmmlab_name(name: str) -> str:
-    """MMPretrain's name of a tensor of timm's ResNet or ConvNeXt, in its classifier.
+    """Translates the name of a tensor of timm's ResNet or ConvNeXt to that in MMPretrain's classifier.
 
     >>> openmmlab_name("layer1.0.bn1.weight"), openmmlab_name("fc.bias")
     ('backbone.layer1.0.bn1.weight', 'head.fc.bias')
@@ -39,26 +39,26 @@ def openmmlab_name(name: str) -> str:
 
 
 def openmmlab_checkpoint(network: ExportableNetwork, detection: bool) -> dict[str, Any]:
-    """The content of a `.pth` file: `state_dict` and `meta`.
+    """Returns the content of a `.pth` file: `state_dict` and `meta`.
 
     Args:
         network: what to export.
-        detection: leave out what stands behind the last map. Otherwise, of a classifier, all is there, and of a
-            ConvNeXt encoder the last norm, untrained.
+        detection: whether to leave out the layers after the last map. They are a classifier's head, or a ConvNeXt
+            encoder's last norm, which is untrained.
 
     Raises:
-        ValueError: if it is neither an ordinary ResNet or ConvNeXt nor the user's own.
+        UserError: if the network is neither an ordinary ResNet or ConvNeXt nor a custom one.
     """
-    name, tensors = _own(network, detection) if network.is_own else _known(network, detection)
+    name, tensors = _custom(network, detection) if network.is_custom else _known(network, detection)
     meta: dict[str, Any] = {"sparkmim_version": __version__, "model": name}
     if network.classes and not detection:
         meta["dataset_meta"] = {"classes": network.classes}
     return {"state_dict": tensors, "meta": meta}
 
 
-def _own(network: ExportableNetwork, detection: bool) -> tuple[str, dict[str, Tensor]]:
-    """Of a classifier that was put behind the user's network, the linear layer is that of `LinearClsHead`."""
-    tensors = network.own_backbone() if detection else tensors_of(encoder_of(network.module))
+def _custom(network: ExportableNetwork, detection: bool) -> tuple[str, dict[str, Tensor]]:
+    """Returns name and tensors of a custom network; a `PooledClassifier`'s head becomes that of `LinearClsHead`."""
+    tensors = network.backbone_tensors() if detection else tensors_of(encoder_of(network.module))
     named = {f"backbone.{name}": tensor for name, tensor in tensors.items()}
     if isinstance(network.module, PooledClassifier) and not detection:
         named |= {f"head.fc.{name}": tensor for name, tensor in tensors_of(network.module.head).items()}
@@ -66,11 +66,11 @@ def _own(network: ExportableNetwork, detection: bool) -> tuple[str, dict[str, Te
 
 
 def _known(network: ExportableNetwork, detection: bool) -> tuple[str, dict[str, Tensor]]:
-    if network.family() is None:
+    if network.family is None:
         raise UserError(
-            f"{'mmdet' if detection else 'mmpretrain'} takes ordinary ResNets and ConvNeXts, and {network.called()} is "
+            f"{'mmdet' if detection else 'mmpretrain'} takes ordinary ResNets and ConvNeXts, and {network.label} is "
             "neither; use onnx or torch-export, which take any network"
         )
-    name, tensors = network.in_timm()
+    name, tensors = network.timm_tensors()
     tensors = linear_weights(without_head(tensors) if detection else tensors)
     return name, {openmmlab_name(key): tensor for key, tensor in tensors.items()}

@@ -1,4 +1,4 @@
-"""The weights that the authors of SparK have published, pretrained on ImageNet-1K without labels."""
+"""List of the weights published by the authors of SparK, pretrained on ImageNet-1K without labels."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class PublishedWeights:
     """One published file.
 
     Attributes:
-        model: timm's name of the network, which the file loads into.
-        image_size: side of the images in pretraining, in pixels.
+        model: timm's name of the network.
+        image_size: side of the pretraining images, in pixels.
         top1: accuracy on ImageNet-1K in percent, after fine-tuning at this size.
-        parameters: of the network, in millions.
-        flops: of a forward pass, in billions.
-        file: its name.
-        link: where a browser downloads it.
-        decoder: whether it holds the decoder too, and so rebuilds images, or goes on pretraining, with all it learnt.
+        parameters: in millions.
+        flops: per forward pass, in billions.
+        file: name of the file.
+        link: page to download it from in a browser.
+        decoder: whether the file holds the decoder too, for reconstruction and further pretraining.
     """
 
     model: str
@@ -54,11 +54,11 @@ PUBLISHED = [
     PublishedWeights("convnext_large", 384, 86.0, 198, 101.0, "cnxL384_withdecoder_1kpretrained_spark_style.pth",
                      _drive("1ZI9Jgtb3fKWE_vDFEly29w-1FWZSNwa0"), decoder=True),
 ]  # fmt: skip
-"""All of them, in the order of the authors' list."""
+"""In the order of the authors' list."""
 
 
 def print_published(published: list[PublishedWeights]) -> None:
-    """A table on the terminal, where each can be downloaded, and the commands that take the files."""
+    """Prints a table, the links, and commands that take the files."""
     from rich.console import Console
     from rich.table import Table
 

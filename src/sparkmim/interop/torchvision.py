@@ -1,4 +1,4 @@
-"""torchvision's names: ResNets are called as in timm, ConvNeXts are not; networks of the user's own as they are."""
+"""Export to torchvision, whose ResNets have timm's names, and ConvNeXts their own. A custom network keeps its names."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from sparkmim.interop.weights import tensors_of
 
 
 def torchvision_tensors(network: ExportableNetwork) -> dict[str, Tensor]:
-    """Under torchvision's names and in its shapes.
+    """Returns the tensors under torchvision's names and in its shapes.
 
-    A network of torchvision, or the user's own, keeps all that it has. Of a timm encoder there is no classifier;
-    torchvision's then needs `fc`, or a ConvNeXt's `classifier[2]`, set to `nn.Identity()` to load strictly.
+    A timm encoder has no classifier: to load it strictly, set `fc` of torchvision's network, or `classifier[2]` of a
+    ConvNeXt, to `nn.Identity()`.
 
     Raises:
-        ValueError: if torchvision has no such network.
+        UserError: if torchvision has no such network.
     """
     from torchvision.models import get_model
 
-    if network.is_own or network.name.startswith("torchvision/"):
+    if network.is_custom or network.name.startswith("torchvision/"):
         return tensors_of(network.module)
     if network.name not in IN_BOTH_LIBRARIES:
         raise UserError(
-            f"torchvision computes no network as timm's {network.called()} does; use the format timm, or onnx or "
+            f"torchvision has no network equivalent to timm's {network.label}; use the format timm, or onnx or "
             "torch-export, which take any network"
         )
     if network.weights.channels != 3:
         raise UserError(f"torchvision's networks take 3 channels, not {network.weights.channels}; use the format timm")
-    name, tensors = network.in_timm()
+    name, tensors = network.timm_tensors()
     with torch.device("meta"):
         target = get_model(name, weights=None, **({"num_classes": len(network.classes)} if network.classes else {}))
     if not network.classes:

@@ -1,4 +1,4 @@
-"""Weight files: safetensors with the metadata needed to rebuild the model, and foreign ones in the same terms."""
+"""Weight files: safetensors with the metadata needed to rebuild the model, and others' files read the same way."""
 
 from __future__ import annotations
 
@@ -6,16 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import safe_open
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sparkmim._version import __version__
-from sparkmim.data.inference import Preparation
+from sparkmim.data.inference import CROP, Preparation
 from sparkmim.errors import UserError
+from sparkmim.files import replacing
 from sparkmim.interop import official
+from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
 from sparkmim.models.detector import create_detector
@@ -30,46 +32,34 @@ SEGMENTER_FILE = "segmenter.safetensors"
 Kind = Literal["pretrained", "encoder", "classifier", "detector", "segmenter"]
 
 
-class WeightsMetadata(dict[str, Any]):
-    """Stub."""
-
-    def __init__(self, **values: Any) -> None:
-        super().__init__(values)
-
-
 # Writing
 
 
-def save(model: SparK, folder: Path, metadata: dict[str, Any], suffix: str = "") -> None:
+def save(model: SparK, folder: Path, metadata: WeightsMetadata, suffix: str = "") -> None:
     """Writes the encoder alone, under its own names, and the whole model.
 
     `encoder.safetensors` loads strictly into the network it came from (`timm.create_model(name, num_classes=0)`);
-    `spark.safetensors` into `SparK`. Both carry `metadata` as JSON under the key `sparkmim`.
+    `spark.safetensors` into `SparK`.
 
     Args:
         model: the model.
-        folder: made if it does not exist.
-        metadata: what is needed to build the model again.
-        suffix: put before the file ending, `_ema` for averaged weights.
+        folder: created if it does not exist.
+        metadata: of both files.
+        suffix: put before the file ending, such as `_ema` for averaged weights.
     """
     write(model.encoder, folder / ENCODER_FILE.replace(".", f"{suffix}."), metadata)
     write(model, folder / MODEL_FILE.replace(".", f"{suffix}."), metadata)
 
 
-def write(module: nn.Module, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Writes a module's state dict as safetensors, with `metadata` as JSON under the key `sparkmim`.
-
-    A kill in the middle leaves an old file of that name whole.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    header = {"format": "pt", "sparkmim": json.dumps({"version": __version__, **metadata})}
-    partial = path.with_suffix(".partial")
-    partial.write_bytes(to_bytes(tensors_of(module), header))  # safetensors' own files are for their owner alone
-    partial.replace(path)
+def write(module: nn.Module, path: Path, metadata: WeightsMetadata) -> None:
+    """Writes a module's state dict as safetensors, with `metadata` as JSON under the key `sparkmim` of the header."""
+    header = {"format": "pt", "sparkmim": json.dumps({"version": __version__, **metadata.to_json()})}
+    with replacing(path) as partial:
+        partial.write_bytes(to_bytes(tensors_of(module), header))  # files that safetensors writes are private (0600)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:
-    """A state dict that safetensors takes: on the CPU, contiguous, and no two entries sharing memory."""
+    """Returns a state dict as safetensors takes it: on the CPU, contiguous, without shared memory."""
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 
@@ -78,28 +68,27 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a run folder or a weight file holds.
+    """The content of a run folder or weight file.
 
     Attributes:
         path: the file.
-        kind: `pretrained`, encoder and decoder; `encoder`, that alone; `classifier`; `detector`; or `segmenter`.
-        tensors: by name: of `SparK`, of the encoder, of the classifier, and so on.
-        metadata: what the file says of the model: `model`, `image_size`, `channels`, `mean`, `std`; of what knows
-            classes also `classes`, of a pretrained one what `SparK` needs. Foreign files say less.
+        kind: `pretrained` (encoder and decoder), `encoder`, `classifier`, `detector` or `segmenter`.
+        tensors: state dict of that model.
+        metadata: what the file says about the model; others' files say less.
     """
 
     path: Path
     kind: Kind
     tensors: dict[str, Tensor]
-    metadata: dict[str, Any]
+    metadata: WeightsMetadata
 
     @property
     def encoder_tensors(self) -> dict[str, Tensor]:
-        """The encoder's tensors under its own names; with a classifier's head, where the encoder has that itself."""
+        """The encoder's tensors under its own names; with the classifier's head, where that is part of the encoder."""
         prefix = ""
         if self.kind in ("detector", "segmenter"):
             prefix = "backbone.encoder."
-        elif self.kind == "pretrained" or (self.kind == "classifier" and self.metadata.get("pooled")):
+        elif self.kind == "pretrained" or (self.kind == "classifier" and self.metadata.pooled):
             prefix = "encoder."
         return {name.removeprefix(prefix): tensor for name, tensor in self.tensors.items() if name.startswith(prefix)}
 
@@ -108,155 +97,150 @@ class Weights:
         """The network's name.
 
         Raises:
-            ValueError: if the file does not say; it was made from a Python object, or is foreign and not recognised.
+            UserError: if the file does not name it: it was made from a Python object, or is not recognised.
         """
-        name = self.metadata.get("model")
-        if not name:
+        if not self.metadata.model:
             raise UserError(f"{self.path} does not name its network; give it as --model (from Python, a module)")
-        return str(name)
+        return self.metadata.model
 
     @property
     def classes(self) -> list[str]:
         """Names of the classes.
 
         Raises:
-            ValueError: if these are no weights of a classifier.
+            UserError: if the file holds no classifier.
         """
         if self.kind != "classifier":
             raise UserError(f"{self.path} holds no classifier; `sparkmim finetune` makes one from it")
-        return list(self.metadata["classes"])
+        return list(self.metadata.classes or ())
+
+    @property
+    def channels(self) -> int:
+        """Image channels."""
+        return self.metadata.channels
+
+    def preparation(self, image_size: int | Sequence[int] | None = None, crop: float | None = None) -> Preparation:
+        """Returns how images become the network's input: as in training, except for what is given.
+
+        Args:
+            image_size: side in pixels, or one size per axis.
+            crop: share of the resized image that the centre crop shows; 0 for the whole image.
+        """
+        known = self.metadata
+        size = tuple(known.image_size or (224, 224))
+        if image_size is not None:
+            size = (image_size,) * len(size) if isinstance(image_size, int) else tuple(image_size)
+        if crop is None:
+            crop = CROP if known.crop is None else known.crop
+        return Preparation(size, known.channels, known.mean, known.std, crop or None)
+
+    # Networks
 
     def encoder(self, model: str | nn.Module | None = None) -> nn.Module:
-        """The encoder with these weights, in evaluation mode.
+        """Returns the encoder with these weights, in evaluation mode.
 
         Args:
             model: its name, or a module to load into; None for the name in the file.
 
         Raises:
-            ValueError: if they do not fit, or no name is known.
+            UserError: if the weights do not fit, or no name is known.
         """
-        encoder = model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
+        encoder = self._new_encoder(model)
         self.load_into_encoder(encoder)
         return encoder.eval()
 
+    def encoder_hierarchy(self, model: str | nn.Module | None = None) -> Hierarchy:
+        """Returns the encoder with these weights and its pretrained feature maps, in evaluation mode.
+
+        Arguments and errors as for `encoder`.
+        """
+        hierarchy = self.hierarchy_of(self._new_encoder(model))
+        self.load_into_encoder(hierarchy.encoder, hierarchy)
+        return hierarchy.eval()
+
     def classifier(self, model: str | nn.Module | None = None) -> nn.Module:
-        """The classifier with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        """Returns the classifier with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        known = self.metadata
         classifier = create_classifier(
-            model or self.model,
-            len(self.classes),
-            self.channels,
-            image_size=self.metadata.get("image_size"),
-            feature_modules=self.metadata.get("feature_modules"),
-        )
+            model or self.model, len(self.classes), known.channels, image_size=known.image_size,
+            feature_modules=known.feature_modules,
+        )  # fmt: skip
         _load(classifier, self.tensors, self.path)
         return classifier.eval()
 
     def detector(self, model: str | nn.Module | None = None) -> nn.Module:
-        """The detector with these weights, in evaluation mode; arguments as for `encoder`.
-
-        Raises:
-            ValueError: if these are no weights of a detector, they do not fit, or no name is known.
-        """
-        encoder, known = self._encoder_within("detector", model), self.metadata
-        detector = create_detector(
-            encoder, len(known["classes"]), known["masks"], mean=known["mean"], std=known["std"],
-            box_head=known["box_head"], norm=known["norm"], short_side=known["eval_short_side"],
-            long_side=known["long_side"], feature_modules=known["feature_modules"],
-        )  # fmt: skip
+        """Returns the detector with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        if self.kind != "detector":
+            raise UserError(f"{self.path} holds no detector; `sparkmim detect` makes one from it")
+        known = self.metadata
+        settings = known.given("masks", "mean", "std", "box_head", "norm", "long_side", "feature_modules")
+        settings["short_side"] = known.eval_short_side
+        detector = create_detector(self._new_encoder(model), len(known.classes or ()), **settings)
         _load(detector, self.tensors, self.path)
         return detector.eval()
 
     def segmenter(self, model: str | nn.Module | None = None) -> Segmenter:
-        """The segmenter with these weights, in evaluation mode; arguments as for `encoder`.
-
-        Raises:
-            ValueError: if these are no weights of a segmenter, they do not fit, or no name is known.
-        """
-        encoder, known = self._encoder_within("segmenter", model), self.metadata
-        segmenter = create_segmenter(
-            encoder, len(known["classes"]), self.channels, known["norm"], known["image_size"], known["feature_modules"]
-        )
+        """Returns the segmenter with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        if self.kind != "segmenter":
+            raise UserError(f"{self.path} holds no segmenter; `sparkmim segment` makes one from it")
+        known = self.metadata
+        settings = known.given("norm", "image_size", "feature_modules")
+        segmenter = create_segmenter(self._new_encoder(model), len(known.classes or ()), known.channels, **settings)
         _load(segmenter, self.tensors, self.path)
         return segmenter.eval()
 
-    def _encoder_within(self, kind: Literal["detector", "segmenter"], model: str | nn.Module | None) -> nn.Module:
-        """The network, not loaded yet, on which to build what these weights are of."""
-        if self.kind != kind:
-            command = {"detector": "detect", "segmenter": "segment"}[kind]
-            raise UserError(f"{self.path} holds no {kind}; `sparkmim {command}` makes one from it")
-        return model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
-
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
-        """The whole model, in evaluation mode; as new where the file holds an encoder alone.
+        """Returns the whole model, in evaluation mode; its decoder is new if the file holds an encoder alone.
 
         Args:
             model: the encoder's name, or a module; None for the name in the file.
-            image_size: other than that of training.
+            image_size: one size per axis; None for that of training.
 
         Raises:
-            ValueError: if the file does not say how to build it, or the size does not do.
+            UserError: if the file does not say how to build it, or the image size does not fit.
         """
         known = self.metadata
+        size = image_size or known.image_size
+        if size is None:
+            raise UserError(f"{self.path} does not say its image size; give image_size")
         whole = SparK(
-            model or self.model,
-            image_size=image_size or known["image_size"],
-            mask_ratio=known.get("mask_ratio", 0.6),
-            patch_size=known.get("patch_size"),
-            decoder_width=known.get("decoder_width"),
-            channels=known["channels"],
-            decoder=known.get("decoder", "spark"),
-            stages=known.get("stages"),
-            feature_modules=known.get("feature_modules"),
-        )
+            model or self.model, size, channels=known.channels,
+            **known.given("mask_ratio", "patch_size", "decoder_width", "decoder", "stages", "feature_modules"),
+        )  # fmt: skip
         self.load_into(whole)
         return whole.eval()
 
-    @property
-    def channels(self) -> int:
-        """Image channels."""
-        return int(self.metadata.get("channels", 3))
-
-    def preparation(self, image_size: int | Sequence[int] | None = None, crop: float | None = None) -> Preparation:
-        """How images become the network's input: as in training, but for what is given instead.
-
-        Raises:
-            ValueError: if a size or the crop is out of range.
-        """
-        return Preparation.of(self.metadata, self.channels, image_size, crop)
+    # Loading into a network
 
     def load_into(self, model: SparK) -> None:
-        """Loads a model: all of it, or its encoder if there is no more.
+        """Loads encoder and decoder, or the encoder alone if the file holds no decoder.
 
         Raises:
-            ValueError: if the weights do not fit.
+            UserError: if the weights do not fit.
         """
-        if self.kind == "pretrained":
-            own, unreached = model.state_dict(), set(model.unreached_parameters)
-            tensors = {name: _shaped_like(tensor, own.get(name)) for name, tensor in self.tensors.items()}
-            kept = {name: own[name] for name in own if _belongs(name, unreached) and name not in tensors}
-            _load(model, {**kept, **tensors}, self.path)
-        else:
-            self.load_into_encoder(model.encoder, model.hierarchy.unreached)
+        if self.kind != "pretrained":
+            self.load_into_encoder(model.encoder, model.hierarchy)
+            return
+        own, unreached = model.state_dict(), set(model.unreached_parameters)
+        tensors = {name: _shaped_like(tensor, own.get(name)) for name, tensor in self.tensors.items()}
+        kept = {name: own[name] for name in own if _belongs(name, unreached) and name not in tensors}
+        _load(model, {**kept, **tensors}, self.path)
 
-    def load_into_encoder(self, encoder: nn.Module, unreached: Any = None) -> None:
-        """Loads an encoder, or the part of a classifier that is one.
+    def load_into_encoder(self, encoder: nn.Module, hierarchy: Hierarchy | None = None) -> None:
+        """Loads an encoder, or the encoder in a classifier.
 
-        What no feature map depends on (a classifier, a norm before it) is loaded where it fits, and stays as it is
-        otherwise; all else must be there and fit.
+        Tensors that no feature map depends on (a classifier, a norm before it) are loaded where they fit, and otherwise
+        left as they are; all others must be there and fit.
 
         Args:
-            encoder: any network; of a `PooledClassifier`, its encoder.
-            unreached: names of its parameters that no map depends on, if known.
+            encoder: any network; of a `PooledClassifier`, its encoder is meant.
+            hierarchy: its feature maps, if they have been found before; None to find them.
 
         Raises:
-            ValueError: if the weights do not fit.
+            UserError: if the weights do not fit.
         """
         encoder = encoder_of(encoder)
-        if isinstance(unreached, Hierarchy):
-            unreached = unreached.unreached
-        if unreached is None:
-            unreached = self._hierarchy(encoder).unreached
-        own, optional = encoder.state_dict(), set(unreached)
+        own, optional = encoder.state_dict(), set((hierarchy or self.hierarchy_of(encoder, whole=True)).unreached)
         tensors = {name: _shaped_like(tensor, own.get(name)) for name, tensor in self.encoder_tensors.items()}
         heads = {name.partition(".")[0] for name in optional} | _HEADS
         wanted = {
@@ -269,49 +253,52 @@ class Weights:
         kept = {name: tensor for name, tensor in own.items() if name not in wanted and _belongs(name, optional)}
         _load(encoder, {**kept, **wanted}, self.path)
 
-    def without_unreached(self, encoder: nn.Module) -> dict[str, Tensor]:
-        """An encoder's tensors, but for those that no feature map depends on, such as a classifier's."""
-        unreached = set(self._hierarchy(encoder).unreached)
+    def backbone_tensors(self, encoder: nn.Module) -> dict[str, Tensor]:
+        """Returns an encoder's tensors, except for those that no feature map depends on, such as a classifier's."""
+        unreached = set(self.hierarchy_of(encoder, whole=True).unreached)
         return {name: tensor for name, tensor in tensors_of(encoder).items() if not _belongs(name, unreached)}
 
-    def _hierarchy(self, encoder: nn.Module) -> Hierarchy:
-        size = self.metadata.get("image_size")
-        return Hierarchy(
-            encoder, self.channels, len(size) if size else 2, size,
-            feature_modules=self.metadata.get("feature_modules"),
-        )  # fmt: skip
+    def hierarchy_of(self, encoder: nn.Module, whole: bool = False) -> Hierarchy:
+        """Finds the feature maps of an encoder of this kind: those that were pretrained, or with `whole` all."""
+        known = self.metadata
+        rank = len(known.image_size) if known.image_size else 2
+        stages = None if whole else known.stages
+        return Hierarchy(encoder, known.channels, rank, known.image_size, stages, known.feature_modules)
+
+    def _new_encoder(self, model: str | nn.Module | None) -> nn.Module:
+        """Returns the given module, or the network of the given name or the one in the file, not loaded."""
+        return model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
 
 
 _HEADS = {"fc", "head", "classifier", "norm", "last_linear", "heads"}
-"""First words of the names of what stands behind the last feature map, in timm, torchvision and the original."""
+"""First parts of the names of layers after the last feature map, in timm, torchvision and the original."""
 
 
 def open_weights(path: str | Path) -> Weights:
     """Opens a run folder, one of our weight files, or an original SparK file; code in a file is never run.
 
-    Of a run folder, the classifier with the best validation accuracy, averaged or not; the best detector or segmenter;
-    or what pretraining gave.
+    Of a run folder, this is the classifier with the best validation accuracy, averaged or not; the best detector or
+    segmenter; or the pretrained model.
 
     Raises:
-        ValueError: if there is nothing to read there.
+        UserError: if there are no weights, or their metadata are unusable.
     """
     path = Path(path)
     if path.is_dir():
         path = _file_of_run(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
-    if path.suffix == ".safetensors":
-        tensors, metadata = _read_safetensors(path)
-    else:
-        tensors, metadata = official.read(path)
-    kind: Kind = "encoder"
+    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else official.read(path)
+    return Weights(path, _kind_of(tensors, metadata), tensors, metadata)
+
+
+def _kind_of(tensors: Mapping[str, Tensor], metadata: WeightsMetadata) -> Kind:
+    # The mask token decides: a user's own network may have parts called encoder and decoder too.
     if any(name.startswith(("decoder.", "densify.")) and name.endswith("mask_token") for name in tensors):
-        kind = "pretrained"  # a network of the user's own may have parts called encoder and decoder too
-    elif "task" in metadata:
-        kind = "detector" if metadata["task"] == "detection" else "segmenter"
-    elif "classes" in metadata:
-        kind = "classifier"
-    return Weights(path, kind, tensors, metadata)
+        return "pretrained"
+    if metadata.task:
+        return "detector" if metadata.task == "detection" else "segmenter"
+    return "classifier" if metadata.classes else "encoder"
 
 
 def _file_of_run(folder: Path) -> Path:
@@ -323,46 +310,46 @@ def _file_of_run(folder: Path) -> Path:
     found = [file for file in files if file.is_file()]
     best = [file for file in found if file.stem.endswith("_best")]
     if best:
-        return max(best, key=lambda file: float(_read_metadata(file).get("top1", 0.0)))
+        return max(best, key=lambda file: _read_metadata(file).figures.get("top1", 0.0))
     found.append(folder / "weights" / MODEL_FILE)
     if not found[0].is_file():
         raise UserError(f"{folder} is a folder without weights/{MODEL_FILE}; name a run folder or a weight file")
     return found[0]
 
 
-def _read_metadata(path: Path) -> dict[str, Any]:
+def _read_metadata(path: Path) -> WeightsMetadata:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata: dict[str, Any] = json.loads((file.metadata() or {}).get("sparkmim", "{}"))
-            return metadata
+            content = json.loads((file.metadata() or {}).get("sparkmim", "{}"))
     except Exception as error:
         raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
+    return WeightsMetadata.from_json(content, path)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
     metadata = _read_metadata(path)
     with safe_open(path, framework="pt") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def load(path: str | Path) -> SparK:
-    """Builds the `SparK` model that a run folder or weight file holds, in evaluation mode.
+    """Builds the `SparK` model of a run folder or weight file, in evaluation mode.
 
     Raises:
-        ValueError: if the file does not say how to build it; use `load_into` with a model of yours then.
+        ValueError: if the file does not say how to build it; use `load_into` with your own model then.
     """
     return open_weights(path).spark()
 
 
 def _shaped_like(tensor: Tensor, own: Tensor | None) -> Tensor:
-    """A linear layer's weight as that of the 1×1 convolution which takes its place, and the reverse."""
+    """Reshapes a linear layer's weight to that of a 1×1 convolution in its place, and the reverse."""
     if own is not None and own.shape != tensor.shape and own.shape[:2] == tensor.shape[:2]:
         return tensor.view(own.shape) if own.numel() == tensor.numel() else tensor
     return tensor
 
 
 def _belongs(name: str, parameters: set[str]) -> bool:
-    """Whether a tensor is one of the parameters, or a buffer of a module that has one of them."""
+    """Tells whether a tensor is one of the parameters, or in a module that has one of them."""
     parent = name.rpartition(".")[0]
     return name in parameters or (bool(parent) and any(other.rpartition(".")[0] == parent for other in parameters))
 

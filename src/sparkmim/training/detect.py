@@ -21,7 +21,8 @@ from sparkmim.evaluation.coco import CocoScores
 from sparkmim.evaluation.detector import coco_notes, run_detector, score_detections
 from sparkmim.evaluation.trained import print_notes
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, WeightsMetadata
+from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.weights import Weights
 from sparkmim.models.detector import create_detector
 from sparkmim.models.encoders import create_encoder
 from sparkmim.results import DetectResult

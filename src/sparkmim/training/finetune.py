@@ -24,7 +24,8 @@ from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
 from sparkmim.evaluation.classification import ClassificationScores, score_classifier
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, WeightsMetadata
+from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.weights import Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
 from sparkmim.runs.folder import RunFolder
@@ -250,7 +251,7 @@ def _metadata(settings: FinetuneSettings, model: nn.Module, classes: list[str]) 
         pooled=isinstance(model, PooledClassifier),
         classes=classes,
         image_size=settings.image_size,
-        crop=settings.eval_crop or None,
+        crop=settings.eval_crop,
         channels=settings.channels,
         feature_modules=settings.feature_modules,
         mean=settings.mean,

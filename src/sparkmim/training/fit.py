@@ -8,7 +8,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic
 
 import lightning.pytorch as pl
@@ -27,7 +27,8 @@ from sparkmim.data.samplers import StepBatchSampler
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import known_figures
-from sparkmim.interop.weights import Weights, WeightsMetadata, open_weights
+from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import generators_restored, is_main_process
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
@@ -314,11 +315,11 @@ def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: 
 
     def write(what: nn.Module, suffix: str, scores: Any) -> None:
         figures = {} if scores is None else known_figures(scores)
-        prepared.save(what, folder, WeightsMetadata(**{**prepared.metadata, **figures}), suffix)
+        prepared.save(what, folder, replace(prepared.metadata, figures=figures), suffix)
 
     def write_step(step: int) -> None:
         if scorer is None:
-            metadata = WeightsMetadata(**{**prepared.metadata, "step": step})
+            metadata = replace(prepared.metadata, step=step)
             prepared.save(model, folder, metadata, "")
             if ema is not None:
                 prepared.save(ema.average.module, folder, metadata, "_ema")

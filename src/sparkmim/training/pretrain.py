@@ -18,7 +18,8 @@ from sparkmim.data.problems import counted
 from sparkmim.data.source import open_source
 from sparkmim.errors import UserError
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, WeightsMetadata
+from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.weights import Weights
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, SparK, encoder_norm
 from sparkmim.results import PretrainResult

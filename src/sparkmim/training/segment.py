@@ -19,7 +19,8 @@ from sparkmim.drawing.annotated import draw_classes, side_by_side, with_legend
 from sparkmim.evaluation.segmentation import SegmentationScores, evaluate_segmentation
 from sparkmim.evaluation.segmenter import checked_classes, class_names, run_segmenter, tones_of
 from sparkmim.interop import weights
-from sparkmim.interop.weights import Weights, WeightsMetadata
+from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.weights import Weights
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.results import SegmentResult

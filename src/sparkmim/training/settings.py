@@ -243,7 +243,7 @@ def known_of(asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights
             raise UserError("no model given; --model names the network to train from scratch")
         return {}
     names = ("channels", "image_size", "feature_modules", "mean", "std")
-    known = {name: start.metadata.get(name) for name in names}
+    known = {name: getattr(start.metadata, name) for name in names}
     return known if asked["model"] is not None else {**known, "model": start.model}
 
 

@@ -19,7 +19,6 @@ from sparkmim.evaluation.features import frozen_hierarchy
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy
-from sparkmim.models.encoders import own_module
 
 # The encoder
 
@@ -69,7 +68,7 @@ def open_encoder(
     opened = open_weights(weights)
     preparation = opened.preparation(image_size, crop)
     check_axes(preparation.rank, str(opened.path))
-    hierarchy = frozen_hierarchy(opened, opened.encoder(own_module(model)), device)
+    hierarchy = frozen_hierarchy(opened, model, device)
     return FrozenEncoder(opened, preparation, hierarchy, device)
 
 

@@ -81,7 +81,7 @@ def run_explanation(
         network, hierarchy, preparation = _random_network(model, image_size, seed)
     else:
         encoder = open_encoder(weights, model, image_size, None, accelerator, _check_axes)
-        network = _short(model or encoder.weights.metadata.get("model") or "a network")
+        network = _short(model or encoder.weights.metadata.model or "a network")
         network += f" with the weights of {Path(weights).resolve().name}"
         hierarchy, preparation = encoder.hierarchy, encoder.preparation
     device = device_named(accelerator)

@@ -1,0 +1,86 @@
+"""Networks from weight files: feature maps are found at most once for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.weights import Weights, open_weights, save, write
+from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
+from sparkmim.models.detector import create_detector
+from sparkmim.models.segmenter import create_segmenter
+
+COLOURS: dict[str, Any] = {"mean": [0.5] * 3, "std": [0.25] * 3}
+
+
+def file_of(folder: Path, kind: str, network: str) -> Path:
+    """Writes a weight file of a kind, and returns its path."""
+    common: dict[str, Any] = {"model": network, "image_size": [16, 16], **COLOURS}
+    classes = {"classes": ["cat", "dog"], **common}
+    heads = {"norm": "none", "eval_short_side": 16, **classes}
+    path = folder / "weights.safetensors"
+    if kind == "classifier":
+        write(create_classifier(network, 2), path, WeightsMetadata(pooled=True, **classes))
+    elif kind == "detector":
+        known = {"task": "detection", "category_ids": [1, 2], "masks": False, "box_head": "2fc", "long_side": 32}
+        detector = create_detector(create_encoder(network), 2, masks=False, short_side=16, long_side=32, **COLOURS)
+        write(detector, path, WeightsMetadata(**heads, **known))
+    elif kind == "segmenter":
+        known = {"task": "segmentation", "ignore": 255, "reduce_labels": False}
+        write(create_segmenter(create_encoder(network), 2), path, WeightsMetadata(**heads, **known))
+    else:
+        save(SparK(network, image_size=16, decoder_width=16), folder, WeightsMetadata(decoder_width=16, **common))
+        path = folder / ("spark.safetensors" if kind == "spark" else "encoder.safetensors")
+    return path
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> list[Hierarchy]:
+    """Hierarchies made from now on."""
+    made: list[Hierarchy] = []
+    initialise = Hierarchy.__init__
+
+    def noted(self: Hierarchy, *args: Any, **settings: Any) -> None:
+        made.append(self)
+        initialise(self, *args, **settings)
+
+    monkeypatch.setattr(Hierarchy, "__init__", noted)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("kind", "build"),
+    [
+        ("encoder", Weights.encoder), ("encoder", Weights.encoder_hierarchy), ("classifier", Weights.classifier),
+        ("detector", Weights.detector), ("segmenter", Weights.segmenter), ("spark", Weights.spark),
+    ],
+)  # fmt: skip
+def test_one_probe(
+    tmp_path: Path, network: str, kind: str, build: Callable[[Weights], nn.Module], request: pytest.FixtureRequest
+) -> None:
+    weights = open_weights(file_of(tmp_path, kind, network))
+    probes = request.getfixturevalue("probes")
+    module = build(weights)
+    assert len(probes) == 1
+    assert not module.training
+    tensors = {name.removeprefix("encoder."): tensor for name, tensor in weights.tensors.items()}
+    loaded = {name.removeprefix("encoder."): tensor for name, tensor in module.state_dict().items()}
+    assert all(torch.equal(tensor, loaded[name]) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "spark", "classifier", "detector", "segmenter"])
+def test_a_hierarchy_that_is_given(tmp_path: Path, network: str, kind: str, request: pytest.FixtureRequest) -> None:
+    """Every kind of file starts a network whose feature maps are known already."""
+    weights = open_weights(file_of(tmp_path, kind, network))
+    classifier = create_classifier(network, 3)
+    probes = request.getfixturevalue("probes")
+    weights.load_into_encoder(classifier, classifier.hierarchy)
+    assert not probes
+    encoder = classifier.encoder.state_dict()
+    assert all(torch.equal(tensor, encoder[name]) for name, tensor in weights.encoder_tensors.items())
