@@ -11,9 +11,18 @@ import pytest
 import torch
 
 from sparkmim.commands import statistics
-from sparkmim.data import PretrainDataset, UnreadableImage, array_transform, read_array, to_array
+from sparkmim.data import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    PretrainDataset,
+    Source,
+    UnreadableImage,
+    array_transform,
+    open_source,
+    read_array,
+    to_array,
+)
 from sparkmim.data.arrays import MissingPackage, resized
-from sparkmim.data.source import open_source
 
 RAMP = np.arange(2 * 6 * 8, dtype=np.float32).reshape(2, 6, 8)
 
@@ -214,3 +223,24 @@ def test_images_and_arrays_in_one_folder(photos: list[str]) -> None:
     assert open_source(str(folder), 5, 2).items == [str(folder / "a.npy")]
     with pytest.raises(ValueError, match=r"a\.npy: is of shape \[5, 8, 8\]; for channels 4"):
         open_source(str(folder), 4, 2)
+
+
+def test_one_rule_tells_images_from_arrays() -> None:
+    assert not Source.of(["a.jpg", "b.npy"], 3, 2).arrays
+    assert Source.of(["a.NPY", "b.nii.gz"], 3, 2).arrays
+    assert not Source.of([RAMP], 3, 2).arrays
+    assert Source.of([RAMP], 2, 2).arrays
+    assert Source.of(["a.jpg", "b.npy"], 1, 3).arrays
+    with pytest.raises(ValueError, match=r"mine holds image files only, .*; signals are read from \.npy"):
+        Source.of(["a.jpg"], 1, 1, "mine")
+
+
+def test_one_rule_for_mean_and_deviation() -> None:
+    images = Source.of(["nowhere.jpg"], 3, 2)
+    assert images.normalisation() == (list(IMAGENET_MEAN), list(IMAGENET_STD))
+    assert images.normalisation([1, 2, 3]) == ([1, 2, 3], list(IMAGENET_STD))
+    assert Source.of(["nowhere.npy"], 1, 2).normalisation([0.0], [1.0]) == ([0.0], [1.0])  # given: nothing is read
+    arrays = Source.of([RAMP], 2, 2)
+    assert arrays.normalisation(std=[5.0, 6.0]) == (pytest.approx([23.5, 71.5]), [5.0, 6.0])
+    with pytest.raises(ValueError, match="std has 1 value for 2 channels; `sparkmim statistics` measures them"):
+        arrays.normalisation([0.0, 0.0], [1.0])

@@ -89,7 +89,7 @@ def test_a_stand_in_has_its_own_label(tmp_path: Path) -> None:
         (
             lambda f: make(f, {"train/a": 2, "train/b": 2, "val/d": 1}),
             {},
-            "1 class of the validation images without images to train on: d",
+            "no images to train on for 1 class of the validation images: d",
         ),
         (lambda f: make(f, {"train/a": 2, "train/b": 2, "val/a": 1}), {"val_split": 0.2}, "val_split was given, but"),
     ],

@@ -322,14 +322,3 @@ def test_evaluation_resizes_the_shorter_side(size: tuple[int, int], expected: tu
     seen = segmentation_resize(32, [0.5] * 3, [0.25] * 3)(image)
     assert seen.shape == (3, *expected)
     assert torch.allclose(seen, torch.tensor(2.0))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [({"shortest": 0}, "short_side is 0"), ({"crop": 0}, "crop 0"), ({"flip": 2.0}, "flip is 2.0"),
-     ({"jitter": -0.1}, "jitter is -0.1")],
-)  # fmt: skip
-def test_mistakes(change: dict[str, float], message: str) -> None:
-    arguments = {"shortest": 32, "crop": 32, "mean": [0.5] * 3, "std": [0.2] * 3, **change}
-    with pytest.raises(ValueError, match=message):
-        segmentation_transform(**arguments)  # type: ignore[arg-type]

@@ -1,6 +1,6 @@
 """Data: found, read, augmented, and put into batches."""
 
-from sparkmim.data.arrays import ARRAY_SUFFIXES, array_transform, read_array, to_array
+from sparkmim.data.arrays import array_transform, read_array, to_array
 from sparkmim.data.augmentation import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -10,13 +10,7 @@ from sparkmim.data.augmentation import (
     normalisation,
     pretrain_transform,
 )
-from sparkmim.data.coco import (
-    CocoFiles,
-    CocoImages,
-    check_coco,
-    find_coco,
-    open_coco,
-)
+from sparkmim.data.coco import open_coco
 from sparkmim.data.dataset import (
     AugmentedDataset,
     LabelledDataset,
@@ -26,37 +20,25 @@ from sparkmim.data.dataset import (
     collate_detection,
 )
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil, to_image
-from sparkmim.data.detection_transforms import detection_resize, detection_transform
+from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.discovery import find_images
-from sparkmim.data.label_maps import (
-    SegmentationFiles,
-    SegmentationImages,
-    check_segmentation,
-    find_segmentation,
-    open_segmentation,
-    read_class_names,
-)
+from sparkmim.data.label_maps import open_segmentation
 from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.data.samplers import EpochBatchSampler, counted_seed
-from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
+from sparkmim.data.segmentation_transforms import segmentation_transform
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.data.source import Source, images_source, open_source
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 
 __all__ = [
-    "ARRAY_SUFFIXES",
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "AugmentedDataset",
     "ChannelStatistics",
-    "CocoFiles",
-    "CocoImages",
     "EpochBatchSampler",
     "Labelled",
     "LabelledDataset",
     "PretrainDataset",
-    "SegmentationFiles",
-    "SegmentationImages",
     "SkipLog",
     "Source",
     "TargetDataset",
@@ -64,19 +46,14 @@ __all__ = [
     "UnreadableImage",
     "array_transform",
     "channel_statistics",
-    "check_coco",
-    "check_segmentation",
     "classify_transform",
     "collate",
     "collate_detection",
     "counted_seed",
     "decode",
-    "detection_resize",
     "detection_transform",
     "eval_transform",
-    "find_coco",
     "find_images",
-    "find_segmentation",
     "from_pil",
     "images_source",
     "normalisation",
@@ -86,8 +63,6 @@ __all__ = [
     "open_source",
     "pretrain_transform",
     "read_array",
-    "read_class_names",
-    "segmentation_resize",
     "segmentation_transform",
     "to_array",
     "to_image",

@@ -40,6 +40,9 @@ class SharedPaths:
     def __getitem__(self, place: int) -> str:
         return os.fsdecode(self._block[place])
 
+    def __iter__(self) -> Iterator[str]:
+        return map(os.fsdecode, self._block)
+
 
 def share_paths(items: Any) -> Any:
     """Returns a list of paths as `SharedPaths`, and any other data set unchanged."""
@@ -142,13 +145,9 @@ class PretrainDataset(AugmentedDataset):
     nor on whether another image stands in.
 
     Args:
-        source: as for `AugmentedDataset`; also `transform`, `seed`, `channels`, `read`.
-        transform: from an image to float `[C, *image_size]`.
         grid: patches along each axis.
         mask_ratio: share of hidden patches.
-        seed: seed of all random numbers.
-        channels: image channels.
-        read: returns what `transform` takes.
+        source, transform, seed, channels, read: as for `AugmentedDataset`.
 
     Raises:
         UserError: if the mask is impossible; also whatever `AugmentedDataset` raises.
@@ -180,10 +179,7 @@ class LabelledDataset(AugmentedDataset):
 
     Args:
         images: images with their labels.
-        transform: from an image to float `[C, *image_size]`.
-        seed: seed of all random numbers.
-        channels: image channels.
-        read: returns what `transform` takes.
+        transform, seed, channels, read: as for `AugmentedDataset`.
     """
 
     def __init__(

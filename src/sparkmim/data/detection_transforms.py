@@ -6,7 +6,7 @@ Images get their final size, but are not normalised: torchvision's detectors do 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -41,13 +41,9 @@ def detection_transform(
         crop: `none` or `detr`.
 
     Raises:
-        UserError: if an argument is out of range.
+        UserError: if a size is out of range.
     """
     _check_sizes(shortest, longest)
-    if not 0 <= flip <= 1:
-        raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
-    if crop not in get_args(Crop):
-        raise UserError(f"there is no crop {crop!r}; choose none or detr")
     steps: list[nn.Module] = [v2.RandomHorizontalFlip(flip)]
     if crop == "detr":
         part = v2.Compose([v2.RandomShortestSize([400, 500, 600]), _RandomPart(384, 600)])

@@ -142,7 +142,7 @@ def _with_classes(images: Labelled, classes: list[str]) -> Labelled:
     unknown = sorted(set(images.classes) - set(classes))
     if unknown:
         raise UserError(
-            f"{counted(len(unknown), 'class', 'classes')} of the validation images without images to train on: "
+            f"no images to train on for {counted(len(unknown), 'class', 'classes')} of the validation images: "
             f"{few(unknown, 5)}"
         )
     place = torch.tensor([classes.index(name) for name in images.classes])

@@ -15,7 +15,6 @@ from torchvision.transforms import v2
 
 from sparkmim.data.detection_transforms import detection_resize, to_float
 from sparkmim.data.label_maps import IGNORED
-from sparkmim.errors import UserError
 
 SCALES = (0.5, 2.0)
 """Range of random sizes, relative to the usual one."""
@@ -50,16 +49,7 @@ def segmentation_transform(
 
     Returns:
         A function from an item of `SegmentationImages` to float32 `[C, crop, crop]` and long `[crop, crop]`.
-
-    Raises:
-        UserError: if an argument is out of range.
     """
-    if shortest < 1 or crop < 1:
-        raise UserError(f"short_side is {shortest} and crop {crop}; they are sizes in pixels, above 0")
-    if not 0 <= flip <= 1:
-        raise UserError(f"flip is {flip}; it is a probability between 0 and 1")
-    if not 0 <= jitter <= 1:
-        raise UserError(f"jitter is {jitter}; it is a share between 0 (none) and 1")
     filling = list(mean) if arrays else [round(255 * value) for value in mean]
     low, high = (round(scale * shortest) for scale in SCALES)
     steps: list[nn.Module] = [
