@@ -115,7 +115,7 @@ def _networks(settings: EvaluateSettings, device: torch.device) -> list[FrozenNe
         torch.default_generator.manual_seed(settings.seed)
         random = own_module(model)  # a module stands for the random network as it is passed
         if not isinstance(random, nn.Module):
-            random = create_encoder(model or weights.model, weights.channels)
+            random = create_encoder(random or weights.model, weights.channels)
     found = [
         _network("weights", weights, weights.encoder(own_module(model)), settings, device),
         _network("random", weights, random, settings, device),
