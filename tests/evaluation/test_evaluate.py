@@ -137,7 +137,7 @@ def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
         ({"data": "nowhere"}, r"there is no folder or CSV file .*nowhere"),
         ({"weights": "nowhere"}, r"nowhere does not exist; name a run folder or a weight file"),
         ({"compare": "nowhere"}, r"nowhere does not exist"),
-        ({"stage": 3}, r"stage is 3, but .* has 2 stages; choose 1 \(shallowest\) to 2"),
+        ({"stage": 3}, r"stage is 3, but .* has 2 stages; choose 1 to 2"),
         ({"protocol": "kmeans"}, r"protocol is 'kmeans'; choose knn, linear or fewshot"),
         ({"protocol": "fewshot", "shots": [1, 13]}, r"shots asks for 13 images per class, but class 'blue' has 12"),
         ({"shots": []}, r"shots is \[\]; it must have 1 or more values"),

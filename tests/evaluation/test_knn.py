@@ -6,10 +6,16 @@ from sparkmim.evaluation import knn_accuracy, knn_predict, pooled_features
 from sparkmim.models import Hierarchy, create_encoder
 
 
-def test_votes_are_weighted_as_defined() -> None:
+def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Thirty features of four classes, and twelve queries."""
     generator = torch.Generator().manual_seed(0)
     bank, queries = torch.randn(30, 5, generator=generator), torch.randn(12, 5, generator=generator)
     labels = torch.randint(0, 4, (30,), generator=generator)
+    return bank, labels, queries
+
+
+def test_votes_are_weighted_as_defined() -> None:
+    bank, labels, queries = problem()
     expected = []
     for query in queries:
         cosines = torch.stack([torch.cosine_similarity(query, row, dim=0) for row in bank])
@@ -38,8 +44,6 @@ def test_features_do_not_depend_on_the_batch_or_the_mode() -> None:
 
 def test_small_temperatures_do_not_overflow() -> None:
     """The nearest decides, as with one neighbour."""
-    generator = torch.Generator().manual_seed(0)
-    bank, queries = torch.randn(30, 5, generator=generator), torch.randn(12, 5, generator=generator)
-    labels = torch.randint(0, 4, (30,), generator=generator)
+    bank, labels, queries = problem()
     nearest = knn_predict(bank, labels, queries, k=1)
     assert torch.equal(knn_predict(bank, labels, queries, k=7, temperature=1e-4), nearest)

@@ -182,7 +182,7 @@ def linear_probe(
 
 
 def _accuracies(features: Tensor, labels: Tensor, weights: Tensor, biases: Tensor) -> list[float]:
-    """Returns accuracies of `r` classifiers, weights `[r, C, classes]` and biases `[r, classes]`; 0 if diverged."""
+    """Returns the accuracies of classifiers with weights `[r, C, classes]` and biases `[r, classes]`; 0 if diverged."""
     logits = torch.einsum("nc,rck->rnk", features, weights) + biases[:, None]
     right = (logits.argmax(-1) == labels) & logits.isfinite().all(-1)
     return [float(share) for share in right.double().mean(-1)]
