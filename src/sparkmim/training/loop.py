@@ -201,8 +201,8 @@ def fit(
         if trainer.is_global_zero:
             # Python objects have no place in a file; resuming asks for them again.
             objects = [name for name in ("model", "data", "val_data") if _is_object(settings.get(name))]
-            plain = {name: None if name in objects else value for name, value in settings.items()}
-            folder.write_config({**plain, "resume": False}, objects)
+            asked = {**settings, "resume": False}
+            folder.write_config(asked, asked, objects)
             folder.write_environment(environment(settings["accelerator"], plan.world_size), settings["resume"])
             say()
         _, handler = log_to(folder.log) if trainer.is_global_zero else (None, logging.NullHandler())
