@@ -912,18 +912,18 @@ def neighbors(
 def report(run: str | Path, *, out: str | Path | None = None) -> ReportResult:
     """Write the report of a run: one HTML file that needs nothing beside it.
 
-    Settings, environment, curves, speed, reconstructions over time, evaluations, and skipped images. Every run writes
-    it when it ends; this writes it anew, with what was evaluated since.
+    Shows settings, environment, curves, speed, reconstructions over time, evaluations, and skipped images. Every run
+    writes its report when it ends; this command writes it again, with later evaluations, or while the run is training.
 
     Args:
-        run: run folder of pretrain or finetune
+        run: run folder of pretrain, finetune, detect or segment
         out: HTML file; None for report.html in the run folder
 
     Returns:
-        A `ReportResult`: where it is.
+        A `ReportResult`: path of the report.
 
     Raises:
-        ValueError: if that is no run folder, or out is no HTML file.
+        ValueError: if run is no run folder, or out is no HTML file.
     """
     from sparkmim.runs.report import write_report
 

@@ -104,9 +104,23 @@ class RunFolder:
 
     def write_environment(self, found: Mapping[str, Any], resumed: bool) -> None:
         """Saves the environment that a run starts in, after the earlier ones if it is resumed."""
-        before = json.loads(self.environment.read_text()) if resumed and self.environment.is_file() else []
+        before = (read_json(self.environment) or []) if resumed else []
         with replacing(self.environment) as partial:
             partial.write_text(json.dumps([*before, dict(found)], indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error
 
 
 def log_to(path: Path) -> tuple[logging.Logger, logging.Handler]:
