@@ -952,15 +952,15 @@ def neighbors(
 def report(run: str | Path, *, out: str | Path | None = None) -> ReportResult:
     """Write the report of a run as one self-contained HTML file.
 
-    It shows settings, environment, curves, speed, reconstructions over time, evaluations and skipped images. Every run
-    writes a report at its end; this command rewrites it, with evaluations since then.
+    Shows settings, environment, curves, speed, reconstructions over time, evaluations, and skipped images. Every run
+    writes its report when it ends; this command writes it again, with later evaluations, or while the run is training.
 
     Args:
-        run: run folder of pretrain or finetune
+        run: run folder of pretrain, finetune, detect or segment
         out: HTML file; None for report.html in the run folder
 
     Returns:
-        A `ReportResult`: the path of the report.
+        A `ReportResult`: path of the report.
 
     Raises:
         ValueError: if run is no run folder, or out is no HTML file.

@@ -121,5 +121,7 @@ def check_stage(stage: int | None, hierarchy: Hierarchy, name: str) -> int:
     """
     count = len(hierarchy.strides)
     if stage is not None and not 1 <= stage <= count:
-        raise UserError(f"stage is {stage}, but {name} has {counted(count, 'stage')}; choose 1 to {count} (1 is the shallowest)")
+        raise UserError(
+            f"stage is {stage}, but {name} has {counted(count, 'stage')}; choose 1 to {count} (1 is the shallowest)"
+        )
     return stage or count

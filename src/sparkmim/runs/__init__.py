@@ -1,1 +1,1 @@
-"""Runs: their folder, environment and report."""
+"""Runs: folder, history, environment and report."""

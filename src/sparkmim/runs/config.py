@@ -1,38 +1,67 @@
-"""Arguments as YAML: `config.yaml` of a run folder, and what `--print_config` prints."""
+"""`config.yaml`: arguments as the user gave them, with what was settled for the open ones as comments."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from pathlib import PurePath
 from typing import Any
 
 import yaml
 
+_MACHINE = ("accelerator", "devices", "precision", "workers")
+_DERIVED = (
+    "channels", "classes", "feature_modules", "ignore", "masks", "mean", "model", "patch_size", "stages", "std",
+)  # fmt: skip
 
-def commented_yaml(values: Mapping[str, Any], notes: Mapping[str, str]) -> str:
-    """Writes arguments as YAML, with notes behind those left open.
 
-    Args:
-        values: plain values by name; None is written as an empty value.
-        notes: by name, what an open argument is settled to.
+def open_value(name: str, value: Any) -> bool:
+    """Returns whether the value of an argument leaves the decision to the package.
 
     Example:
-        >>> print(commented_yaml({"epochs": None, "seed": 0}, {"epochs": "200 (recipe default)"}), end="")
+        >>> open_value("epochs", None), open_value("devices", "auto"), open_value("augment", "auto")
+        (True, True, False)
+    """
+    return value is None or (name in _MACHINE and isinstance(value, str) and value == "auto")
+
+
+def decided_by(name: str) -> str:
+    """Returns who decides on an argument that was left open: `this machine`, `recipe default`, or `derived` from
+    network, weights or data."""
+    return "this machine" if name in _MACHINE else "derived" if name in _DERIVED else "recipe default"
+
+
+def settled_notes(asked: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, str]:
+    """Returns notes such as `200 (recipe default)` for the arguments that were left open and then settled."""
+    return {
+        name: f"{_one_line(settled[name])} ({decided_by(name)})"
+        for name, value in asked.items()
+        if open_value(name, value) and not open_value(name, settled.get(name))
+    }
+
+
+def commented_yaml(values: Mapping[str, Any], notes: Mapping[str, str]) -> str:
+    """Writes values as YAML, one line each, with notes as comments. None becomes an empty value.
+
+    Example:
+        >>> print(commented_yaml({"epochs": None, "image_size": (32, 32)}, {"epochs": "200 (recipe default)"}), end="")
         epochs:  # 200 (recipe default)
-        seed: 0
+        image_size: [32, 32]
     """
     lines = []
     for name, value in values.items():
-        line = f"{name}:" if value is None else f"{name}: {plain_yaml(value)}"
-        lines.append(f"{line}  # {notes[name]}\n" if name in notes else f"{line}\n")
+        line = f"{name}:" if value is None else f"{name}: {_one_line(value)}"
+        note = " ".join(notes.get(name, "").split())
+        lines.append(f"{line}  # {note}\n" if note else f"{line}\n")
     return "".join(lines)
 
 
-def plain_yaml(value: Any) -> str:
-    """Writes one value as YAML on one line.
-
-    Example:
-        >>> plain_yaml([1, 2]), plain_yaml("a: b"), plain_yaml(0.5)
-        ('[1, 2]', "'a: b'", '0.5')
-    """
-    text = yaml.safe_dump(value, default_flow_style=True, width=float("inf"), allow_unicode=True)
-    return str(text).removesuffix("...\n").rstrip("\n")
+def _one_line(value: Any) -> str:
+    """Returns YAML that fits behind a key."""
+    value = str(value) if isinstance(value, PurePath) else value
+    breaks = isinstance(value, str) and value.splitlines() != [value]
+    # Inside a flow mapping PyYAML writes scalars without its end-of-document marker.
+    text: str = yaml.safe_dump(
+        {"_": value}, default_flow_style=True, default_style='"' if breaks else None, width=math.inf, sort_keys=False
+    )
+    return text.strip()[1:-1].partition(":")[2].strip()

@@ -1,4 +1,4 @@
-"""The machine and the versions that a run starts in."""
+"""Machine and versions that a run starts in."""
 
 from __future__ import annotations
 
@@ -15,14 +15,11 @@ from sparkmim._version import __version__
 
 
 def environment(accelerator: str, processes: int) -> dict[str, Any]:
-    """The machine, the versions of what matters, and the time.
+    """Returns the time, the versions and the hardware, in values that JSON takes; None where they are unknown.
 
     Args:
         accelerator: cpu or cuda.
-        processes: in all; each uses as many threads as are named.
-
-    Returns:
-        what JSON takes; None for what cannot be found out.
+        processes: over all machines; `threads` counts those of one process.
     """
     cuda = accelerator == "cuda"
     return {
@@ -42,7 +39,7 @@ def environment(accelerator: str, processes: int) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    """The processor's name, which Linux tells in a file only."""
+    """Returns the processor's name; on Linux, `platform` does not know it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -50,7 +47,7 @@ def _cpu() -> str:
 
 
 def _memory() -> float | None:
-    """In GiB; None where the system has no such call, as Windows."""
+    """Returns the main memory in GiB; None where it cannot be asked for, as on Windows."""
     try:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (AttributeError, ValueError, OSError):

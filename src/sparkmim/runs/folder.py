@@ -1,4 +1,4 @@
-"""The run folder: what stands where, and that nothing in it is ever lost by accident."""
+"""Layout of a run folder."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import yaml
 
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
-from sparkmim.runs.config import commented_yaml, plain_yaml
+from sparkmim.runs.config import commented_yaml, settled_notes
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
 PICTURES = "input, masked, reconstruction"
-"""The tag of reconstructions in TensorBoard."""
+"""Name of pictures of reconstructions."""
 
 _FROM_PYTHON = "# Python objects, to be given again: "
 
@@ -23,51 +23,40 @@ _FROM_PYTHON = "# Python objects, to be given again: "
 class RunFolder:
     """A folder that holds one run.
 
-    `config.yaml` the settings in force; `checkpoints/last.ckpt` all that resuming needs; `weights/` the
-    results; `tensorboard/` curves and pictures; `log.txt` what was said; `environment.json` the machine and the
-    versions, at the start and at each resumption; `report.html` all of this to look at.
+    Attributes:
+        path: the folder.
+        config: arguments as the user gave them; `--config` takes this file.
+        checkpoint: everything that resuming needs.
+        weights: folder of weight files.
+        history: events, one JSON object per line; see `runs.history`.
+        pictures: folder of PNG files.
+        metrics: validation figures of the finished run.
+        evaluation: folder of the results of `sparkmim evaluate`.
+        tensorboard: folder of TensorBoard event files.
+        log: messages with their times.
+        environment: machine and versions at the start and at each resumption.
+        report: HTML page that shows all of this.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.path / CHECKPOINT
-
-    @property
-    def weights(self) -> Path:
-        return self.path / "weights"
-
-    @property
-    def log(self) -> Path:
-        return self.path / "log.txt"
-
-    @property
-    def environment(self) -> Path:
-        return self.path / "environment.json"
-
-    @property
-    def history(self) -> Path:
-        return self.path / "history.jsonl"
-
-    @property
-    def pictures(self) -> Path:
-        return self.path / "pictures"
-
-    @property
-    def report(self) -> Path:
-        return self.path / "report.html"
+        self.config = self.path / "config.yaml"
+        self.checkpoint = self.path / CHECKPOINT
+        self.weights = self.path / "weights"
+        self.history = self.path / "history.jsonl"
+        self.pictures = self.path / "pictures"
+        self.metrics = self.path / "metrics.json"
+        self.evaluation = self.path / "evaluation"
+        self.tensorboard = self.path / "tensorboard"
+        self.log = self.path / "log.txt"
+        self.environment = self.path / "environment.json"
+        self.report = self.path / "report.html"
 
     def check_new(self) -> None:
-        """Refuses a folder that something stands in.
+        """Checks that a new run can start here.
 
         Raises:
-            ValueError: naming what to do instead.
+            UserError: if the folder is not empty, or the path is a file.
         """
         if self.config.is_file():
             raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
@@ -77,19 +66,24 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; --out names a folder")
 
     def read_config(self) -> dict[str, Any]:
-        """The settings of an existing run.
+        """Reads the arguments of a run, and names of those that were Python objects under `from_python`.
 
         Raises:
-            ValueError: if there is no run.
+            UserError: if there is no run, or its config is damaged.
         """
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one there")
-        text = self.config.read_text()
-        settings: dict[str, Any] = yaml.safe_load(text)
+        try:
+            text = self.config.read_text(encoding="utf-8")
+            arguments = yaml.safe_load(text)
+        except (yaml.YAMLError, UnicodeDecodeError):
+            arguments = None
+        if not isinstance(arguments, dict):
+            raise UserError(f"{self.config} cannot be read as the settings of a run; repair it, or name another run")
         first = text.partition("\n")[0]
         if first.startswith(_FROM_PYTHON):
-            settings["from_python"] = first.removeprefix(_FROM_PYTHON).split(", ")
-        return settings
+            arguments["from_python"] = first.removeprefix(_FROM_PYTHON).split(", ")
+        return arguments
 
     def write_config(
         self, asked: Mapping[str, Any], settled: Mapping[str, Any], from_python: Sequence[str] = ()
@@ -97,21 +91,32 @@ class RunFolder:
         """Saves arguments in a form that `--config` takes.
 
         Args:
-            asked: arguments as they were given; open ones are noted with what they were settled to.
-            settled: settings by name.
-            from_python: names of arguments that were Python objects and are left out.
+            asked: values as the user gave them; None or `auto` where the decision was left open.
+            settled: values in force, noted as comments beside the open ones.
+            from_python: arguments that are Python objects, which no file can hold.
         """
-        notes = {
-            name: plain_yaml(value)
-            for name, value in settled.items()
-            if value is not None and asked.get(name) in (None, "auto") and value != asked.get(name)
-        }
-        note = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
+        plain = {name: None if name in from_python else value for name, value in asked.items()}
+        notes = settled_notes(plain, {**settled, **dict.fromkeys(from_python)})
+        head = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
         with replacing(self.config) as partial:
-            partial.write_text(note + commented_yaml(asked, notes), encoding="utf-8")
+            partial.write_text(head + commented_yaml(plain, notes), encoding="utf-8")
 
     def write_environment(self, found: Mapping[str, Any], resumed: bool) -> None:
-        """Notes what a run starts in; after what it started in before, if it is resumed."""
-        before = json.loads(self.environment.read_text()) if resumed and self.environment.is_file() else []
+        """Saves the environment that a run starts in, after the earlier ones if it is resumed."""
+        before = (read_json(self.environment) or []) if resumed else []
         with replacing(self.environment) as partial:
             partial.write_text(json.dumps([*before, dict(found)], indent=1) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Reads a JSON file; None if there is none.
+
+    Raises:
+        UserError: if it is damaged.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error

@@ -1,10 +1,11 @@
-"""History of a run: `history.jsonl`, one JSON object per event, from which reports, logs and loggers are fed."""
+"""History of a run: `history.jsonl`, one JSON object per event, which feeds the report, the log and the loggers."""
 
 from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -23,25 +24,27 @@ Kind = Literal[
 | `start`, `resume` | `steps` of the whole run, `settings` as settled, `environment` |
 | `step` | `epoch`, `loss`, `learning_rate`, `weight_decay`, `gradient_norm`, `images_per_second` |
 | `epoch` | `epoch`, `epochs`, `loss` as the mean over the epoch, `learning_rate`, `images_per_second` |
-| `validation` | `weights` (`model` or `ema`), `figures` by name |
+| `validation` | `weights` (`model` or `ema`), `figures` by name, `beside_model`: whether both are validated |
 | `picture` | `name`, `file` relative to the run folder |
 | `unreadable` | `image`, `reason`, `part` of the data (`training` or `validation`) |
 | `warning` | `message` |
 | `checkpoint`, `stop`, `finish` | – |
 """
 
+_KINDS = get_args(Kind)
+
 logger = logging.getLogger("sparkmim")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One thing that happened in a run.
+    """Something that happened in a run.
 
     Attributes:
-        kind: of the event.
+        kind: kind of event.
         step: optimiser steps done when it happened.
-        time: with its time zone.
-        fields: by name, as JSON takes them; see `Kind`.
+        time: with a time zone.
+        fields: further values by name, as JSON takes them; see `Kind`.
     """
 
     kind: Kind
@@ -50,7 +53,7 @@ class Event:
     fields: dict[str, Any]
 
     def to_json(self) -> str:
-        """One line of `history.jsonl`, without its end."""
+        """Returns the event as a line of `history.jsonl`, without the newline."""
         head = {"time": self.time.isoformat(timespec="milliseconds"), "event": self.kind, "step": self.step}
         return json.dumps({**head, **self.fields})
 
@@ -59,11 +62,11 @@ class Event:
         """Reads one line of `history.jsonl`.
 
         Raises:
-            ValueError: if the line is no event.
+            ValueError, KeyError, TypeError: if the line is no event.
         """
         found = json.loads(line)
-        if not isinstance(found, dict) or found.get("event") not in get_args(Kind):
-            raise ValueError("no event of a run")
+        if not isinstance(found, dict) or found.get("event") not in _KINDS:
+            raise ValueError("not an event of a run")
         time = datetime.fromisoformat(str(found.pop("time", "")))
         return cls(found.pop("event"), int(found.pop("step")), time, found)
 
@@ -72,18 +75,20 @@ Listener = Callable[[Event], None]
 
 
 class History:
-    """Appends events to `history.jsonl` and tells them to listeners.
+    """Appends events to `history.jsonl` and passes them to listeners.
 
     Args:
-        path: of the file; None to tell listeners alone, as on all ranks but the first.
+        path: the file; None to inform listeners only, as on all ranks but the first.
     """
 
     def __init__(self, path: Path | None) -> None:
+        if path is not None and path.is_file():
+            _remove_cut_line(path)
         self.path = path
         self.listeners: list[Listener] = [_to_log]
 
     def add(self, kind: Kind, step: int, **fields: Any) -> Event:
-        """Records an event that happens now."""
+        """Records an event at the current time."""
         event = Event(kind, step, datetime.now().astimezone(), fields)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
@@ -93,39 +98,55 @@ class History:
         return event
 
 
-def read_history(path: Path) -> list[Event]:
-    """Reads the events of a run, without those of steps that were lost.
+def _remove_cut_line(path: Path) -> None:
+    """Removes a last line that was cut off by a kill, so that the next event starts on a new line."""
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
 
-    Where a run was killed and resumed from an earlier checkpoint, what happened after that checkpoint is left out. A
-    last line that was cut off by a kill is left out too.
+
+def read_history(path: Path) -> list[Event]:
+    """Reads the events of a run, except those of lost steps and a last line that is not complete.
 
     Raises:
-        ValueError: if another line is damaged.
+        UserError: if another line is damaged.
     """
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     events: list[Event] = []
     for number, line in enumerate(lines, 1):
         try:
-            event = Event.from_json(line)
+            events.append(Event.from_json(line))
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break
             raise UserError(f"line {number} of {path} is damaged; remove it to have the rest read") from error
+    return without_lost_steps(events)
+
+
+def without_lost_steps(events: Sequence[Event]) -> list[Event]:
+    """Drops what happened after the checkpoint that a killed run was resumed from.
+
+    Args:
+        events: in the order in which they happened.
+    """
+    kept: list[Event] = []
+    for event in events:
         if event.kind == "resume":
-            events = [earlier for earlier in events if earlier.step <= event.step or earlier.kind in _KEPT]
-        events.append(event)
-    return events
+            kept = [earlier for earlier in kept if earlier.step <= event.step or earlier.kind in _KEPT]
+        kept.append(event)
+    return kept
 
 
 _KEPT = ("start", "resume", "stop", "unreadable", "warning")
-"""Kinds of events that stay known although their steps were lost."""
+"""Kinds of events that are kept although their steps were lost."""
 
 
 # The log
 
 
 def sentence(event: Event) -> tuple[int, str] | None:
-    """Level and words of an event in `log.txt`; None for events that are not written there."""
+    """Returns level and message of an event in `log.txt`; None for events that are not written there."""
     said = event.fields
     match event.kind:
         case "start":
@@ -158,7 +179,7 @@ def _to_log(event: Event) -> None:
 
 
 class _Warnings(logging.Handler):
-    """Makes events of warnings that other parts of the package log."""
+    """Records the warnings that other parts of the package log."""
 
     def __init__(self, history: History, step: Callable[[], int]) -> None:
         super().__init__(logging.WARNING)
@@ -171,12 +192,12 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[None]:
-    """Writes what the package logs to a file, and warnings to the history too, within the context.
+    """Within this context, appends the package's messages to a file, and records warnings in the history.
 
     Args:
-        history: of the run.
-        log: the file, which is appended to.
-        step: tells the optimiser steps done.
+        history: history of the run.
+        log: the file.
+        step: returns the optimiser steps done.
     """
     file = logging.FileHandler(log, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
@@ -194,8 +215,8 @@ def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[Non
             handler.close()
 
 
-def settled_settings(events: list[Event]) -> Mapping[str, Any]:
-    """Settings as the last start or resumption settled them; empty if there is none."""
+def settled_settings(events: Sequence[Event]) -> Mapping[str, Any]:
+    """Returns the settings of the last start or resumption; empty if there is none."""
     begun = [event for event in events if event.kind in ("start", "resume")]
     settings: Mapping[str, Any] = begun[-1].fields["settings"] if begun else {}
     return settings

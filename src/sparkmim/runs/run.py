@@ -1,239 +1,159 @@
-"""What a run folder tells of its run: settings, curves, pictures, log, machines, and scores."""
+"""A run as its folder tells it: settings, curves, pictures, sessions, and scores."""
 
 from __future__ import annotations
 
-import json
-import re
-import struct
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
-
-import yaml
+from typing import Any
 
 from sparkmim.drawing.charts import Curve
 from sparkmim.errors import UserError
-from sparkmim.runs.folder import PICTURES, RunFolder
-
-T = TypeVar("T")
-Point = tuple[float, int, T]
-"""Time in seconds since 1970, step, and what was logged."""
+from sparkmim.runs.folder import PICTURES, RunFolder, read_json
+from sparkmim.runs.history import Event, read_history, settled_settings, without_lost_steps
+from sparkmim.runs.legacy import read_legacy, read_picture
 
 
 @dataclass(frozen=True)
-class Picture:
-    """A picture in an event file; read when it is wanted, since a long run has gigabytes of them.
+class Run:
+    """A run, in whatever state it is.
 
     Attributes:
-        step: of the run.
-        file: the event file.
-        offset: of the event in it, in bytes.
-        size: of the event, in bytes.
-    """
-
-    step: int
-    file: Path
-    offset: int
-    size: int
-
-    def png(self) -> bytes:
-        """The encoded picture."""
-        from tensorboard.compat.proto.event_pb2 import Event  # type: ignore[import-untyped]
-
-        with self.file.open("rb") as file:
-            file.seek(self.offset)
-            event = Event.FromString(file.read(self.size))
-        return bytes(next(value.image.encoded_image_string for value in event.summary.value if value.tag == PICTURES))
-
-
-@dataclass(frozen=True)
-class Record:
-    """All that is known of a run.
-
-    Attributes:
-        folder: of the run.
-        settings: in force.
-        objects: names of the settings that were Python objects, which no file can hold.
-        curves: by TensorBoard tag.
-        pictures: of reconstructions, by rising step.
-        messages: lines of the log, without the time.
-        sessions: the environment at the start and at each resumption.
-        metrics: of a classifier; None of other runs.
-        evaluations: those whose results lie in the folder.
+        folder: run folder.
+        events: history of the run.
+        asked: arguments as the user gave them.
+        objects: names of the arguments that were Python objects, which no file can hold.
+        metrics: content of `metrics.json`; None if there is none.
+        evaluations: results of `sparkmim evaluate` in the folder.
     """
 
     folder: RunFolder
-    settings: dict[str, Any]
+    events: list[Event]
+    asked: dict[str, Any]
     objects: list[str]
-    curves: dict[str, Curve]
-    pictures: list[Picture]
-    messages: list[str]
-    sessions: list[dict[str, Any]]
     metrics: dict[str, Any] | None
     evaluations: list[dict[str, Any]]
 
     @classmethod
-    def of(cls, run: str | Path) -> Record:
-        """Reads a run folder, in whatever state the run is.
+    def read(cls, path: str | Path) -> Run:
+        """Reads a run folder, also one of a version that wrote no `history.jsonl`.
 
         Raises:
-            ValueError: if it is none, or a file in it is damaged.
+            UserError: if the folder holds no run, or a file in it is damaged.
         """
-        folder = RunFolder(run)
+        folder = RunFolder(path)
         if not folder.path.exists():
-            raise UserError(f"{folder.path} does not exist; name the run folder of a pretraining or a fine-tuning")
+            raise UserError(f"{folder.path} does not exist; name the run folder of a training")
         if not folder.config.is_file():
             raise UserError(
                 f"{folder.path} holds no run, for there is no {folder.config.name} in it; name the run folder of a "
-                "pretraining or a fine-tuning"
+                "training"
             )
-        try:
-            settings = folder.read_config()
-            objects = list(settings.pop("from_python", ()))
-        except (yaml.YAMLError, AttributeError) as error:
-            raise UserError(f"{folder.config} cannot be read as the settings of a run") from error
-        curves, pictures = read_events(folder.path / "tensorboard")
-        found = [_read_json(path) for path in sorted((folder.path / "evaluation").glob("*.json"))]
-        return cls(
-            folder,
-            settings,
-            objects,
-            curves,
-            pictures,
-            _messages(folder.log),
-            _read_json(folder.environment) or [],
-            _read_json(folder.path / "metrics.json"),
-            [each for each in found if isinstance(each, dict) and {"protocol", "rows"} <= set(each)],
-        )
+        asked = folder.read_config()
+        objects = list(asked.pop("from_python", ()))
+        events = read_history(folder.history) if folder.history.is_file() else []
+        if not any(event.kind == "start" for event in events):
+            events = without_lost_steps([*read_legacy(folder, asked, events), *events])
+        found = [read_json(path) for path in sorted(folder.evaluation.glob("*.json"))]
+        evaluations = [each for each in found if isinstance(each, dict) and {"protocol", "rows"} <= set(each)]
+        return cls(folder, events, asked, objects, read_json(folder.metrics), evaluations)
+
+    @cached_property
+    def settings(self) -> Mapping[str, Any]:
+        """Values in force."""
+        return settled_settings(self.events)
+
+    @cached_property
+    def curves(self) -> dict[str, Curve]:
+        """Scalars by name: those of steps, and `val/NAME` and `val/ema_NAME`."""
+        curves: dict[str, Curve] = defaultdict(lambda: Curve([], [], []))
+        for event in self.events:
+            for name, value in _scalars(event):
+                curves[name].steps.append(event.step)
+                curves[name].values.append(value)
+                curves[name].times.append(event.time.timestamp())
+        return dict(curves)
+
+    @property
+    def pictures(self) -> list[Event]:
+        """Reconstructions, by rising step."""
+        return [event for event in self.events if event.kind == "picture" and event.fields["name"] == PICTURES]
+
+    def png(self, picture: Event) -> bytes | None:
+        """Reads the file of a picture; None if it was deleted."""
+        path, place = self.folder.path / picture.fields["file"], picture.fields.get("offset")
+        if not path.is_file():
+            return None
+        return path.read_bytes() if place is None else read_picture(path, place, picture.fields["size"])
+
+    @cached_property
+    def beginnings(self) -> list[Event]:
+        """The start and the resumptions."""
+        return [event for event in self.events if event.kind in ("start", "resume")]
+
+    @property
+    def sessions(self) -> list[dict[str, Any]]:
+        """Environments that the run was started and resumed in."""
+        return [event.fields["environment"] for event in self.beginnings if event.fields["environment"]]
 
     @property
     def steps(self) -> int | None:
-        """Optimiser steps that the run has, if the log says so."""
-        counts = [int(n) for n in self._said(r"(?:started|resumed): (\d+) steps in all")]
-        return counts[-1] if counts else None
+        """Optimiser steps of the whole run; None if they are not known."""
+        return next((steps for event in reversed(self.beginnings) if (steps := event.fields["steps"])), None)
 
     @property
     def step(self) -> int:
         """Optimiser steps done."""
-        logged = [curve.steps[-1] for curve in self.curves.values()]
-        return max([*logged, *(int(n) for n in self._said(r"stopped at step (\d+) on request")), 0])
+        return max((event.step for event in self._progress), default=0)
 
     @property
     def state(self) -> str:
-        """In words, by a curve's last step and the log: finished, stopped, or how far it is."""
+        """Whether the run is finished, stopped, or how far it is."""
+        turn = [event.kind for event in self.events if event.kind in ("start", "resume", "stop", "finish")][-1]
         if self.steps is None:
             return f"at step {self.step:,}"
         if self.step >= self.steps:
             return "finished"
-        turns = self._said(r"(started|resumed|stopped)(?:: \d+ steps in all| at step \d+ on request)")
-        return f"{'stopped ' if turns[-1] == 'stopped' else ''}at step {self.step:,} of {self.steps:,}"
+        words = {"stop": "stopped ", "finish": "finished "}.get(turn, "")
+        return f"{words}at step {self.step:,} of {self.steps:,}"
 
     @property
     def started(self) -> datetime:
-        """When the run began, in the time zone of the machine that it began on, if that is known."""
-        if self.sessions:
-            return datetime.fromisoformat(self.sessions[0]["date"])
-        times = [curve.times[0] for curve in self.curves.values()]
-        return datetime.fromtimestamp(min(times) if times else self.folder.config.stat().st_mtime).astimezone()
+        """Time of the start, in the time zone of the machine."""
+        return self.beginnings[0].time
 
     @property
     def seconds(self) -> float | None:
-        """Time spent on training, without the pauses between a stop and a resumption; None if nothing was logged."""
-        times = sorted({time for curve in self.curves.values() for time in curve.times})
+        """Time spent on the steps that the run has, without pauses; None before the first was logged."""
+        starts = [event.time.timestamp() for event in self.beginnings]
+        times = [event.time.timestamp() for event in self._progress if event.kind not in ("start", "resume")]
         if not times:
             return None
-        starts = [datetime.fromisoformat(session["date"]).timestamp() for session in self.sessions] or [times[0]]
-        total = 0.0
-        for start, end in zip(starts, [*starts[1:], float("inf")], strict=True):
-            within = [time for time in times if start <= time < end]
-            total += within[-1] - start if within else 0.0
-        return total
+        spans = zip(starts, [*starts[1:], float("inf")], strict=True)
+        return sum(max([start, *(time for time in times if start <= time < end)]) - start for start, end in spans)
 
     @property
     def unreadable(self) -> list[str]:
-        """Path and reason of each image that was skipped, once."""
-        return list(dict.fromkeys(self._said(r"unreadable (?:validation )?image (?:skipped|left out): (.*)")))
+        """Path and reason of each image that was skipped."""
+        found = (event.fields for event in self.events if event.kind == "unreadable")
+        return list(dict.fromkeys(f"{fields['image']}: {fields['reason']}" for fields in found))
 
-    def _said(self, pattern: str) -> list[str]:
-        """What the group in the pattern stands for, in each message that begins so."""
-        found = (re.match(pattern, message, flags=re.DOTALL) for message in self.messages)
-        return [match[1] for match in found if match is not None]
-
-
-def _messages(log: Path) -> list[str]:
-    """A log's messages; one that goes over several lines is one."""
-    if not log.is_file():
-        return []
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return [part.rstrip("\n") for part in re.split(r"^\d{4}-\d\d-\d\d \d\d:\d\d:\d\d  ", text, flags=re.MULTILINE)[1:]]
+    @property
+    def _progress(self) -> list[Event]:
+        return [event for event in self.events if event.kind not in ("unreadable", "warning")]
 
 
-def _read_json(path: Path) -> Any:
-    """What a file holds; None if there is none."""
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error
-
-
-# TensorBoard's event files. Its own reader verifies checksums of all pictures byte by byte, in Python: minutes for a
-# long run. They are records of length, checksum, protocol buffer, checksum.
-
-
-def read_events(folder: Path) -> tuple[dict[str, Curve], list[Picture]]:
-    """Curves by tag, and pictures of reconstructions, of all event files in a folder.
-
-    Where a run was killed and resumed from an earlier checkpoint, what the checkpoint did not know is left out.
-    """
-    from tensorboard.compat.proto.event_pb2 import Event
-
-    scalars: dict[str, list[Point[float]]] = defaultdict(list)
-    pictures: list[Point[Picture]] = []
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=_age):
-        for offset, record in _records(path):
-            event = Event.FromString(record)
-            for value in event.summary.value:
-                kind = value.WhichOneof("value")
-                if kind == "simple_value":
-                    scalars[value.tag].append((event.wall_time, event.step, value.simple_value))
-                elif kind == "image" and value.tag == PICTURES:
-                    picture = Picture(event.step, path, offset, len(record))
-                    pictures.append((event.wall_time, event.step, picture))
-    curves = {}
-    for tag, points in scalars.items():
-        times, steps, values = zip(*_without_orphans(points), strict=True)
-        curves[tag] = Curve(list(steps), list(values), list(times))
-    return curves, [picture for *_, picture in _without_orphans(pictures)]
-
-
-def _age(path: Path) -> tuple[str, int]:
-    """By the second in the name, then by the last change."""
-    return path.name.split(".")[3], path.stat().st_mtime_ns
-
-
-def _records(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Offset and content of the records of a file, up to where it was cut off."""
-    with path.open("rb") as file:
-        while len(header := file.read(12)) == 12:
-            (size,) = struct.unpack("<Q4x", header)
-            offset = file.tell()
-            record = file.read(size)
-            if len(record) < size:
-                return
-            yield offset, record
-            file.seek(4, 1)
-
-
-def _without_orphans(points: list[Point[T]]) -> list[Point[T]]:
-    """Points as they came, without those that a later one has gone back behind."""
-    kept: list[Point[T]] = []
-    for point in points:
-        while kept and kept[-1][1] >= point[1]:
-            kept.pop()
-        kept.append(point)
-    return kept
+def _scalars(event: Event) -> Iterator[tuple[str, float]]:
+    """Yields names and values of the curves that an event adds to."""
+    prefix, figures = "", {}
+    if event.kind == "step":
+        figures = event.fields
+    elif event.kind == "validation":
+        beside = event.fields["weights"] == "ema" and event.fields.get("beside_model", True)
+        prefix, figures = "val/ema_" if beside else "val/", event.fields["figures"]
+    for name, value in figures.items():
+        if isinstance(value, (int, float)):
+            yield prefix + name, float(value)

@@ -30,6 +30,7 @@ from sparkmim.evaluation.scores import known_figures
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import generators_restored, is_main_process
+from sparkmim.runs.config import open_value
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History, Kind, logged, read_history, settled_settings
@@ -39,7 +40,7 @@ from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monito
 from sparkmim.training.modules import ScheduledModule
 from sparkmim.training.plan import Plan
 from sparkmim.training.scoring import Scorer
-from sparkmim.training.settings import MACHINE, S, TrainSettings, is_open, plain, resumed
+from sparkmim.training.settings import MACHINE, S, TrainSettings, plain, resumed
 
 log = logging.getLogger("sparkmim")
 
@@ -208,7 +209,7 @@ def begin(
     settled = settled_settings(read_history(folder.history)) if folder.history.is_file() else {}
     objects = saved.pop("from_python", ())
     asked = resumed(kind, asked, given, saved, settled, objects)
-    changed = {name for name in given & asked.keys() if not is_open(name, asked[name])}
+    changed = {name for name in given & asked.keys() if not open_value(name, asked[name])}
     known = {
         name: value for name, value in settled.items()
         if name not in {*MACHINE, *OBJECTS, "out", "resume"} and name not in changed

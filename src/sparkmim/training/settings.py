@@ -16,6 +16,7 @@ from torch import nn
 from sparkmim.errors import UserError
 from sparkmim.interop.weights import Weights
 from sparkmim.machine import settle_machine
+from sparkmim.runs.config import open_value
 
 MACHINE = ("accelerator", "devices", "num_nodes", "precision", "workers")
 """Settings that the machine decides where they are left open; a run resumed elsewhere decides them anew."""
@@ -186,11 +187,6 @@ class SegmentSettings(PyramidSettings):
 S = TypeVar("S", bound=TrainSettings)
 
 
-def is_open(name: str, value: Any) -> bool:
-    """Tells whether a value leaves its setting to be decided."""
-    return value is None or (name in MACHINE and isinstance(value, str) and value == "auto")
-
-
 def settle(kind: type[S], asked: Mapping[str, Any], *known: Mapping[str, Any]) -> S:
     """Settles all settings of a training.
 
@@ -285,10 +281,10 @@ def resumed(
         UserError: if a given argument differs and may not, or an object is missing.
     """
     free = kind.MAY_CHANGE | set(objects)
-    given = frozenset(name for name in given & asked.keys() if not is_open(name, asked[name]))
+    given = frozenset(name for name in given & asked.keys() if not open_value(name, asked[name]))
     clash = []
     for name in (name for name in asked if name in given - free):
-        before = settled.get(name) if is_open(name, saved.get(name)) else saved.get(name)
+        before = settled.get(name) if open_value(name, saved.get(name)) else saved.get(name)
         if not _same(asked[name], before):
             clash.append(f"{name} is {before} there and {plain(asked[name])} here")
     if clash:

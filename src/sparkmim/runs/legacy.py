@@ -1,0 +1,178 @@
+"""Runs from before `history.jsonl`: their events, read from TensorBoard files, log and environment."""
+
+from __future__ import annotations
+
+import math
+import re
+import struct
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sparkmim.runs.folder import PICTURES, RunFolder, read_json
+from sparkmim.runs.history import Event, Kind
+
+T = TypeVar("T")
+Point = tuple[float, int, T]
+"""Time in seconds since 1970, step, and what was logged."""
+
+Picture = tuple[Path, int, int]
+"""Event file, and offset and size in bytes of the event that holds the picture."""
+
+
+def read_legacy(folder: RunFolder, settings: Mapping[str, Any], later: list[Event]) -> list[Event]:
+    """Reads the events of a run that an earlier version wrote, in the order in which they happened.
+
+    Args:
+        folder: the run folder.
+        settings: values in force.
+        later: the run's history, if it was resumed by this version.
+    """
+    until = later[0].time.timestamp() if later else math.inf
+    scalars, pictures = read_tensorboard(folder.tensorboard, until)
+    messages = [(time, said) for time, said in _messages(folder.log) if time.timestamp() + 1 <= until]
+    fields: dict[tuple[Kind, int, str], dict[str, float]] = defaultdict(dict)
+    times: dict[tuple[Kind, int, str], float] = {}
+    for tag, points in scalars.items():
+        validation = re.fullmatch(r"val/(ema_)?(.*)", tag)
+        for time, step, value in points:
+            if validation:
+                key: tuple[Kind, int, str] = ("validation", step, "ema" if validation[1] else "model")
+                fields[key][validation[2]] = value
+            else:
+                key = ("step", step, "")
+                fields[key][tag] = value
+            times[key] = min(time, times.get(key, time))
+    events = [
+        Event(kind, step, _local(times[kind, step, weights]),
+              {"weights": weights, "figures": values} if weights else dict(values))
+        for (kind, step, weights), values in fields.items()
+    ]  # fmt: skip
+    for moment, said in messages:
+        if match := re.match(r"stopped at step (\d+) on request", said):
+            events.append(Event("stop", int(match[1]), moment, {}))
+        elif match := re.match(r"unreadable (validation )?image (?:skipped|left out): (.*)", said, flags=re.DOTALL):
+            image, _, reason = match[2].rpartition(": ")
+            part = "validation" if match[1] else "training"
+            events.append(Event("unreadable", 0, moment, {"image": image, "reason": reason, "part": part}))
+    for time, step, (file, offset, size) in pictures:
+        at = {"name": PICTURES, "file": f"{folder.tensorboard.name}/{file.name}", "offset": offset, "size": size}
+        events.append(Event("picture", step, _local(time), at))
+    events += _beginnings(folder, settings, messages, events, later)
+    return sorted(events, key=lambda event: event.time)
+
+
+def _beginnings(
+    folder: RunFolder,
+    settings: Mapping[str, Any],
+    messages: list[tuple[datetime, str]],
+    events: list[Event],
+    later: list[Event],
+) -> list[Event]:
+    """Returns the start and the resumptions, each known from the log, the environment, or both."""
+    known = {event.fields["environment"].get("date") for event in later if event.kind == "resume"}
+    sessions = [each for each in read_json(folder.environment) or [] if each["date"] not in known]
+    matches = [(time, re.match(r"(?:started|resumed): (\d+) steps in all", said)) for time, said in messages]
+    begun = [(time, int(match[1])) for time, match in matches if match]
+    logged = [event for event in events if event.kind in ("step", "validation", "stop")]
+    found: list[Event] = []
+    for place in range(max(len(sessions), len(begun), 1)):
+        environment = sessions[place] if place < len(sessions) else {}
+        time, steps = begun[place] if place < len(begun) else (None, None)
+        if environment:
+            time = datetime.fromisoformat(environment["date"])
+        if time is None:
+            time = min((event.time for event in logged), default=_local(folder.config.stat().st_mtime))
+        step = max((event.step for event in logged if event.time < time), default=0)
+        said = {"steps": steps, "settings": dict(settings), "environment": environment}
+        found.append(Event("resume" if place else "start", step if place else 0, time, said))
+    return found
+
+
+def _local(time: float) -> datetime:
+    return datetime.fromtimestamp(time).astimezone()
+
+
+def _messages(log: Path) -> list[tuple[datetime, str]]:
+    """Reads times and messages, which may go over several lines."""
+    if not log.is_file():
+        return []
+    text = log.read_text(encoding="utf-8", errors="replace")
+    parts = re.split(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", text, flags=re.MULTILINE)[1:]
+    return [
+        (datetime.fromisoformat(time).astimezone(), said.rstrip("\n"))
+        for time, said in zip(parts[::2], parts[1::2], strict=True)
+    ]
+
+
+# TensorBoard's own reader verifies checksums of all pictures byte by byte, in Python: minutes for a long run. Its event
+# files are records of length, checksum, protocol buffer, checksum.
+
+
+def read_tensorboard(
+    folder: Path, until: float = math.inf
+) -> tuple[dict[str, list[Point[float]]], list[Point[Picture]]]:
+    """Reads scalars by tag, and places of reconstructions, from all event files in a folder.
+
+    Where a run was killed and resumed from an earlier checkpoint, the lost steps are left out.
+
+    Args:
+        folder: the folder.
+        until: time in seconds since 1970 from which on events are left out.
+    """
+    from tensorboard.compat.proto.event_pb2 import Event as Record  # type: ignore[import-untyped]
+
+    scalars: dict[str, list[Point[float]]] = defaultdict(list)
+    pictures: list[Point[Picture]] = []
+    for path in sorted(folder.glob("events.out.tfevents.*"), key=_age):
+        for offset, content in _records(path):
+            record = Record.FromString(content)
+            if record.wall_time >= until:
+                break
+            for value in record.summary.value:
+                kind = value.WhichOneof("value")
+                if kind == "simple_value":
+                    scalars[value.tag].append((record.wall_time, record.step, value.simple_value))
+                elif kind == "image" and value.tag == PICTURES:
+                    pictures.append((record.wall_time, record.step, (path, offset, len(content))))
+    return {tag: _without_lost(points) for tag, points in scalars.items()}, _without_lost(pictures)
+
+
+def read_picture(path: Path, offset: int, size: int) -> bytes:
+    """Reads the PNG file of a reconstruction from an event file."""
+    from tensorboard.compat.proto.event_pb2 import Event as Record
+
+    with path.open("rb") as file:
+        file.seek(offset)
+        record = Record.FromString(file.read(size))
+    return bytes(next(value.image.encoded_image_string for value in record.summary.value if value.tag == PICTURES))
+
+
+def _age(path: Path) -> tuple[str, int]:
+    """Returns the second in the file's name, and the time of its last change."""
+    return path.name.split(".")[3], path.stat().st_mtime_ns
+
+
+def _records(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Reads offset and content of each record that is complete."""
+    with path.open("rb") as file:
+        while len(header := file.read(12)) == 12:
+            (size,) = struct.unpack("<Q4x", header)
+            offset = file.tell()
+            content = file.read(size)
+            if len(content) < size:
+                return
+            yield offset, content
+            file.seek(4, 1)
+
+
+def _without_lost(points: list[Point[T]]) -> list[Point[T]]:
+    """Drops points that are followed by one of the same or an earlier step."""
+    kept: list[Point[T]] = []
+    for point in points:
+        while kept and kept[-1][1] >= point[1]:
+            kept.pop()
+        kept.append(point)
+    return kept
