@@ -42,14 +42,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 _PYTHON_ONLY: set[str | int] = {"callbacks", "loggers"}
 
 _POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "report": "run"}
-"""Arguments that may stand by themselves, without their flag."""
+"""Arguments that may be given without their flag."""
 
 _SEVERAL = {"--images": {"reconstruct", "explain", "features", "playground"}, "--query": {"neighbors"},
             "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect", "segment"}}  # fmt: skip
-"""Flags that several words may follow, by the commands in which they do."""
+"""Flags that take several words, with the commands in which they do."""
 
 _PICTURES = ("reconstruct", "explain", "features", "neighbors")
-"""Commands that draw a picture: in the shell they always write it."""
+"""Commands that draw a picture; the shell always writes it."""
 
 
 class _Formatter(DefaultHelpFormatter):
@@ -79,7 +79,7 @@ class _Parser(ArgumentParser):
 
 
 def _spelled_as_arguments(argv: list[str]) -> list[str]:
-    """Flags and words as jsonargparse wants them.
+    """Spells flags and words as jsonargparse wants them.
 
     `--image-size 64 --resume` becomes `--image_size 64 --resume=true`; `embed photos/`, `embed --images=photos/`; and
     `features --images a.jpg b/`, `features --images=["a.jpg", "b/"]`.
@@ -116,7 +116,7 @@ def _spelled_as_arguments(argv: list[str]) -> list[str]:
 
 
 def build_parser() -> ArgumentParser:
-    """One subcommand per function, one flag per argument."""
+    """Makes a parser with one subcommand per function and one flag per argument."""
     parser = _Parser(
         prog="sparkmim",
         description="Self-supervised pretraining of any convolutional network.",
@@ -135,7 +135,7 @@ def build_parser() -> ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs a command. A mistake of the user's is one line on stderr and status 2; an interrupted run ends with 130."""
+    """Runs a command. A user's error is one line on stderr and status 2; an interrupted run ends with status 130."""
     parser = build_parser()
     words = _spelled_as_arguments(sys.argv[1:] if argv is None else argv)
     config = parser.parse_args(words)
@@ -150,7 +150,7 @@ def main(argv: list[str] | None = None) -> None:
 
         keep_freed_memory()
     try:
-        result = COMMANDS[config.command](**_given(vars(arguments), words))
+        result = COMMANDS[config.command](**_explicit(vars(arguments), words))
     except UserError as error:
         print(f"sparkmim {config.command}: {error}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -185,15 +185,15 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(130)
 
 
-def _given(arguments: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
-    """Arguments but for those that were left at their defaults, so that a run that is resumed knows them apart."""
+def _explicit(arguments: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:
+    """Returns the arguments given explicitly; a resumed run takes the others from its folder."""
     defaults = {name: parameter.default for name, parameter in inspect.signature(COMMANDS[words[0]]).parameters.items()}
     flags = {word[2:].partition("=")[0] for word in words if word.startswith("--")}
     return {name: value for name, value in arguments.items() if name in flags or value != defaults[name]}
 
 
 def _say_evaluation(result: Any) -> None:
-    """A table of accuracies, or a line on what was written, on stdout; what was left out, on stderr."""
+    """Prints accuracies or the file written on stdout, and unreadable images on stderr."""
     if isinstance(result, results.EvaluationResult):
         from rich.console import Console
 
@@ -204,13 +204,11 @@ def _say_evaluation(result: Any) -> None:
         print(f"{result.out}: {result.images:,} images classified")
     else:
         print(f"{result.out}: float32 {list(result.shape)}, stage {result.stage}")
-    if result.unreadable:
-        print(f"{len(result.unreadable):,} unreadable image(s) were left out:", *result.unreadable, sep="\n  ",
-              file=sys.stderr)  # fmt: skip
+    _say_unreadable(result.unreadable)
 
 
 def _say_picture(result: Any) -> None:
-    """Where the picture is, with the numbers that it shows, on stdout; what was left out, on stderr."""
+    """Prints the picture's path and numbers on stdout, and unreadable images on stderr."""
     if isinstance(result, results.ReconstructResult):
         losses = result.losses.reshape(len(result.names), -1).mean(1)
         for name, loss in zip(result.names, losses, strict=True):
@@ -232,13 +230,19 @@ def _say_picture(result: Any) -> None:
         for stage, share in result.explained.items():
             print(f"stage {stage}: three directions hold {share:.0%} of the variance")
     print(f"picture: {result.out}")
-    unreadable = getattr(result, "unreadable", [])
+    _say_unreadable(result.unreadable)
+
+
+def _say_unreadable(unreadable: Sequence[str]) -> None:
+    """Prints images that were left out, on stderr."""
     if unreadable:
-        print(f"{len(unreadable):,} unreadable image(s) were left out:", *unreadable, sep="\n  ", file=sys.stderr)
+        from sparkmim.data.problems import counted
+
+        print(f"{counted(len(unreadable), 'unreadable image')} left out:", *unreadable, sep="\n  ", file=sys.stderr)
 
 
 def _say_statistics(found: Any) -> None:
-    """As the flags that `sparkmim pretrain` takes, on stdout; what they are of, on stderr."""
+    """Prints statistics as flags of `sparkmim pretrain` on stdout, and the number of samples on stderr."""
     for name in ("mean", "std"):
         print(f"--{name} '[{', '.join(f'{value:.6g}' for value in getattr(found, name))}]'")
     skipped = f"; {len(found.unreadable)} unreadable, the first: {found.unreadable[0]}" if found.unreadable else ""

@@ -1,6 +1,6 @@
-"""The public functions that are commands too: their arguments and what they mean.
+"""Public functions, which are commands too.
 
-Nothing heavy is imported before a function runs; `sparkmim --help` is built from this file alone.
+Nothing heavy is imported before a function runs, so `sparkmim --help` is quick.
 """
 
 from __future__ import annotations
@@ -112,8 +112,8 @@ def pretrain(
 ) -> PretrainResult:
     """Pretrain a convolutional network on unlabelled images.
 
-    Hides most patches of every image, encodes the visible ones, and learns to rebuild the rest (SparK,
-    ICLR 2023). Arguments left at None are decided by the recipe, or by the network.
+    Hides most patches of every image, encodes the visible ones, and learns to rebuild the rest (SparK, ICLR 2023).
+    The recipe or the network decides arguments left at None.
 
     Args:
         data: folder of images or arrays (.npy, .npz, .nii) at any depth, a text file of paths, or (from Python) any
@@ -124,49 +124,49 @@ def pretrain(
         image_size: side in pixels, or one size per axis: [height, width], [length] of signals, [depth, height, width]
         patch_size: side of a patch, a multiple of the network's total stride; None for that stride
         channels: image channels; other than 1 or 3 for arrays only
-        stages: how many of the network's feature maps to use, from the shallowest on; fewer allow smaller patches
-        feature_modules: the network's modules whose outputs are its feature maps; None to find them
-        mask_ratio: share of patches that is hidden
-        decoder: spark, hierarchical; or fcmae, the single block of ConvNeXt V2
+        stages: number of feature maps to use, from the shallowest on; fewer allow smaller patches
+        feature_modules: names of the modules whose outputs are the feature maps; None to find them
+        mask_ratio: share of hidden patches
+        decoder: spark (hierarchical) or fcmae (the single block of ConvNeXt V2)
         decoder_width: channels of the decoder at the deepest map; None for the recipe's, 512 for fcmae
-        drop_path: stochastic depth rate, for networks that have one
+        drop_path: stochastic depth rate, for networks that have it
         epochs: passes over the data
-        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
-        accumulate: batches that make up one optimiser step, to save memory
+        batch_size: images per optimiser step, over all processes; a recipe's value shrinks to fit small data sets
+        accumulate: batches per optimiser step, to save memory
         optimizer: lamb or adamw
-        learning_rate: peak rate for 256 images per step; scales in proportion to batch_size
+        learning_rate: peak rate for 256 images per step; scales linearly with batch_size
         warmup_epochs: epochs of linear warm-up
         beta1: decay of the optimiser's first moment
-        beta2: decay of its second moment; None for 0.95 with BatchNorm networks, 0.999 with others
-        weight_decay: at the start
-        weight_decay_end: at the end, after a cosine
-        clip_grad: largest global gradient norm; 0 for any
-        ema: decay of an average of the weights, saved beside them; 0 for none
-        crop_scale: smallest share of an image that a random crop covers
-        flip: how often an image is mirrored left to right; None for 0.5, or 0 for signals and volumes
-        mean: of each channel; None for ImageNet's with image files (in 0..1), measured with arrays (in their units)
-        std: of each channel, as mean
-        max_unreadable: share of unreadable images above which the run fails
-        init_weights: run folder or weight file to start from; ours or an original SparK file
-        resume: go on with the run in out, exactly where its last checkpoint stands
-        seed: of everything random
+        beta2: decay of the optimiser's second moment; None for 0.95 with BatchNorm networks, 0.999 with others
+        weight_decay: weight decay at the start
+        weight_decay_end: weight decay at the end, after a cosine
+        clip_grad: maximum gradient norm; 0 disables clipping
+        ema: decay of the moving average of the weights, saved beside them; 0 for none
+        crop_scale: smallest share of an image's area in a random crop
+        flip: probability of mirroring left to right; None for 0.5, or 0 for signals and volumes
+        mean: mean of each channel; None for ImageNet's for image files (in 0..1), measured for arrays (in their units)
+        std: standard deviation of each channel, as mean
+        max_unreadable: largest share of unreadable images
+        init_weights: run folder, weight file, or original SparK file to start from
+        resume: continue the run in out from its last checkpoint
+        seed: seed of everything random
         accelerator: auto, cpu or cuda
-        devices: processes on this machine; auto for all GPUs, or one CPU process
-        num_nodes: machines
+        devices: processes on each machine; auto for all GPUs, or one CPU process
+        num_nodes: number of machines
         precision: auto, bf16-mixed or 32-true
-        channels_last: keep weights and maps in channels-last memory, which is faster
-        workers: loader processes
-        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
-        log_every: optimiser steps between scalars
-        picture_every: epochs between pictures of reconstructions in TensorBoard; 0 for none
+        channels_last: use channels-last memory, which is faster
+        workers: loader processes of each process; None to share out the cores
+        save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        log_every: optimiser steps between logged scalars
+        picture_every: epochs between pictures of reconstructions; 0 for none
         callbacks: further Lightning callbacks (from Python)
         loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
     Returns:
-        A `PretrainResult`: step, loss, speed, and the trained model.
+        A `PretrainResult` with step, loss, speed, and the trained model.
 
     Raises:
-        ValueError: if an argument cannot be met; says which and what would do. Nothing is written then.
+        ValueError: if an argument cannot be met; nothing is written then.
         NonFiniteLoss: if training diverges.
     """
     asked = _arguments(locals())
@@ -231,59 +231,59 @@ def finetune(
 ) -> FinetuneResult:
     """Train a classifier from pretrained weights, or from scratch.
 
-    Arguments left at None are decided by the recipe, or by the weights.
+    The recipe or the weights decide arguments left at None.
 
     Args:
         data: folder with train/ and val/, each with a folder per class; or with a folder per class itself; a CSV file
             of path and label (and split); or (from Python) any Dataset of (image, label)
         out: run folder; must be new or empty unless resuming
-        weights: run folder or weight file to start from, ours or an original SparK file; none to train from scratch
+        weights: run folder, weight file, or original SparK file to start from; none to train from scratch
         model: network, as for pretrain; None for that of the weights
-        recipe: default (small data, one machine), or one of the paper's for ImageNet: convnext_small, convnext_base,
+        recipe: default (small data, one machine), or the paper's for ImageNet: convnext_small, convnext_base,
             convnext_large, convnext_large_384, resnet50, resnet101, resnet152, resnet200
-        val_data: validation images that stand elsewhere, in any form that data takes
-        val_split: share of every class to set apart for validation, where there are no validation images
-        freeze: train the head alone, on fixed features
+        val_data: validation images elsewhere, in any form that data takes
+        val_split: share of every class to set apart for validation, if there are no validation images
+        freeze: train the head only, on fixed features
         image_size: side in pixels, or one size per axis
         channels: image channels
-        feature_modules: the network's modules whose outputs are its feature maps; None to find them
-        drop_path: stochastic depth rate, for networks that have one
+        feature_modules: names of the modules whose outputs are the feature maps; None to find them
+        drop_path: stochastic depth rate, for networks that have it
         epochs: passes over the data
-        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
-        accumulate: batches that make up one optimiser step, to save memory
+        batch_size: images per optimiser step, over all processes; a recipe's value shrinks to fit small data sets
+        accumulate: batches per optimiser step, to save memory
         optimizer: lamb or adamw
-        learning_rate: peak rate for 256 images per step; scales in proportion to batch_size
-        layer_decay: share of the rate that each group of layers keeps of the one above; 1 for none, as from scratch
+        learning_rate: peak rate for 256 images per step; scales linearly with batch_size
+        layer_decay: factor on the learning rate from one group of layers to the next shallower; 1 for none
         warmup_epochs: epochs of linear warm-up
         beta1: decay of the optimiser's first moment
-        beta2: decay of its second moment
-        weight_decay: constant, none on vectors
-        clip_grad: largest global gradient norm; 0 for any
-        loss: bce, a binary decision for each class, or ce
+        beta2: decay of the optimiser's second moment
+        weight_decay: weight decay, constant; none on vectors
+        clip_grad: maximum gradient norm; 0 disables clipping
+        loss: bce (a binary decision for each class) or ce (softmax cross-entropy)
         mixup: alpha of mixup; 0 for none
         cutmix: alpha of CutMix; 0 for none
-        smoothing: of labels
-        repeats: times that an image is repeated with other augmentation within a step or two; 1 for none
+        smoothing: label smoothing
+        repeats: repeated augmentation: copies of an image in successive places of an epoch; 1 for none
         augment: trivial (TrivialAugment), auto (AutoAugment) or none
-        erase: how often a part of an image is erased
-        crop_scale: smallest share of an image that a random crop covers
-        flip: how often an image is mirrored left to right
-        eval_crop: share of the shorter side that the centre crop of validation covers; 0 to resize the whole image
-        ema: decay of an average of the weights, validated and saved beside them; 0 for none
+        erase: probability of random erasing
+        crop_scale: smallest share of an image's area in a random crop
+        flip: probability of mirroring left to right
+        eval_crop: share of the shorter side in the centre crop of validation; 0 to resize the whole image
+        ema: decay of the moving average of the weights, validated and saved beside them; 0 for none
         eval_every: epochs between validations
-        mean: of each channel; None for that of the weights
-        std: of each channel, as mean
-        max_unreadable: share of unreadable images above which the run fails
-        resume: go on with the run in out, exactly where its last checkpoint stands
-        seed: of everything random
+        mean: mean of each channel; None for that of the weights
+        std: standard deviation of each channel, as mean
+        max_unreadable: largest share of unreadable images
+        resume: continue the run in out from its last checkpoint
+        seed: seed of everything random
         accelerator: auto, cpu or cuda
-        devices: processes on this machine; auto for all GPUs, or one CPU process
-        num_nodes: machines
+        devices: processes on each machine; auto for all GPUs, or one CPU process
+        num_nodes: number of machines
         precision: auto, bf16-mixed or 32-true
-        channels_last: keep weights and maps in channels-last memory, which is faster
-        workers: loader processes
-        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
-        log_every: optimiser steps between scalars
+        channels_last: use channels-last memory, which is faster
+        workers: loader processes of each process; None to share out the cores
+        save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
         loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
@@ -291,7 +291,7 @@ def finetune(
         A `FinetuneResult`: accuracies, and the trained classifier.
 
     Raises:
-        ValueError: if an argument cannot be met; says which and what would do. Nothing is written then.
+        ValueError: if an argument cannot be met; nothing is written then.
         NonFiniteLoss: if training diverges.
     """
     asked = _arguments(locals())
@@ -355,63 +355,63 @@ def detect(
     callbacks: Sequence[Any] = (),
     loggers: Sequence[Any] = (),
 ) -> DetectResult:
-    """Train a detector, with instance masks where there are some, from pretrained weights or from scratch.
+    """Train a detector, with instance masks if there are any, from pretrained weights or from scratch.
 
-    Faster or Mask R-CNN with a feature pyramid, torchvision's, on any encoder. The data are checked first, all at once.
-    Arguments left at None are decided by the recipe, or by the weights.
+    torchvision's Faster or Mask R-CNN with a feature pyramid, on any encoder. The data are checked before training.
+    The recipe or the weights decide arguments left at None.
 
     Args:
         data: folder in COCO's form, with annotations/instances_train2017.json and train2017/, and the same for val; or
             train/_annotations.coco.json and so on
         out: run folder; must be new or empty unless resuming
-        weights: run folder or weight file to start from, ours or an original SparK file; none to train from scratch;
+        weights: run folder, weight file, or original SparK file to start from; none to train from scratch;
             with eval_only or predict, that of a detector
         model: encoder, as for pretrain; None for that of the weights
         recipe: default (small data, one GPU), or the paper's for COCO: resnet50_1x, convnext_base_3x
-        annotations: JSON file of the images to train on, if not that in data
-        images: folder that its file names are relative to
-        val_annotations: JSON file of the images to validate on, if not that in data
-        val_images: folder that its file names are relative to
-        eval_only: score the detector in weights, and train nothing
-        predict: images or folders to detect objects on, instead of training; drawn and listed in out
-        masks: whether to segment what is found; None for whether the annotations have masks
-        feature_modules: the network's modules whose outputs are its feature maps; None to find them
-        drop_path: stochastic depth rate, for networks that have one
-        frozen_stages: of the encoder, from the first on, that stay as they are; 0 for none
+        annotations: JSON file of the training images, if not the one in data
+        images: folder of the training images
+        val_annotations: JSON file of the validation images, if not the one in data
+        val_images: folder of the validation images
+        eval_only: score the detector in weights instead of training
+        predict: images or folders to detect objects in instead of training; out receives drawings and a list
+        masks: segment each object too; None if the annotations have masks
+        feature_modules: names of the modules whose outputs are the feature maps; None to find them
+        drop_path: stochastic depth rate, for networks that have it
+        frozen_stages: number of encoder stages, from the first on, that are not trained
         epochs: passes over the data
-        iterations: optimiser steps, whatever the batch, instead of epochs
-        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
-        accumulate: batches that make up one optimiser step, to save memory
-        learning_rate: peak rate of AdamW for 16 images per step; scales in proportion to batch_size
-        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above; 1 for none
-        weight_decay: constant, none on vectors
+        iterations: optimiser steps, instead of epochs
+        batch_size: images per optimiser step, over all processes; a recipe's value shrinks to fit small data sets
+        accumulate: batches per optimiser step, to save memory
+        learning_rate: peak rate of AdamW for 16 images per step; scales linearly with batch_size
+        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower; 1 for none
+        weight_decay: weight decay, constant; none on vectors
         warmup_iterations: optimiser steps of linear warm-up
-        warmup_start: rate at the first step, as a share of the peak
-        drops: when the rate is multiplied by drop_factor, as shares of the run
-        drop_factor: see there
-        clip_grad: largest global gradient norm; 0 for any
-        short_sides: lengths in pixels of the shorter side in training, one drawn for each image
-        long_side: of the longer side at most; the shorter one gives way
+        warmup_start: learning rate at the first step, as a share of the peak
+        drops: points of the run, as shares of it, at which the learning rate drops
+        drop_factor: factor on the learning rate at each drop
+        clip_grad: maximum gradient norm; 0 disables clipping
+        short_sides: lengths in pixels of the shorter side in training; one is drawn for each image
+        long_side: maximum length of the longer side
         eval_short_side: length of the shorter side in evaluation
-        crop: detr cuts a random part out of every other image first
-        flip: how often an image is mirrored left to right
+        crop: detr crops every other image at random first
+        flip: probability of mirroring left to right
         box_head: four convolutions and a linear layer, or two linear layers
-        norm: in the pyramid and between the convolutions of the heads; batch is synchronised over GPUs
-        regions: of each image that the heads learn from; fewer are quicker on small images
-        ema: decay of an average of the weights, which is scored and saved beside them; 0 for none
+        norm: normalisation in pyramid and heads; batch is synchronised over GPUs
+        regions: regions of each image that the heads learn from; fewer are quicker on small images
+        ema: decay of the moving average of the weights, scored and saved beside them; 0 for none
         eval_every: epochs between scorings
-        mean: of each channel; None for that of the weights
-        std: of each channel, as mean
-        max_unreadable: share of unreadable images above which the run fails
-        resume: go on with the run in out, exactly where its last checkpoint stands
-        seed: of everything random
+        mean: mean of each channel; None for that of the weights
+        std: standard deviation of each channel, as mean
+        max_unreadable: largest share of unreadable images
+        resume: continue the run in out from its last checkpoint
+        seed: seed of everything random
         accelerator: auto, cpu or cuda
-        devices: processes on this machine; auto for all GPUs, or one CPU process
-        num_nodes: machines
+        devices: processes on each machine; auto for all GPUs, or one CPU process
+        num_nodes: number of machines
         precision: auto, bf16-mixed (of encoder and pyramid; boxes are computed in float32) or 32-true
-        workers: loader processes
-        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
-        log_every: optimiser steps between scalars
+        workers: loader processes of each process; None to share out the cores
+        save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
         loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
@@ -419,7 +419,7 @@ def detect(
         A `DetectResult`: COCO's figures, and the trained detector.
 
     Raises:
-        ValueError: if an argument cannot be met, or the data are broken; says all of it. Nothing is written then.
+        ValueError: if an argument cannot be met, or the data are broken; nothing is written then.
         FileNotFoundError: if a path does not exist.
         NonFiniteLoss: if training diverges.
     """
@@ -491,63 +491,62 @@ def segment(
     callbacks: Sequence[Any] = (),
     loggers: Sequence[Any] = (),
 ) -> SegmentResult:
-    """Train a network that tells the class of each pixel, from pretrained weights or from scratch.
+    """Train a network that predicts the class of each pixel, from pretrained weights or from scratch.
 
-    A feature pyramid with the light head of Panoptic FPN, on any encoder. The data are checked first, all at once.
-    Arguments left at None are decided by the recipe, or by the weights.
+    A feature pyramid with Panoptic FPN's head, on any encoder. The data are checked before training.
+    The recipe or the weights decide arguments left at None.
 
     Args:
         data: folder with images/train, labels/train, images/val, labels/val; also training, validation, and
             annotations or masks instead of labels. Label maps are PNG files whose values are classes
         out: run folder; must be new or empty unless resuming
-        weights: run folder or weight file to start from, ours or an original SparK file; none to train from scratch;
+        weights: run folder, weight file, or original SparK file to start from; none to train from scratch;
             with eval_only or predict, that of a segmenter
         model: encoder, as for pretrain; None for that of the weights
         recipe: default (small data, one GPU) or ade20k (ConvNeXt-B's)
-        images: folder of the images to train on, if not that in data
-        labels: folder of their label maps
-        val_images: folder of the images to validate on, if not that in data
-        val_labels: folder of their label maps
-        classes: text file of their names, one a line, if not classes.txt in data; without, they are counted
-        ignore: value in label maps of pixels that count for nothing; None for 255 or, with eval_only, what the
-            segmenter was trained with
-        reduce_labels: 0 stands for such pixels too, and other values for the class before them, as in ADE20K
-        eval_only: score the segmenter in weights, and train nothing
-        predict: images or folders to segment, instead of training; label maps and pictures are written to out
+        images: folder of the training images, if not the one in data
+        labels: folder of the training label maps
+        val_images: folder of the validation images, if not the one in data
+        val_labels: folder of the validation label maps
+        classes: text file of class names, one per line, if not classes.txt in data; without one, classes are counted
+        ignore: value of ignored pixels in label maps; None for 255 or, with eval_only, the value used in training
+        reduce_labels: ignore pixels of value 0 too, and count classes from 1, as in ADE20K
+        eval_only: score the segmenter in weights instead of training
+        predict: images or folders to segment instead of training; out receives label maps and pictures
         channels: image channels; None for those of the weights, or 3; other than 1 or 3 for arrays only
-        feature_modules: the network's modules whose outputs are its feature maps; None to find them
-        drop_path: stochastic depth rate, for networks that have one
-        frozen_stages: of the encoder, from the first on, that stay as they are; 0 for none
+        feature_modules: names of the modules whose outputs are the feature maps; None to find them
+        drop_path: stochastic depth rate, for networks that have it
+        frozen_stages: number of encoder stages, from the first on, that are not trained
         epochs: passes over the data
-        iterations: optimiser steps, whatever the batch, instead of epochs
-        batch_size: images per optimiser step, over all processes; a recipe's shrinks to the images there are
-        accumulate: batches that make up one optimiser step, to save memory
-        learning_rate: peak rate of AdamW for 16 images per step; scales in proportion to batch_size
-        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above; 1 for none
-        weight_decay: constant, none on vectors
+        iterations: optimiser steps, instead of epochs
+        batch_size: images per optimiser step, over all processes; a recipe's value shrinks to fit small data sets
+        accumulate: batches per optimiser step, to save memory
+        learning_rate: peak rate of AdamW for 16 images per step; scales linearly with batch_size
+        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower; 1 for none
+        weight_decay: weight decay, constant; none on vectors
         warmup_iterations: optimiser steps of linear warm-up
-        schedule: how the rate falls after that: cosine or linear
-        clip_grad: largest global gradient norm; 0 for any
-        short_side: usual length in pixels of the shorter side in training, scaled by 0.5 to 2 for each image
-        crop: side in pixels of the square that is cut out
-        flip: how often an image is mirrored left to right
-        jitter: share by which contrast and saturation change at most, brightness and hue less; 0 for none
+        schedule: fall of the learning rate after the warm-up: cosine or linear
+        clip_grad: maximum gradient norm; 0 disables clipping
+        short_side: length in pixels of the shorter side in training, scaled by 0.5 to 2 for each image
+        crop: side in pixels of the square crop
+        flip: probability of mirroring left to right
+        jitter: largest relative change of contrast and saturation; brightness and hue change less; 0 for none
         eval_short_side: length of the shorter side in evaluation
-        norm: in the pyramid; batch is synchronised over GPUs
-        ema: decay of an average of the weights, which is scored and saved beside them; 0 for none
+        norm: normalisation in the pyramid; batch is synchronised over GPUs
+        ema: decay of the moving average of the weights, scored and saved beside them; 0 for none
         eval_every: epochs between scorings
-        mean: of each channel; None for that of the weights
-        std: of each channel, as mean
-        max_unreadable: share of unreadable images above which the run fails
-        resume: go on with the run in out, exactly where its last checkpoint stands
-        seed: of everything random
+        mean: mean of each channel; None for that of the weights
+        std: standard deviation of each channel, as mean
+        max_unreadable: largest share of unreadable images
+        resume: continue the run in out from its last checkpoint
+        seed: seed of everything random
         accelerator: auto, cpu or cuda
-        devices: processes on this machine; auto for all GPUs, or one CPU process
-        num_nodes: machines
+        devices: processes on each machine; auto for all GPUs, or one CPU process
+        num_nodes: number of machines
         precision: auto, bf16-mixed or 32-true
-        workers: loader processes
-        save_minutes: minutes between checkpoints; one is saved at the end and on Ctrl-C too
-        log_every: optimiser steps between scalars
+        workers: loader processes of each process; None to share out the cores
+        save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
         loggers: further Lightning loggers, beside TensorBoard's (from Python)
 
@@ -555,7 +554,7 @@ def segment(
         A `SegmentResult`: mean intersection over union, pixel accuracy, and the trained segmenter.
 
     Raises:
-        ValueError: if an argument cannot be met, or the data are broken; says all of it. Nothing is written then.
+        ValueError: if an argument cannot be met, or the data are broken; nothing is written then.
         FileNotFoundError: if a path does not exist.
         NonFiniteLoss: if training diverges.
     """

@@ -17,11 +17,11 @@ log = logging.getLogger("sparkmim")
 
 @contextmanager
 def synchronised_batch_norm(module: nn.Module) -> Iterator[None]:
-    """Has BatchNorm compute its statistics over all processes, for as long as the context lasts.
+    """Makes BatchNorm compute its statistics over all processes, within the context.
 
-    Torch's own conversion makes plain `SyncBatchNorm` of every subclass, and so drops the activation that is part of
-    timm's. Here modules stay the same objects, whatever else refers to them. A subclass that computes in some other way
-    is left alone, and said to be.
+    `convert_sync_batchnorm` of torch drops the activations in timm's `BatchNormAct2d`, and timm's own
+    `convert_sync_batchnorm` makes new modules, which others may still refer to by the old ones (frozen stages do).
+    Here modules stay the same objects. Subclasses with a `forward` of their own are left alone, with a warning.
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     others: set[str] = set()

@@ -11,11 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.data.coco import CocoFiles, CocoImages, find_coco, open_coco
 from sparkmim.data.dataset import TargetDataset, collate_detection
 from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.parts import find_part
+from sparkmim.data.source import Source
 from sparkmim.drawing.annotated import draw_detections
 from sparkmim.evaluation.coco import CocoScores
 from sparkmim.evaluation.detector import coco_notes, run_detector, score_detections
@@ -32,7 +32,7 @@ from sparkmim.training.modules import DetectModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import DETECT_RECIPES, recipe_named
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
-from sparkmim.training.settings import DetectSettings, check_colours, known_of, length_of, settle
+from sparkmim.training.settings import DetectSettings, known_of, length_of, settle
 
 
 def run_detection(
@@ -57,10 +57,9 @@ class Detection(Training[DetectSettings]):
         if start is None:
             recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
         known = known_of(asked, before, start)
-        usual = {"mean": IMAGENET_MEAN, "std": IMAGENET_STD}
-        settings = settle(DetectSettings, asked, before, recipe, known, usual)
-        check_colours(settings.mean, settings.std, 3)
-        return settings
+        settings = settle(DetectSettings, asked, before, recipe, known)
+        mean, std = Source((), False, channels=3, rank=2).normalisation(settings.mean, settings.std)
+        return replace(settings, mean=mean, std=std)
 
     def prepare(
         self, settings: DetectSettings, batch_is_free: bool, start: Weights | None, console: Console

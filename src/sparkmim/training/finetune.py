@@ -35,7 +35,7 @@ from sparkmim.training.modules import ClassifyModule, OptimizerSettings, Schedul
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import FINETUNE_RECIPES, recipe_named
 from sparkmim.training.scoring import Scorer, share_of
-from sparkmim.training.settings import FinetuneSettings, check_colours, known_of, settle
+from sparkmim.training.settings import FinetuneSettings, known_of, settle
 
 _FEW = 1000
 """Up to this many validation images, reading in-process beats starting workers."""
@@ -74,7 +74,6 @@ class Finetuning(Training[FinetuneSettings]):
         settings = settle(FinetuneSettings, asked, before, recipe, known, {"channels": 3, "image_size": 224})
         if settings.freeze and start is None and not settings.resume:
             raise UserError("freeze trains the head alone, so it needs --weights; a random network has nothing to keep")
-        check_colours(settings.mean, settings.std, settings.channels)
         size: Any = settings.image_size
         return replace(settings, image_size=[size, size] if isinstance(size, int) else size)
 

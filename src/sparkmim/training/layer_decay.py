@@ -1,4 +1,4 @@
-"""Layer-wise learning-rate decay: the deeper a parameter, the closer its rate to the full one.
+"""Layer-wise learning-rate decay: shallower layers learn more slowly.
 
 A parameter with exponent `e` learns at `rate · decay**e`. Exponents count groups of layers from the classifier, which
 has 0, down to the stem.
@@ -17,23 +17,23 @@ from sparkmim.models.classifier import ENCODER_PREFIX, PooledClassifier, head_of
 from sparkmim.models.pyramid import PyramidBackbone
 
 MOST_GROUPS = 12
-"""So many groups of layers below the classifier at most, for networks that the paper says nothing of: as many as it
-has for a ConvNeXt-S. With one group per block, the stem of a deep network would stand still."""
+"""Maximum number of layer groups below the classifier for networks that the paper does not cover: as many as
+ConvNeXt-S has. With one group per block, the stem of a deep network would hardly learn."""
 
 _RESNET_GROUP = {(4, 6): (2, 3), (4, 23): (2, 3), (8, 36): (4, 4), (24, 36): (4, 4), (30, 48): (5, 6)}
-"""Blocks that make up a group in the second and third stage, by the blocks these have: the original's settings for
+"""Blocks per group in the second and third stage, by their numbers of blocks: the original's settings for
 ResNet-50, -101, -152, -200 and -269 (keyu-tian/SparK, `downstream_imagenet/models`)."""
 
 _CONVNEXT_GROUP = 3
-"""Blocks that make up a group in the third stage of a ConvNeXt, as in ConvNeXt's own fine-tuning (ibid.)."""
+"""Blocks per group in the third stage of a ConvNeXt, as in ConvNeXt's own fine-tuning (ibid.)."""
 
 
 def layer_decay_exponents(model: nn.Module) -> dict[str, int]:
-    """How many times a parameter's learning rate is decayed.
+    """Returns how many times the learning rate of each parameter is decayed.
 
-    For ResNets and ConvNeXts these are the original release's groups: a stage is one group, but the third (of
-    ConvNeXts), or second and third (of ResNets), are cut into groups of a few blocks. For other networks, layers in
-    order of depth, as timm's `group_matcher` tells them or as the modules stand, are cut into even groups, at most 12.
+    ResNets and ConvNeXts have the groups of the original release: one per stage, except that the third stage (of
+    ConvNeXts) or the second and third (of ResNets) are cut into groups of a few blocks. In other networks, layers in
+    order of depth, by timm's `group_matcher` or by the order of modules, are cut into even groups, at most 12.
 
     Args:
         model: a classifier; timm's, torchvision's, a `PooledClassifier`, or any other.
@@ -49,7 +49,7 @@ def layer_decay_exponents(model: nn.Module) -> dict[str, int]:
 
 
 def detector_layer_decay_exponents(model: nn.Module) -> dict[str, int]:
-    """How many times a parameter's learning rate is decayed in detection and segmentation.
+    """Returns how many times the learning rate of each parameter is decayed in detection and segmentation.
 
     The encoder's layers have the exponents that they have below a classifier; what is new, and what no feature map
     depends on, learns at the full rate. For ConvNeXts these are the groups of the paper's detection (ConvNeXt's
@@ -76,7 +76,7 @@ def detector_layer_decay_exponents(model: nn.Module) -> dict[str, int]:
 
 
 def _of_paper(model: nn.Module) -> dict[str, int] | None:
-    """The groups of the original release, for networks that it has some for."""
+    """Returns the groups of the original release; None for networks that it does not cover."""
     names = [name for name, _ in model.named_parameters()]
     if re.match(r"resnet|ResNet", type(model).__name__) and hasattr(model, "layer4"):
         return dict(zip(names, _resnet(model, names), strict=True))
@@ -120,7 +120,7 @@ def _convnext(model: Any, names: Sequence[str]) -> list[int]:
 
 
 def _by_depth(model: nn.Module) -> dict[str, int]:
-    """Even groups of the layers below the head."""
+    """Cuts the layers below the head into even groups."""
     names = [name for name, _ in model.named_parameters()]
     head = set(head_of(model))
     below = [name for name in names if name not in head]
@@ -132,7 +132,7 @@ def _by_depth(model: nn.Module) -> dict[str, int]:
 
 
 def _layers(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
-    """A number for each parameter that grows with depth, without gaps."""
+    """Numbers parameters by depth, without gaps."""
     matcher = getattr(model, "group_matcher", None)
     if callable(matcher):
         from timm.models import group_parameters
@@ -148,7 +148,7 @@ def _layers(model: nn.Module, names: Sequence[str]) -> dict[str, int]:
 
 
 def _block_of(name: str) -> str:
-    """The module that holds the layer of a parameter, or the layer itself, in a sequence of layers.
+    """Returns the name of the block of a parameter: the parent of its layer, or the layer itself in a sequence.
 
     Example:
         >>> _block_of("stage1.conv1.weight"), _block_of("features.3.weight")
@@ -160,7 +160,7 @@ def _block_of(name: str) -> str:
 
 
 def _of_encoder(encoder: nn.Module, unreached: Sequence[str]) -> dict[str, int]:
-    """Exponents of a network without a classifier: 1 for its deepest layers, 0 for what no feature map depends on."""
+    """Returns exponents of a network without a classifier: 1 for its deepest layers, 0 for unreached parameters."""
     names = [name for name, _ in encoder.named_parameters()]
     layers = _layers(encoder, [name for name in names if name not in set(unreached)])
     count = max(layers.values(), default=-1) + 1

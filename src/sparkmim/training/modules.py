@@ -1,4 +1,4 @@
-"""The Lightning modules: the losses, the optimiser and its schedules."""
+"""Lightning modules: losses, optimisers and schedules."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ from sparkmim.training import schedules
 from sparkmim.training.layer_decay import detector_layer_decay_exponents, layer_decay_exponents
 
 LAYER_SCALES = (".gamma", ".layer_scale")
-"""Ends of their names in timm and torchvision, which holds them as `[C, 1, 1]`; they do not decay."""
+"""Ends of the names of layer scales in timm and torchvision (`[C, 1, 1]` there); they have no weight decay."""
 
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """How the weights are moved, with absolute learning rates and counts in optimiser steps; without clipping at 0."""
+    """Optimiser settings: absolute learning rates, lengths in optimiser steps; `clip_grad` 0 disables clipping."""
 
     optimizer: str
     peak: float
@@ -45,21 +45,21 @@ class OptimizerSettings:
 
 
 class NonFiniteLoss(UserError, RuntimeError):
-    """Training has diverged."""
+    """A loss that is not finite: training has diverged."""
 
 
 class ScheduledModule(pl.LightningModule):
-    """What all trainings share: an optimiser whose rate and decay follow schedules step by step, and clipping.
+    """Base of all trainings: an optimiser with schedules per step, and gradient clipping.
 
     Args:
-        model: what is trained.
-        settings: of the optimiser.
-        seed: of what the network draws.
+        model: model to train.
+        settings: optimiser settings.
+        seed: seed of what the network draws.
 
     Attributes:
-        step_losses: of the batches since the last optimiser step.
-        grad_norm: before clipping, of the last step.
-        rate: learning rate of the last step, at its fullest.
+        step_losses: losses of the batches since the last optimiser step.
+        grad_norm: gradient norm of the last step, before clipping.
+        rate: learning rate of the last step, without layer decay.
         decay: weight decay of the last step.
     """
 
@@ -93,7 +93,7 @@ class ScheduledModule(pl.LightningModule):
                 parameter.requires_grad_(True)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        """Groups of parameters, with weight decay above 0 where they decay; `scale` is their share of the rate."""
+        """Returns parameter groups; those with a `weight_decay` above 0 decay; `scale` multiplies the rate."""
         raise NotImplementedError
 
     def configure_optimizers(self) -> Optimizer:
@@ -104,15 +104,15 @@ class ScheduledModule(pl.LightningModule):
             group.setdefault("scale", 1.0)
         if settings.optimizer == "adamw":
             return AdamW(groups, lr=settings.peak, betas=settings.betas)
-        # Clipping is done in one place, below, for every optimiser.
+        # `configure_gradient_clipping` clips for every optimiser.
         return Lamb(groups, lr=settings.peak, betas=settings.betas, max_grad_norm=None, **self.lamb_settings())
 
     def rate_at(self, step: int) -> float:
-        """The learning rate of a step: linear warm-up, then a cosine."""
+        """Returns the learning rate of a step: linear warm-up, then a cosine."""
         return schedules.learning_rate(step, self.settings.steps, self.settings.warmup, self.settings.peak)
 
     def lamb_settings(self) -> dict[str, Any]:
-        """Further arguments of timm's `Lamb`."""
+        """Returns further arguments of timm's `Lamb`."""
         return {}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -154,7 +154,7 @@ class ScheduledModule(pl.LightningModule):
 
 
 def decayed_groups(model: nn.Module, exponents: Mapping[str, int], layer_decay: float) -> list[dict[str, Any]]:
-    """One group per exponent of layer decay, with and without weight decay (none on vectors), of what is trained."""
+    """Groups trained parameters by exponent of layer decay, with and without weight decay (none on vectors)."""
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -190,15 +190,15 @@ class ClassifyModule(ScheduledModule):
 
     Args:
         model: maps images `[B, C, *S]` to logits `[B, classes]`.
-        settings: of the optimiser.
-        seed: of mixing, and of what the network draws.
-        classes: how many.
-        layer_decay: share of the learning rate that each group of layers keeps of the one above; 1 for none.
+        settings: optimiser settings.
+        seed: seed of mixing, and of what the network draws.
+        classes: number of classes.
+        layer_decay: factor on the learning rate from one group of layers to the next shallower; 1 for none.
         mixup: alpha of mixup; 0 for none.
         cutmix: alpha of CutMix; 0 for none. With both, one is chosen at random for each batch.
-        smoothing: of labels.
+        smoothing: label smoothing.
         loss: `bce` (a binary decision for each class) or `ce`.
-        freeze: whether the head alone is trained.
+        freeze: whether only the head is trained.
     """
 
     def __init__(
@@ -233,14 +233,14 @@ class ClassifyModule(ScheduledModule):
         return decayed_groups(self.model, layer_decay_exponents(self.model), self.layer_decay)
 
     def lamb_settings(self) -> dict[str, Any]:
-        # The paper's fine-tuning: no bias correction, and adapting where weights do not decay as well.
+        # As in the paper's fine-tuning: without bias correction, and adapting parameters without weight decay too.
         return {"bias_correction": False, "always_adapt": True}
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         super().on_train_batch_start(batch, batch_idx)
         np.random.seed(self.counted_seed(batch_idx, "mix") & 0xFFFFFFFF)  # noqa: NPY002
         if self.freeze_encoder:
-            self.model.eval()  # running statistics and dropout are the encoder's too
+            self.model.eval()  # fixes running statistics and dropout too
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images, labels = batch["image"], batch["label"]
@@ -256,13 +256,13 @@ class ClassifyModule(ScheduledModule):
 
 
 class PyramidModule(ScheduledModule):
-    """Trains what stands on a `PyramidBackbone`: layer decay in the encoder, all that is new at the full rate.
+    """Trains a model on a `PyramidBackbone`: layer decay in the encoder, the full learning rate elsewhere.
 
     Args:
-        model: with the backbone as `backbone`.
-        settings: of the optimiser.
-        seed: of what the network draws.
-        layer_decay: share of the learning rate that each group of the encoder's layers keeps of the one above.
+        model: has the backbone as `backbone`.
+        settings: optimiser settings.
+        seed: seed of what the network draws.
+        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower.
     """
 
     def __init__(self, model: nn.Module, settings: OptimizerSettings, seed: int, layer_decay: float) -> None:
@@ -278,10 +278,10 @@ class SegmentModule(PyramidModule):
 
     Args:
         model: maps images `[B, C, H, W]` to logits `[B, classes, H, W]`.
-        settings: of the optimiser.
-        seed: of what the network draws.
-        layer_decay: share of the learning rate that each group of the encoder's layers keeps of the one above.
-        schedule: how the rate falls: `cosine` or `linear`.
+        settings: optimiser settings.
+        seed: seed of what the network draws.
+        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower.
+        schedule: fall of the learning rate: `cosine` or `linear`.
     """
 
     def __init__(
@@ -303,7 +303,7 @@ class SegmentModule(PyramidModule):
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         labels = batch["target"]  # [b, h, w]
         total = nn.functional.cross_entropy(self.model(batch["image"]), labels, ignore_index=IGNORED, reduction="sum")
-        loss: Tensor = total / (labels != IGNORED).sum().clamp(min=1)  # a crop may have no pixel that counts
+        loss: Tensor = total / (labels != IGNORED).sum().clamp(min=1)  # all pixels of a crop may be ignored
         self.step_losses.append(loss.detach())
         return loss
 
@@ -312,13 +312,13 @@ class DetectModule(PyramidModule):
     """Trains a detector of `create_detector` on batches of images and targets.
 
     Args:
-        model: takes lists of images `[C, H, W]` and of targets; gives a dictionary of losses.
-        settings: of the optimiser.
-        seed: of what the network draws.
-        layer_decay: share of the learning rate that each group of the encoder's layers keeps of the one above.
-        warmup_start: rate at the first step, as a share of the peak.
-        drops: when the rate is multiplied by `drop_factor`, as shares of the run.
-        drop_factor: see there.
+        model: takes lists of images `[C, H, W]` and of targets; returns a dictionary of losses.
+        settings: optimiser settings.
+        seed: seed of what the network draws.
+        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower.
+        warmup_start: learning rate at the first step, as a share of the peak.
+        drops: points of the run, as shares of it, at which the learning rate drops.
+        drop_factor: factor on the learning rate at each drop.
     """
 
     def __init__(

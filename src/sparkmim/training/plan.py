@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
 from sparkmim.training.modules import OptimizerSettings
 from sparkmim.training.settings import PyramidSettings, TrainSettings
@@ -78,8 +79,8 @@ def plan_for(settings: TrainSettings, batch_is_free: bool, images: int, iteratio
         raise UserError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
     if size % unit:
         raise UserError(
-            f"batch_size {size} does not divide into {world_size} process(es) × {parts} accumulation step(s); "
-            f"use {max(1, size // unit) * unit}"
+            f"batch_size {size} does not divide into {counted(world_size, 'process', 'processes')} × "
+            f"{counted(parts, 'accumulation step')}; use {max(1, size // unit) * unit}"
         )
     steps_per_epoch = images // size
     steps = iterations or max(1, round((settings.epochs or 1) * steps_per_epoch))

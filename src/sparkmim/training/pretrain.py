@@ -30,7 +30,7 @@ from sparkmim.training.fit import Prepared, Training, millions, train
 from sparkmim.training.modules import OptimizerSettings, PretrainModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import PAPER_DROP_PATH, PRETRAIN_RECIPES, recipe_named
-from sparkmim.training.settings import PretrainSettings, check_colours, settle
+from sparkmim.training.settings import PretrainSettings, settle
 
 SHOWN = 6
 """Number of training images whose reconstructions are drawn."""
@@ -67,7 +67,6 @@ class Pretraining(Training[PretrainSettings]):
         if asked["recipe"].startswith("paper") and isinstance(asked["model"], str):
             recipe["drop_path"] = PAPER_DROP_PATH.get(asked["model"])
         settings = settle(PretrainSettings, asked, before, recipe)
-        check_colours(settings.mean, settings.std, settings.channels)
         if not isinstance(settings.model, str | nn.Module):
             raise UserError(f"model is a {type(settings.model).__name__}; pass a name or a torch.nn.Module")
         return settings

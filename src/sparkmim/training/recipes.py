@@ -1,4 +1,4 @@
-"""Recipes by name: the settings that a recipe decides, each of which can be overridden."""
+"""Recipes: named sets of values for arguments that are left open."""
 
 from __future__ import annotations
 
@@ -12,21 +12,9 @@ from sparkmim.errors import UserError
 
 @dataclass(frozen=True)
 class PretrainRecipe:
-    """What a recipe decides; every field is an argument of `sparkmim.pretrain` too.
+    """Values of arguments of `sparkmim.pretrain`; fields are named like them.
 
-    Attributes:
-        epochs: passes over the data.
-        batch_size: images per optimiser step, over all processes.
-        optimizer: `lamb` or `adamw`.
-        learning_rate: peak rate for 256 images per step; scales in proportion to the batch size.
-        beta2: decay of the optimiser's second moment, by the encoder's norm; the first is 0.9.
-        warmup_epochs: epochs of linear warm-up.
-        weight_decay: at the start.
-        weight_decay_end: at the end, after a cosine.
-        clip_grad: largest global gradient norm.
-        mask_ratio: share of the patches that is hidden.
-        decoder_width: channels of the decoder at the deepest map.
-        crop_scale: smallest share of the image's area that a random crop covers; the largest is all of it.
+    `beta2` depends on the encoder's norm.
     """
 
     epochs: int
@@ -76,7 +64,7 @@ features than one of 64 after the same epochs, and as good ones in the same time
 """
 
 PAPER_384 = replace(PAPER, batch_size=2048, learning_rate=4e-4, mask_ratio=0.75)
-"""The same at 384²."""
+"""SparK's ImageNet pretraining at 384²."""
 
 PRETRAIN_RECIPES = {"default": DEFAULT, "paper": PAPER, "paper_384": PAPER_384}
 
@@ -88,30 +76,7 @@ PAPER_DROP_PATH = {
 
 @dataclass(frozen=True)
 class FinetuneRecipe:
-    """What a recipe decides; every field is an argument of `sparkmim.finetune` too.
-
-    Attributes:
-        epochs: passes over the data.
-        warmup_epochs: epochs of linear warm-up.
-        batch_size: images per optimiser step, over all processes.
-        optimizer: `lamb` (without bias correction, always adapting) or `adamw`.
-        learning_rate: peak rate for 256 images per step; scales in proportion to the batch size.
-        layer_decay: share of the rate that each group of layers keeps of the one above.
-        weight_decay: constant; none on vectors.
-        mixup: alpha.
-        cutmix: alpha; with mixup, one of both is chosen for each batch.
-        smoothing: of labels.
-        loss: `bce` or `ce`.
-        repeats: times that an image stands in a row in an epoch's order (repeated augmentation).
-        drop_path: stochastic depth rate; None for the network's own.
-        ema: decay of the average of the weights; 0 for none.
-        augment: `trivial`, `auto` or `none`.
-        erase: how often a part of an image is erased.
-        crop_scale: smallest share of the image's area that a random crop covers.
-        eval_crop: share of the shorter side that the centre crop covers in evaluation; 0 to resize the whole image.
-        image_size: of the images; None for that of the pretrained weights.
-        clip_grad: largest global gradient norm; 0 for any.
-    """
+    """Values of arguments of `sparkmim.finetune`; fields are named like them."""
 
     epochs: int
     warmup_epochs: float
@@ -182,7 +147,7 @@ FINETUNE_DEFAULT = replace(
     image_size=None,
     clip_grad=5.0,
 )
-"""For some ten to some thousand labelled images on one machine.
+"""For tens to thousands of labelled images on one machine.
 
 The rate is the middle of the three tried with a small network on CIFAR-10 (`benchmarks/transfer.py`,
 `results/transfer.json`): ten labels per class prefer 1e-3, 200 prefer 1e-2. Layer decay 0.8 is milder than the paper's;
@@ -209,29 +174,7 @@ FINETUNE_RECIPES = {
 
 @dataclass(frozen=True)
 class DetectRecipe:
-    """What a recipe decides; every field is an argument of `sparkmim.detect` too. The optimiser is AdamW.
-
-    Attributes:
-        epochs: passes over the data; None where `iterations` are given instead.
-        iterations: optimiser steps of the run; None where `epochs` are given instead.
-        batch_size: images per optimiser step, over all processes.
-        learning_rate: peak rate for 16 images per step; scales in proportion to the batch size.
-        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above.
-        weight_decay: constant; none on vectors.
-        warmup_iterations: optimiser steps of linear warm-up.
-        warmup_start: rate at the first step, as a share of the peak.
-        drops: when the rate is multiplied by `drop_factor`, as shares of the run.
-        drop_factor: see there.
-        drop_path: stochastic depth rate; None for the network's own.
-        short_sides: lengths of the shorter side in training, one drawn for each image.
-        long_side: of the longer side at most; the shorter one gives way.
-        eval_short_side: length of the shorter side in evaluation.
-        crop: `detr` cuts a random part out of every other image first (see `detection_transform`); or `none`.
-        box_head: four convolutions and a linear layer, or two linear layers.
-        norm: in the pyramid and between the convolutions of the heads.
-        regions: of each image that the heads learn from.
-        clip_grad: largest global gradient norm; 0 for any.
-    """
+    """Values of arguments of `sparkmim.detect`; fields are named like them. The optimiser is AdamW."""
 
     epochs: float | None
     iterations: int | None
@@ -313,8 +256,8 @@ DETECT_DEFAULT = replace(
     crop="none",
     clip_grad=5.0,
 )
-"""For some hundred to some thousand images on one GPU: batches of 4 at four fifths of COCO's usual size. Layer decay as
-in fine-tuning; no BatchNorm in the new parts, whose statistics four images would have to give."""
+"""For hundreds to thousands of images on one GPU: batches of 4 at four fifths of COCO's usual size. Layer decay as
+in fine-tuning; no BatchNorm in the new parts, since four images give poor statistics."""
 
 DETECT_RECIPES = {
     "default": DETECT_DEFAULT,
@@ -326,25 +269,7 @@ DETECT_RECIPES = {
 
 @dataclass(frozen=True)
 class SegmentRecipe:
-    """What a recipe decides; every field is an argument of `sparkmim.segment` too. The optimiser is AdamW.
-
-    Attributes:
-        epochs: passes over the data; None where `iterations` are given instead.
-        iterations: optimiser steps of the run; None where `epochs` are given instead.
-        batch_size: images per optimiser step, over all processes.
-        learning_rate: peak rate for 16 images per step; scales in proportion to the batch size.
-        layer_decay: share of the rate that each group of the encoder's layers keeps of the one above.
-        weight_decay: constant; none on vectors.
-        warmup_iterations: optimiser steps of linear warm-up.
-        schedule: how the rate falls.
-        drop_path: stochastic depth rate; None for the network's own.
-        short_side: usual length of the shorter side in training, from which it is scaled by 0.5 to 2.
-        crop: side of the square that is cut out.
-        jitter: how much colours change (see `segmentation_transform`).
-        eval_short_side: length of the shorter side in evaluation.
-        norm: in the pyramid.
-        clip_grad: largest global gradient norm; 0 for any.
-    """
+    """Values of arguments of `sparkmim.segment`; fields are named like them. The optimiser is AdamW."""
 
     epochs: float | None
     iterations: int | None
@@ -381,7 +306,7 @@ _ADE20K = SegmentRecipe(
     clip_grad=0.0,
 )
 """ConvNeXt-B's for UPerNet (facebookresearch/ConvNeXt, `upernet_convnext_base_512_160k_ade20k_ss.py`; sizes and colours
-from MMSegmentation's `ade20k.py`, which it builds on). The head is another one here."""
+from MMSegmentation's `ade20k.py`, which it builds on). The head differs."""
 
 SEGMENT_DEFAULT = replace(
     _ADE20K,
@@ -396,20 +321,9 @@ SEGMENT_DEFAULT = replace(
     jitter=0.3,
     clip_grad=5.0,
 )
-"""For some hundred to some thousand images on one GPU; rate, layer decay and clipping as in detection."""
+"""For hundreds to thousands of images on one GPU; rate, layer decay and clipping as in detection."""
 
 SEGMENT_RECIPES = {"default": SEGMENT_DEFAULT, "ade20k": _ADE20K}
-
-
-def segment_recipe_named(name: str) -> SegmentRecipe:
-    """Looks a recipe up.
-
-    Raises:
-        ValueError: if there is none of that name.
-    """
-    if name not in SEGMENT_RECIPES:
-        raise UserError(f"there is no recipe {name!r}; choose one of {', '.join(SEGMENT_RECIPES)}")
-    return SEGMENT_RECIPES[name]
 
 
 RECIPES: dict[str, Mapping[str, Any]] = {
@@ -424,7 +338,7 @@ R = TypeVar("R")
 
 
 def recipe_named(name: str, recipes: Mapping[str, R]) -> R:
-    """Looks a recipe up.
+    """Returns a recipe.
 
     Raises:
         UserError: if there is none of that name.
@@ -437,11 +351,11 @@ def recipe_named(name: str, recipes: Mapping[str, R]) -> R:
 
 
 def notes_for(command: str, asked: Mapping[str, Any]) -> dict[str, str]:
-    """Returns what the recipe decides of a command's arguments that are left open, such as `200 (recipe default)`.
+    """Returns what the recipe decides for open arguments of a command, such as `200 (recipe default)`.
 
     Args:
-        command: its name.
-        asked: its arguments by name.
+        command: name of the command.
+        asked: arguments by name.
     """
     name = str(asked.get("recipe"))
     recipe = RECIPES.get(command, {}).get(name)

@@ -1,4 +1,4 @@
-"""Per-step schedules of the paper: pretraining and fine-tuning share theirs, detection has its own."""
+"""Schedules of learning rate and weight decay, per optimiser step."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ END = 0.001
 
 
 def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """Linear warm-up from 0.005 of the peak, then a cosine to 0.001 of it, reached at the last step.
+    """Returns a learning rate: linear warm-up from 0.005 of the peak, then a cosine to 0.001 of it at the last step.
 
     Args:
         step: optimiser step, `0 … steps - 1`.
@@ -28,9 +28,9 @@ def learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
 
 
 def linear_learning_rate(step: int, steps: int, warmup: int, peak: float) -> float:
-    """A line from the peak at the first step to 0 after the last, below which a linear warm-up starts at 0.
+    """Returns a learning rate that falls linearly to 0 after the last step, times a linear warm-up from 0.
 
-    The polynomial schedule of power 1 that is usual in segmentation.
+    The polynomial schedule of power 1, usual in segmentation.
 
     Args:
         step: optimiser step, `0 … steps - 1`.
@@ -48,7 +48,7 @@ def linear_learning_rate(step: int, steps: int, warmup: int, peak: float) -> flo
 def stepped_learning_rate(
     step: int, steps: int, warmup: int, peak: float, start: float, drops: Sequence[float], factor: float
 ) -> float:
-    """Linear warm-up, then a constant that is multiplied at given points of the run, as usual in detection.
+    """Returns a learning rate with linear warm-up and drops at given points of the run, as usual in detection.
 
     Args:
         step: optimiser step, `0 … steps - 1`.
@@ -68,5 +68,5 @@ def stepped_learning_rate(
 
 
 def weight_decay(step: int, steps: int, start: float, end: float) -> float:
-    """A cosine from `start` at the first step to `end` at the last."""
+    """Returns a weight decay on a cosine from `start` at the first step to `end` at the last."""
     return end + (start - end) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps - 1)))

@@ -30,7 +30,7 @@ from sparkmim.training.modules import SegmentModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import SEGMENT_RECIPES, recipe_named
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
-from sparkmim.training.settings import SegmentSettings, check_colours, known_of, length_of, settle
+from sparkmim.training.settings import SegmentSettings, known_of, length_of, settle
 
 
 def run_segmentation(
@@ -55,9 +55,7 @@ class Segmentation(Training[SegmentSettings]):
         if start is None:
             recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
         known = known_of(asked, before, start)
-        settings = settle(SegmentSettings, asked, before, recipe, known, {"channels": 3, "ignore": 255})
-        check_colours(settings.mean, settings.std, settings.channels)
-        return settings
+        return settle(SegmentSettings, asked, before, recipe, known, {"channels": 3, "ignore": 255})
 
     def prepare(
         self, settings: SegmentSettings, batch_is_free: bool, start: Weights | None, console: Console

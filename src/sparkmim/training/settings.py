@@ -243,19 +243,6 @@ def known_of(asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights
     return known if asked["model"] is not None else {**known, "model": start.model}
 
 
-def check_colours(mean: Sequence[float] | None, std: Sequence[float] | None, channels: int) -> None:
-    """Checks that there is one mean and one standard deviation for each channel.
-
-    Raises:
-        UserError: if there is not.
-    """
-    for name, values in (("mean", mean), ("std", std)):
-        if values is not None and len(values) != channels:
-            raise UserError(
-                f"{name} has {len(values)} value(s) for {channels} channel(s); `sparkmim statistics` measures them"
-            )
-
-
 # Resuming
 
 
