@@ -174,7 +174,7 @@ def test_fcmae(cli: Cli, photos: Path, tmp_path: Path) -> None:
         (["--decoder", "fcmae", "--decoder-width", 0], "decoder_width 0 must be above 0"),
         (["--channels", 0], "channels is 0; it must be above 0"),
         (["--channels", 4, "--model", "torchvision/resnet18"], "torchvision's models take 3 channels, not 4"),
-        (["--mean", "[0.5]"], "mean has 1 value(s) for 3 channel(s); `sparkmim statistics` measures them"),
+        (["--mean", "[0.5]"], "mean has 1 value for 3 channels; `sparkmim statistics` measures them"),
         (["--std", "[1, 1, 0]"], "std is [1.0, 1.0, 0.0]; all of its values must be above 0"),
         (["--channels", 2, "--data", "arrays"], "for channels 2 and an image_size of 2 numbers it must be [2, H, W]"),
         (["--model", "unet.py:unet"], "name its maps, shallow to deep, with feature_modules=[...]: down1 4×128×128"),

@@ -201,7 +201,7 @@ SINGLE = [(torch.zeros(3, 16, 16, dtype=torch.uint8), 0)] * 4
         ({"repeats": 0}, "repeats is 0"),
         ({"epochs": 0}, "epochs is 0; it must be above 0"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; choose lamb or adamw"),
-        ({"mean": [0.5]}, r"mean has 1 value\(s\) for 3 channel\(s\)"),
+        ({"mean": [0.5]}, r"mean has 1 value for 3 channels"),
         ({"data": SINGLE, "val_data": SINGLE}, "there is 1 class; a classifier needs 2 or more"),
     ],
 )

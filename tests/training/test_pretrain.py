@@ -317,7 +317,7 @@ def test_nothing_is_overwritten(photos: Path, network: str, tmp_path: Path) -> N
         ({"patch_size": 6}, "patch_size 6 is no multiple of the encoder's stride 4; use 4 or 8"),
         ({"image_size": 8}, "holds a single patch"),
         ({"mask_ratio": 1.0}, "mask_ratio is 1.0"),
-        ({"mean": [0.5]}, r"mean has 1 value\(s\) for 3 channel"),
+        ({"mean": [0.5]}, r"mean has 1 value for 3 channels"),
         ({"crop_scale": 0.0}, "crop_scale is 0.0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"flip": 2.0}, "flip is 2.0"),

@@ -227,7 +227,7 @@ def test_the_recipe_for_ade20k() -> None:
         ({"iterations": 0, "epochs": None}, "iterations is 0"),
         ({"crop": 0}, "crop is 0"),
         ({"schedule": "steps"}, "schedule is 'steps'; choose cosine or linear"),
-        ({"mean": [0.5]}, r"mean has 1 value\(s\) for 3 channel\(s\)"),
+        ({"mean": [0.5]}, r"mean has 1 value for 3 channels"),
         ({"channels": 4}, "holds image files only, which have 1 or 3 channels"),
         ({"eval_only": True}, "no weights given; --weights names the run folder or the weight file of a segmenter"),
         ({"weights": "nowhere"}, "nowhere does not exist"),

@@ -188,7 +188,7 @@ def test_the_command_writes_a_picture_and_says_what_it_shows(
     assert "stage 1: three directions hold" in said.out
     assert "stage 2: three directions hold" in said.out
     assert "picture: features.png" in said.out
-    assert "1 unreadable image(s) were left out" in said.err
+    assert "1 unreadable image left out" in said.err
     assert "part0/00.png: " in said.err
     with Image.open("features.png") as picture:
         assert picture.size[0] < picture.size[1]  # 12 rows of 3

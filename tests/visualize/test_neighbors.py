@@ -114,7 +114,7 @@ def test_the_command_writes_a_picture_and_names_neighbours(
     assert lines[4] == other
     assert lines[-1] == "picture: neighbors.png"
     assert len(lines) == 9
-    assert "1 unreadable image(s) were left out" in said.err
+    assert "1 unreadable image left out" in said.err
     assert "3/near.png: " in said.err
     with Image.open("neighbors.png") as picture:
         assert picture.size[0] > picture.size[1]

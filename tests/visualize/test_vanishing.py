@@ -181,7 +181,7 @@ def test_images_that_are_broken_are_left_out_and_named(
     main(["explain", "vanishing", "--model", network, "--image-size", "[32, 48]", "--accelerator", "cpu",
           "--out", str(out), "--images", str(good), str(broken)])  # fmt: skip
     said = capsys.readouterr()
-    assert "1 unreadable image(s) were left out" in said.err
+    assert "1 unreadable image left out" in said.err
     assert str(broken) in said.err
     assert out.read_text().startswith("<?xml")
     good.write_bytes(b"")
