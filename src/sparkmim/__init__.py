@@ -28,12 +28,14 @@ if TYPE_CHECKING:
     from sparkmim.commands import statistics as statistics
     from sparkmim.commands import verify as verify
     from sparkmim.commands import weights as weights
+    from sparkmim.errors import UserError as UserError
     from sparkmim.interop.weights import load
     from sparkmim.models import SparK as SparK
 
 
 _HOME = {
     "SparK": "sparkmim.models",
+    "UserError": "sparkmim.errors",
     "verify": "sparkmim.commands",
     "finetune": "sparkmim.commands",
     "pretrain": "sparkmim.commands",
@@ -56,6 +58,7 @@ _HOME = {
 
 __all__ = [
     "SparK",
+    "UserError",
     "__version__",
     "detect",
     "embed",

@@ -365,6 +365,7 @@ def _intended() -> Iterator[None]:
             r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
             r".*in eval mode at the start of training.*",  # frozen stages
             r".*your dataloader is not resumable.*",  # it starts where the run stands
+            r".*callbacks used to create the checkpoint need to be provided.*",  # the user's may differ
         ):  # fmt: skip
             warnings.filterwarnings("ignore", message=message)
         yield
