@@ -33,23 +33,35 @@ def read_legacy(folder: RunFolder, settings: Mapping[str, Any], later: list[Even
     until = later[0].time.timestamp() if later else math.inf
     scalars, pictures = read_tensorboard(folder.tensorboard, until)
     messages = [(time, said) for time, said in _messages(folder.log) if time.timestamp() + 1 <= until]
-    fields: dict[tuple[Kind, int, str], dict[str, float]] = defaultdict(dict)
-    times: dict[tuple[Kind, int, str], float] = {}
+    events = _scalar_events(scalars) + _message_events(messages)
+    events += _beginnings(folder, settings, messages, events, later)
+    for time, step, (file, offset, size) in pictures:
+        place = {"name": PICTURES, "file": f"{folder.tensorboard.name}/{file.name}", "offset": offset, "size": size}
+        events.append(Event("picture", step, _local(time), place))
+    return sorted(events, key=lambda event: event.time)
+
+
+def _scalar_events(scalars: Mapping[str, list[Point[float]]]) -> list[Event]:
+    """Joins scalars of one step in one event, and those of one validation."""
+    values: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)  # by step, and weights if it is a validation
+    times: dict[tuple[int, str], float] = {}
     for tag, points in scalars.items():
         validation = re.fullmatch(r"val/(ema_)?(.*)", tag)
+        weights = "" if validation is None else "ema" if validation[1] else "model"
         for time, step, value in points:
-            if validation:
-                key: tuple[Kind, int, str] = ("validation", step, "ema" if validation[1] else "model")
-                fields[key][validation[2]] = value
-            else:
-                key = ("step", step, "")
-                fields[key][tag] = value
-            times[key] = min(time, times.get(key, time))
-    events = [
-        Event(kind, step, _local(times[kind, step, weights]),
-              {"weights": weights, "figures": values} if weights else dict(values))
-        for (kind, step, weights), values in fields.items()
-    ]  # fmt: skip
+            values[step, weights][validation[2] if validation else tag] = value
+            times[step, weights] = min(time, times.get((step, weights), time))
+    events = []
+    for (step, weights), figures in values.items():
+        kind: Kind = "validation" if weights else "step"
+        fields: dict[str, Any] = {"weights": weights, "figures": figures} if weights else {**figures}
+        events.append(Event(kind, step, _local(times[step, weights]), fields))
+    return events
+
+
+def _message_events(messages: list[tuple[datetime, str]]) -> list[Event]:
+    """Returns the stops and the unreadable images in the log."""
+    events = []
     for time, said in messages:
         if match := re.match(r"stopped at step (\d+) on request", said):
             events.append(Event("stop", int(match[1]), time, {}))
@@ -57,11 +69,7 @@ def read_legacy(folder: RunFolder, settings: Mapping[str, Any], later: list[Even
             image, _, reason = match[2].rpartition(": ")
             part = "validation" if match[1] else "training"
             events.append(Event("unreadable", 0, time, {"image": image, "reason": reason, "part": part}))
-    for time, step, (file, offset, size) in pictures:
-        at = {"name": PICTURES, "file": f"{folder.tensorboard.name}/{file.name}", "offset": offset, "size": size}
-        events.append(Event("picture", step, _local(time), at))
-    events += _beginnings(folder, settings, messages, events, later)
-    return sorted(events, key=lambda event: event.time)
+    return events
 
 
 def _beginnings(
