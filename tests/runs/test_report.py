@@ -8,8 +8,7 @@ import io
 import json
 import os
 import re
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,17 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
+from runs_written import LOSSES, event, grid, start, write_png, write_run
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from torch.utils.tensorboard import SummaryWriter
 
 import sparkmim
 from sparkmim.cli import main
 from sparkmim.drawing.charts import Curve, Line, draw_chart, running_mean, thinned
+from sparkmim.runs.history import Event
 from sparkmim.runs.report import MOST_LINES, renew_report, write_report
-from sparkmim.runs.run import PICTURES, Record, read_events
+from sparkmim.runs.run import Run
 
 SMALL: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "decoder_width": 16, "batch_size": 8, "epochs": 2, "warmup_epochs": 1,
@@ -92,55 +91,22 @@ class Page(HTMLParser):
             assert all(link.startswith("#") for link in links)
 
 
-def write_events(run: Path, scalars: dict[str, dict[int, float]], pictures: dict[int, Tensor], at: float = 1e9) -> None:
-    """Event files of a session that began at a time, a step per second."""
-    writer = SummaryWriter(str(run / "tensorboard"))
-    for tag, values in scalars.items():
-        for step, value in values.items():
-            writer.add_scalar(tag, value, step, walltime=at + step)
-    for step, picture in pictures.items():
-        writer.add_image(PICTURES, picture, step, walltime=at + step)
-    writer.close()
-
-
-LOSSES = {10 * i: 1.5 / i for i in range(1, 7)}
-ENVIRONMENT = {
-    "date": datetime.fromtimestamp(1e9).astimezone().isoformat(), "sparkmim": "0.1.0", "python": "3.11.2",
-    "torch": "2.11.0", "torchvision": "0.26.0", "timm": "1.0.20", "lightning": "2.5", "platform": "Linux",
-    "cpu": "Abacus 9000", "threads": 4, "memory_gib": 31.2, "gpus": [], "cuda": None, "processes": 1,
-}  # fmt: skip
-
-
-def write_run(run: Path, settings: dict[str, Any] | None = None, log: Sequence[str] = ()) -> Path:
-    """A run folder without any training."""
-    run.mkdir()
-    known = {"data": "photos", "model": "resnet50", "image_size": [8, 16], "epochs": 6.0}
-    (run / "config.yaml").write_text(yaml.safe_dump({**known, **(settings or {})}))
-    if log:
-        (run / "log.txt").write_text("".join(f"2001-09-09 01:46:40  {line}\n" for line in log))
-    return run
-
-
-def grid(images: int, step: int) -> Tensor:
-    """A picture as training makes it, of 8 × 16 images whose grey tells image, column and step: `[3, H, W]`."""
-    tones = 10 * torch.arange(images)[:, None] + torch.arange(3) + step  # [images, columns]
-    return tones.to(torch.uint8).repeat_interleave(12, dim=0).repeat_interleave(20, dim=1).expand(3, -1, -1)
+def validations(weights: str, top1: Mapping[int, float]) -> list[Event]:
+    return [event("validation", step, weights=weights, figures={"top1": value}) for step, value in top1.items()]
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
     """A finished pretraining."""
-    run = write_run(tmp_path / "run", log=["started: 60 steps in all", "epoch 6/6  step 60  loss 0.25"])
-    scalars = {
-        "loss": LOSSES,
-        "learning_rate": {10 * i: 1e-5 * i for i in range(1, 7)},
-        "weight_decay": {10 * i: 0.04 + 0.01 * i for i in range(1, 7)},
-        "gradient_norm": {10 * i: 2.0 for i in range(1, 7)},
-        "images_per_second": {10 * i: value for i, value in enumerate((100, 900, 1500, 1400, 1600, 1550), 1)},
-        "epoch": {10 * i: float(i) for i in range(1, 7)},
-    }
-    write_events(run, scalars, {10 * i: grid(2, i) for i in range(1, 7)})
-    (run / "environment.json").write_text(json.dumps([ENVIRONMENT]))
+    speeds = (100, 900, 1500, 1400, 1600, 1550)
+    steps = [
+        event("step", 10 * i, epoch=float(i), loss=LOSSES[10 * i], learning_rate=1e-5 * i,
+              weight_decay=0.04 + 0.01 * i, gradient_norm=2.0, images_per_second=speeds[i - 1])
+        for i in range(1, 7)
+    ]  # fmt: skip
+    run = write_run(tmp_path / "run", events=[start(60), *steps], asked={"epochs": None, "accelerator": "auto"})
+    for i in range(1, 7):
+        write_png(run, grid(2, i), 10 * i)
     return run
 
 
@@ -179,43 +145,23 @@ def test_reconstructions_over_time(run: Path) -> None:
 
 def test_large_pictures_become_small(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", {"image_size": [400, 300]})
-    write_events(run, {}, {5: torch.rand(3, 404, 3 * 304)})
+    write_png(run, torch.randint(256, (3, 404, 3 * 304), dtype=torch.uint8), 5)
     strips = Page(write_report(run)).images("jpeg")
     assert [*strips] == ["Images: input", "Images: visible", "Images: step 5"]
     with Image.open(io.BytesIO(strips["Images: input"])) as strip:
         assert strip.size == (120, 160)
 
 
-def test_a_run_that_was_killed_and_resumed(tmp_path: Path) -> None:
-    """From step 30 on, another process did it again, on another day and machine; neither its pause nor what the first
-    process did beyond its checkpoint counts."""
-    run = write_run(tmp_path / "run", log=["started: 60 steps in all", "resumed: 60 steps in all",
-                                           "stopped at step 55 on request; continue with --resume"])  # fmt: skip
-    write_events(run, {"loss": {10: 1.0, 20: 0.9, 30: 0.8, 40: 7.0}}, {10: grid(1, 1), 40: grid(1, 7)})
-    os.utime(next((run / "tensorboard").iterdir()), (1, 1))
-    write_events(run, {"loss": {30: 0.7, 50: 0.6}}, {30: grid(1, 3)}, at=2e9)
-    later = {"date": datetime.fromtimestamp(2e9).astimezone().isoformat(), "gpus": ["Slide Rule"] * 2, "processes": 2}
-    (run / "environment.json").write_text(json.dumps([ENVIRONMENT, {**ENVIRONMENT, **later}]))
-    curves, pictures = read_events(run / "tensorboard")
-    assert curves["loss"].steps == [10, 20, 30, 50]
-    assert curves["loss"].values == pytest.approx([1.0, 0.9, 0.7, 0.6])
-    assert [picture.step for picture in pictures] == [10, 30]
-    record = Record.of(run)
-    assert record.seconds == 20 + 50
-    assert record.state == "stopped at step 55 of 60"
-    text = Page(write_report(run)).text
-    assert "Resumed 2033-05-1" in text
-    assert "2 × Slide Rule" in text
-    assert text.count("Abacus 9000") == 1
+def test_settings_tell_what_was_left_open(run: Path) -> None:
+    source = write_report(run).read_text()
+    assert "<dt>epochs</dt><dd>6<small>recipe default</small></dd>" in source
+    assert "<dt>accelerator</dt><dd>cpu<small>this machine</small></dd>" in source
+    assert "<dt>model</dt><dd>resnet50</dd>" in source
 
 
-def test_an_event_file_that_was_cut_off(run: Path) -> None:
-    (file,) = (run / "tensorboard").iterdir()
-    whole = read_events(run / "tensorboard")
-    file.write_bytes(file.read_bytes()[:-10])
-    cut = read_events(run / "tensorboard")
-    assert cut[0] == whole[0]
-    assert [picture.step for picture in cut[1]] == [picture.step for picture in whole[1][:-1]]
+def test_a_picture_that_was_deleted(run: Path) -> None:
+    next((run / "pictures").glob("*30.png")).unlink()
+    assert [*Page(write_report(run)).images("png")][2:] == [f"Images: step {step}" for step in (10, 20, 50, 60)]
 
 
 def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
@@ -233,9 +179,13 @@ def test_hostile_names(tmp_path: Path) -> None:
     """Names that are markup are shown as they are, wherever they come from."""
     evil = "<script>alert(1)</script>\"'><img src=x onerror=y>"
     settings = {"data": evil, "model": f"net.py:{evil}", "init_weights": evil, "new_setting": evil, "precision": evil}
-    run = write_run(tmp_path / "run", settings, ["started: 5 steps in all", f"unreadable image skipped: {evil}: cut"])
-    write_events(run, {"loss": {1: 1.0}, evil: {1: 1.0, 2: 3.0}}, {})
-    (run / "environment.json").write_text(json.dumps([{**ENVIRONMENT, "cpu": evil}]))
+    events = [
+        start(5, settings, cpu=evil),
+        event("unreadable", 1, image=evil, reason="cut", part="training"),
+        event("step", 1, loss=1.0, **{evil: 1.0}),
+        event("step", 2, **{evil: 3.0}),
+    ]
+    run = write_run(tmp_path / "run", settings, events)
     scores = {"top1": 0.5, "top5": 1.0, "loss": 0.7, "per_class": {evil: 0.5}}
     (run / "metrics.json").write_text(json.dumps({"validation_images": 9, "best_model": scores}))
     page = Page(write_report(run))
@@ -247,9 +197,10 @@ def test_hostile_names(tmp_path: Path) -> None:
 
 
 def test_skipped_images_are_named_up_to_a_number(tmp_path: Path) -> None:
-    lines = [f"unreadable image skipped: {i:03}.jpg: truncated" for i in range(MOST_LINES + 10)]
-    late = ["unreadable validation image left out: v.jpg: no image", *lines[:3]]
-    page = Page(write_report(write_run(tmp_path / "run", log=[*lines, *late])))
+    names = [*range(MOST_LINES + 10), *range(3)]  # some in several epochs
+    events = [event("unreadable", 1, image=f"{i:03}.jpg", reason="truncated", part="training") for i in names]
+    events.append(event("unreadable", 1, image="v.jpg", reason="no image", part="validation"))
+    page = Page(write_report(write_run(tmp_path / "run", events=[start(9), *events])))
     assert page.source.count("<details open>") == 0
     text = page.text
     assert f"{MOST_LINES + 11} images" in text
@@ -259,14 +210,14 @@ def test_skipped_images_are_named_up_to_a_number(tmp_path: Path) -> None:
 
 
 def test_scores_of_a_classifier(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", {"layer_decay": 0.8})
+    scores = validations("model", {5: 0.5, 9: 0.51}) + validations("ema", {5: 0.6, 9: 0.71234})
+    run = write_run(tmp_path / "run", {"layer_decay": 0.8}, [start(9, {"layer_decay": 0.8}), *scores])
     classes = {f"class {i:02}": i / 80 for i in range(60)}
     common = {"top5": 0.9, "loss": 0.5}
     content = {"last_model": {"top1": 0.51, "per_class": {}, **common}, "validation_images": 1234,
                "best_model": {"top1": 0.61, "per_class": {}, **common}, "classes": [*classes],
                "best_ema": {"top1": 0.71234, "per_class": classes, **common}}  # fmt: skip
     (run / "metrics.json").write_text(json.dumps(content))
-    write_events(run, {"val/top1": {5: 0.5, 9: 0.51}, "val/ema_top1": {5: 0.6, 9: 0.71234}, "val/top5": {5: 0.9}}, {})
     Image.new("RGB", (7, 5)).save(run / "confusion.png")
     page = Page(write_report(run))
     for said in ("Fine-tuning", "71.2%", "71.23%", "61.00%", "51.00%", "on 1,234 images", "model", "average",
@@ -315,9 +266,10 @@ def test_axes_are_written_for_people(values: list[float], form: Any, ticks: set[
     [
         (lambda path: None, "run does not exist; name the run folder"),
         (lambda path: path.mkdir(), "run holds no run, for there is no config.yaml in it"),
-        (lambda path: write_run(path, log=["x"]).joinpath("config.yaml").write_text("a: [1"), "cannot be read as"),
+        (lambda path: write_run(path).joinpath("config.yaml").write_text("a: [1"), "cannot be read as"),
         (lambda path: write_run(path).joinpath("config.yaml").write_text("just words"), "cannot be read as"),
         (lambda path: write_run(path).joinpath("metrics.json").write_text("{"), "metrics.json is no whole JSON file"),
+        (lambda path: write_run(path).joinpath("history.jsonl").write_text("{}\n{}\n"), "line 1 of run/history.jsonl"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -373,7 +325,7 @@ def test_a_run_ends_with_its_report(
     (now,) = json.loads((run / "environment.json").read_text())
     assert (now["torch"], now["threads"], now["processes"]) == (torch.__version__, torch.get_num_threads(), 1)
     assert now["cpu"] in page.text
-    assert sum(curve.steps != [1, 2, 3, 4, 5, 6] for curve in Record.of(run).curves.values()) == 0
+    assert sum(curve.steps != [1, 2, 3, 4, 5, 6] for curve in Run.read(run).curves.values()) == 0
 
     main(["evaluate", "--data", str(photos), "--weights", str(run), "--val-split", "0.5", "--workers", "0"])
     text = Page(run / "report.html").text

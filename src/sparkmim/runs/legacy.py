@@ -7,6 +7,7 @@ import re
 import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,64 +32,70 @@ def read_legacy(folder: RunFolder, settings: Mapping[str, Any], later: list[Even
         later: the run's history, if it was resumed by this version.
     """
     until = later[0].time.timestamp() if later else math.inf
-    scalars, pictures = read_tensorboard(folder.tensorboard, until)
     messages = [(time, said) for time, said in _messages(folder.log) if time.timestamp() + 1 <= until]
-    fields: dict[tuple[Kind, int, str], dict[str, float]] = defaultdict(dict)
-    times: dict[tuple[Kind, int, str], float] = {}
+    known = [event.fields["environment"].get("date") for event in later if event.kind == "resume"]
+    sessions = [each for each in read_json(folder.environment) or [] if each["date"] not in known]
+    scalars, pictures = read_tensorboard(folder.tensorboard, until)
+    # The log comes first: its times are whole seconds, and sorting keeps the order of equal ones.
+    events = _message_events(messages, sessions) + _scalar_events(scalars)
+    for time, step, (file, offset, size) in pictures:
+        place = {"name": PICTURES, "file": f"{folder.tensorboard.name}/{file.name}", "offset": offset, "size": size}
+        events.append(Event("picture", step, _local(time), place))
+    events.sort(key=lambda event: event.time)
+    if not any(event.kind == "start" for event in events):
+        first = events[0].time if events else _local(folder.config.stat().st_mtime)
+        events.insert(0, _beginning("start", first, None, {}))
+    done = 0
+    for index, event in enumerate(events):
+        if event.kind in ("start", "resume"):
+            events[index] = replace(event, step=done, fields={**event.fields, "settings": dict(settings)})
+        elif event.kind in ("step", "validation", "stop"):
+            done = max(done, event.step)
+    return events
+
+
+def _scalar_events(scalars: Mapping[str, list[Point[float]]]) -> list[Event]:
+    """Joins scalars of one step in one event, and those of one validation."""
+    values: dict[tuple[int, str], dict[str, float]] = defaultdict(dict)  # by step, and weights if it is a validation
+    times: dict[tuple[int, str], float] = {}
     for tag, points in scalars.items():
         validation = re.fullmatch(r"val/(ema_)?(.*)", tag)
+        weights = "" if validation is None else "ema" if validation[1] else "model"
         for time, step, value in points:
-            if validation:
-                key: tuple[Kind, int, str] = ("validation", step, "ema" if validation[1] else "model")
-                fields[key][validation[2]] = value
-            else:
-                key = ("step", step, "")
-                fields[key][tag] = value
-            times[key] = min(time, times.get(key, time))
-    events = [
-        Event(kind, step, _local(times[kind, step, weights]),
-              {"weights": weights, "figures": values} if weights else dict(values))
-        for (kind, step, weights), values in fields.items()
-    ]  # fmt: skip
-    for moment, said in messages:
-        if match := re.match(r"stopped at step (\d+) on request", said):
-            events.append(Event("stop", int(match[1]), moment, {}))
+            values[step, weights][validation[2] if validation else tag] = value
+            times[step, weights] = min(time, times.get((step, weights), time))
+    events = []
+    for (step, weights), figures in values.items():
+        kind: Kind = "validation" if weights else "step"
+        fields: dict[str, Any] = {"weights": weights, "figures": figures} if weights else {**figures}
+        events.append(Event(kind, step, _local(times[step, weights]), fields))
+    return events
+
+
+def _message_events(messages: list[tuple[datetime, str]], sessions: list[dict[str, Any]]) -> list[Event]:
+    """Returns beginnings, stops and unreadable images that the log tells, and beginnings that only have a session."""
+    events = []
+    left = iter(sessions)
+    for time, said in messages:
+        if match := re.match(r"(started|resumed): (\d+) steps in all", said):
+            kind: Kind = "start" if match[1] == "started" else "resume"
+            events.append(_beginning(kind, time, int(match[2]), next(left, {})))
+        elif match := re.match(r"stopped at step (\d+) on request", said):
+            events.append(Event("stop", int(match[1]), time, {}))
         elif match := re.match(r"unreadable (validation )?image (?:skipped|left out): (.*)", said, flags=re.DOTALL):
             image, _, reason = match[2].rpartition(": ")
             part = "validation" if match[1] else "training"
-            events.append(Event("unreadable", 0, moment, {"image": image, "reason": reason, "part": part}))
-    for time, step, (file, offset, size) in pictures:
-        at = {"name": PICTURES, "file": f"{folder.tensorboard.name}/{file.name}", "offset": offset, "size": size}
-        events.append(Event("picture", step, _local(time), at))
-    events += _beginnings(folder, settings, messages, events, later)
-    return sorted(events, key=lambda event: event.time)
+            events.append(Event("unreadable", 0, time, {"image": image, "reason": reason, "part": part}))
+    for session in left:
+        kind = "resume" if session is not sessions[0] else "start"
+        events.append(_beginning(kind, _local(0), None, session))
+    return events
 
 
-def _beginnings(
-    folder: RunFolder,
-    settings: Mapping[str, Any],
-    messages: list[tuple[datetime, str]],
-    events: list[Event],
-    later: list[Event],
-) -> list[Event]:
-    """Returns the start and the resumptions, each known from the log, the environment, or both."""
-    known = {event.fields["environment"].get("date") for event in later if event.kind == "resume"}
-    sessions = [each for each in read_json(folder.environment) or [] if each["date"] not in known]
-    matches = [(time, re.match(r"(?:started|resumed): (\d+) steps in all", said)) for time, said in messages]
-    begun = [(time, int(match[1])) for time, match in matches if match]
-    logged = [event for event in events if event.kind in ("step", "validation", "stop")]
-    found: list[Event] = []
-    for place in range(max(len(sessions), len(begun), 1)):
-        environment = sessions[place] if place < len(sessions) else {}
-        time, steps = begun[place] if place < len(begun) else (None, None)
-        if environment:
-            time = datetime.fromisoformat(environment["date"])
-        if time is None:
-            time = min((event.time for event in logged), default=_local(folder.config.stat().st_mtime))
-        step = max((event.step for event in logged if event.time < time), default=0)
-        said = {"steps": steps, "settings": dict(settings), "environment": environment}
-        found.append(Event("resume" if place else "start", step if place else 0, time, said))
-    return found
+def _beginning(kind: Kind, time: datetime, steps: int | None, environment: dict[str, Any]) -> Event:
+    """Returns a start or resumption; an environment knows its time, and that it began before the log did."""
+    time = datetime.fromisoformat(environment["date"]) if environment else time
+    return Event(kind, 0, time, {"steps": steps, "environment": environment})
 
 
 def _local(time: float) -> datetime:

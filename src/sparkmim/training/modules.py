@@ -132,16 +132,19 @@ class ScheduledModule(pl.LightningModule):
         return counted_seed(self.seed, self.global_step * parts + batch_idx % parts, self.global_rank, purpose)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Cuts a run of version 0.1.0, which was one long epoch to Lightning, into epochs."""
+        """Tells Lightning where in which epoch the run stands, as if it had been saved after a batch.
+
+        Version 0.1.0 made one long epoch of a run, and other callbacks may have ended it at the end of an epoch.
+        """
         loop, length = checkpoint["loops"]["fit_loop"], int(self.trainer.limit_train_batches)
         batches, epochs = loop["epoch_loop.batch_progress"], loop["epoch_progress"]
-        past, place = divmod(batches["current"]["ready"] - 1, length)
+        done = checkpoint["global_step"] * self.trainer.accumulate_grad_batches
+        past, place = divmod(max(done, 1) - 1, length)
         batches["is_last_batch"] = place + 1 == length
-        if past:
-            done = {"ready": place + 1, "started": place + 1, "processed": place + 1, "completed": place}
-            batches["current"].update(done)
-            for progress in (epochs["current"], epochs["total"]):
-                progress.update({"ready": past + 1, "started": past + 1, "processed": past, "completed": past})
+        batches["current"].update(ready=place + 1, started=place + 1, processed=place + 1, completed=place)
+        batches["total"].update(ready=done, started=done, processed=done, completed=done - 1)
+        for progress in (epochs["current"], epochs["total"]):
+            progress.update(ready=past + 1, started=past + 1, processed=past, completed=past)
 
     def configure_gradient_clipping(
         self,
