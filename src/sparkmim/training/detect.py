@@ -20,19 +20,17 @@ from sparkmim.drawing.annotated import draw_detections
 from sparkmim.evaluation.coco import CocoScores
 from sparkmim.evaluation.detector import coco_notes, run_detector, score_detections
 from sparkmim.evaluation.trained import print_notes
-from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.weights import Weights
+from sparkmim.interop.weights import DETECTOR_FILE, Weights
 from sparkmim.models.detector import create_detector
 from sparkmim.models.encoders import create_encoder
 from sparkmim.results import DetectResult
-from sparkmim.runs.folder import RunFolder
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import DetectModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import DETECT_RECIPES, recipe_named
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
-from sparkmim.training.settings import DetectSettings, known_of, length_of, settle
+from sparkmim.training.settings import DetectSettings, known_of, length_of, picked, settle
 
 
 def run_detection(
@@ -91,7 +89,7 @@ class Detection(Training[DetectSettings]):
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, train_images),
-            save=_save,
+            file=DETECTOR_FILE,
             rows=_rows(settings, model, train_images, val_images, plan),
             scorer=DetectionScorer(val_images, settings.workers),
             collate=collate_detection,
@@ -158,25 +156,17 @@ class DetectionScorer(Scorer[CocoScores]):
         return score_detections(self.images, found, bool(detector.roi_heads.has_mask())), pictures
 
 
-def _save(model: nn.Module, folder: RunFolder, metadata: WeightsMetadata, suffix: str) -> None:
-    weights.write(model, folder.weights / weights.DETECTOR_FILE.replace(".", f"{suffix}."), metadata)
-
-
 def _metadata(settings: DetectSettings, images: CocoImages) -> WeightsMetadata:
+    kept = picked(
+        settings, "masks", "mean", "std", "feature_modules", "box_head", "norm", "eval_short_side", "long_side"
+    )
     return WeightsMetadata(
         task="detection",
         model=settings.model_name,
         channels=3,
         classes=images.classes,
         category_ids=images.category_ids,
-        masks=settings.masks,
-        mean=settings.mean,
-        std=settings.std,
-        feature_modules=settings.feature_modules,
-        box_head=settings.box_head,
-        norm=settings.norm,
-        eval_short_side=settings.eval_short_side,
-        long_side=settings.long_side,
+        **kept,
     )
 
 

@@ -23,19 +23,17 @@ from sparkmim.data.source import Source
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
 from sparkmim.evaluation.classification import ClassificationScores, score_classifier
-from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.weights import Weights
+from sparkmim.interop.weights import CLASSIFIER_FILE, Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
-from sparkmim.runs.folder import RunFolder
 from sparkmim.training.callbacks import add_unreadable
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
-from sparkmim.training.modules import ClassifyModule, OptimizerSettings, ScheduledModule
+from sparkmim.training.modules import ClassifyModule, ScheduledModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import FINETUNE_RECIPES, recipe_named
 from sparkmim.training.scoring import Scorer, share_of
-from sparkmim.training.settings import FinetuneSettings, known_of, settle
+from sparkmim.training.settings import FinetuneSettings, known_of, picked, settle
 
 _FEW = 1000
 """Up to this many validation images, reading in-process beats starting workers."""
@@ -97,16 +95,10 @@ class Finetuning(Training[FinetuneSettings]):
         settings = replace(settings, batch_size=plan.batch_size)
         if settings.channels_last and len(settings.image_size) == 2:
             model = model.to(memory_format=torch.channels_last)
-        optimizer = OptimizerSettings(
-            optimizer=settings.optimizer,
-            peak=settings.learning_rate * plan.batch_size / 256,
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-            weight_decay_end=settings.weight_decay,
-            clip_grad=settings.clip_grad,
-            steps=plan.steps,
-            warmup=min(round(settings.warmup_epochs * plan.steps_per_epoch), plan.steps - 1),
-        )
+        optimizer = plan.optimizer(
+            settings, 256, settings.warmup_epochs * plan.steps_per_epoch, settings.optimizer,
+            (settings.beta1, settings.beta2),
+        )  # fmt: skip
         module = ClassifyModule(
             model,
             optimizer,
@@ -126,7 +118,7 @@ class Finetuning(Training[FinetuneSettings]):
             dataset=train_set,
             plan=plan,
             metadata=_metadata(settings, model, train_images.classes),
-            save=_save,
+            file=CLASSIFIER_FILE,
             rows=_rows(settings, model, train_images, val_images, plan),
             scorer=ClassificationScorer(val_set, batch, settings.workers),
             repeats=settings.repeats,
@@ -240,21 +232,14 @@ def _leave(finished: Finished[FinetuneSettings]) -> list[Any]:
     return [table, f"done: weights in {folder.weights}, figures in metrics.json and confusion.png beside them"]
 
 
-def _save(model: nn.Module, folder: RunFolder, metadata: WeightsMetadata, suffix: str) -> None:
-    weights.write(model, folder.weights / weights.CLASSIFIER_FILE.replace(".", f"{suffix}."), metadata)
-
-
 def _metadata(settings: FinetuneSettings, model: nn.Module, classes: list[str]) -> WeightsMetadata:
+    kept = picked(settings, "image_size", "channels", "feature_modules", "mean", "std")
     return WeightsMetadata(
         model=settings.model_name,
         pooled=isinstance(model, PooledClassifier),
         classes=classes,
-        image_size=settings.image_size,
         crop=settings.eval_crop,
-        channels=settings.channels,
-        feature_modules=settings.feature_modules,
-        mean=settings.mean,
-        std=settings.std,
+        **kept,
     )
 
 

@@ -27,6 +27,7 @@ from sparkmim.data.samplers import StepBatchSampler
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import known_figures
+from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import generators_restored, is_main_process
@@ -58,7 +59,7 @@ class Prepared(Generic[S]):
         dataset: training set, indexed by `(epoch, index)`.
         plan: length of the run.
         metadata: of the weight files.
-        save: writes weight files, given a model, the folder, metadata, and a suffix for the names.
+        file: name of the weight file; None for those of pretraining.
         rows: settings in words, to be printed.
         scorer: scores the model while it is trained.
         pictures: makes the callback that draws reconstructions.
@@ -73,8 +74,8 @@ class Prepared(Generic[S]):
     dataset: Dataset[Any]
     plan: Plan
     metadata: WeightsMetadata
-    save: Callable[[nn.Module, RunFolder, WeightsMetadata, str], None]
     rows: Mapping[str, str]
+    file: str | None = None
     scorer: Scorer[Any] | None = None
     pictures: Callable[[History, RunFolder], Pictures] | None = None
     repeats: int = 1
@@ -312,23 +313,23 @@ class Endless:
 
 def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: History) -> Callable[[int], None]:
     """Returns what writes the weight files of a step; connects the scorer, which writes those of the best ones."""
-    scorer, model = prepared.scorer, prepared.module.model
+    scorer = prepared.scorer
 
-    def write(what: nn.Module, suffix: str, scores: Any) -> None:
+    def write(model: Any, suffix: str, scores: Any, step: int | None = None) -> None:
         figures = {} if scores is None else known_figures(scores)
-        prepared.save(what, folder, replace(prepared.metadata, figures=figures), suffix)
+        metadata = replace(prepared.metadata, figures=figures, step=step)
+        if prepared.file is None:
+            weights.save(model, folder.weights, metadata, suffix)
+        else:
+            weights.write(model, folder.weights / prepared.file.replace(".", f"{suffix}."), metadata)
 
     def write_step(step: int) -> None:
-        if scorer is None:
-            metadata = replace(prepared.metadata, step=step)
-            prepared.save(model, folder, metadata, "")
-            if ema is not None:
-                prepared.save(ema.average.module, folder, metadata, "_ema")
-            return
-        write(model, "", scorer.last.get("model"))
+        last, step_known = ({}, step) if scorer is None else (scorer.last, None)
+        write(prepared.module.model, "", last.get("model"), step_known)
         if ema is not None:
-            write(ema.average.module, "_ema", scorer.last.get("ema"))
-        scorer.write(folder.path)
+            write(ema.average.module, "_ema", last.get("ema"), step_known)
+        if scorer is not None:
+            scorer.write(folder.path)
 
     if scorer is not None:
         every = getattr(prepared.settings, "eval_every", 1.0)

@@ -33,18 +33,20 @@ class Plan:
         """Number of epochs, the last of which may be cut short."""
         return -(-self.steps // self.steps_per_epoch)
 
+    def optimizer(
+        self, settings: TrainSettings, images: int, warmup: float, name: str = "adamw",
+        betas: tuple[float, float] = (0.9, 0.999), weight_decay_end: float | None = None,
+    ) -> OptimizerSettings:  # fmt: skip
+        """Returns optimiser settings whose learning rate is given for `images` per step; `warmup` is in steps."""
+        end = settings.weight_decay if weight_decay_end is None else weight_decay_end
+        return OptimizerSettings(
+            name, settings.learning_rate * (self.batch_size / images), betas, settings.weight_decay, end,
+            settings.clip_grad, self.steps, min(round(warmup), self.steps - 1),
+        )  # fmt: skip
+
     def adamw(self, settings: PyramidSettings) -> OptimizerSettings:
         """Returns AdamW's settings for detection and segmentation, whose rates are for 16 images per step."""
-        return OptimizerSettings(
-            optimizer="adamw",
-            peak=settings.learning_rate * self.batch_size / 16,
-            betas=(0.9, 0.999),
-            weight_decay=settings.weight_decay,
-            weight_decay_end=settings.weight_decay,
-            clip_grad=settings.clip_grad,
-            steps=self.steps,
-            warmup=min(settings.warmup_iterations, self.steps - 1),
-        )
+        return self.optimizer(settings, 16, settings.warmup_iterations)
 
     def adamw_text(self, settings: PyramidSettings) -> str:
         """Returns AdamW's settings in words."""

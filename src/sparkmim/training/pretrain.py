@@ -17,7 +17,6 @@ from sparkmim.data.dataset import PretrainDataset
 from sparkmim.data.problems import counted
 from sparkmim.data.source import open_source
 from sparkmim.errors import UserError
-from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights
 from sparkmim.models.encoders import create_encoder
@@ -27,10 +26,10 @@ from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History
 from sparkmim.training.callbacks import Pictures
 from sparkmim.training.fit import Prepared, Training, millions, train
-from sparkmim.training.modules import OptimizerSettings, PretrainModule
+from sparkmim.training.modules import PretrainModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import PAPER_DROP_PATH, PRETRAIN_RECIPES, recipe_named
-from sparkmim.training.settings import PretrainSettings, settle
+from sparkmim.training.settings import PretrainSettings, picked, settle
 
 SHOWN = 6
 """Number of training images whose reconstructions are drawn."""
@@ -83,16 +82,10 @@ class Pretraining(Training[PretrainSettings]):
         if settings.channels_last and len(model.image_size) == 2:
             model = model.to(memory_format=torch.channels_last)
         assert settings.beta2 is not None
-        optimizer = OptimizerSettings(
-            optimizer=settings.optimizer,
-            peak=settings.learning_rate * (plan.batch_size / 256),
-            betas=(settings.beta1, settings.beta2),
-            weight_decay=settings.weight_decay,
-            weight_decay_end=settings.weight_decay_end,
-            clip_grad=settings.clip_grad,
-            steps=plan.steps,
-            warmup=min(round(settings.warmup_epochs * plan.steps_per_epoch), plan.steps - 1),
-        )
+        optimizer = plan.optimizer(
+            settings, 256, settings.warmup_epochs * plan.steps_per_epoch, settings.optimizer,
+            (settings.beta1, settings.beta2), settings.weight_decay_end,
+        )  # fmt: skip
 
         def pictures(history: History, folder: RunFolder) -> Pictures:
             samples = [dataset[0, index] for index in range(min(SHOWN, len(dataset)))]
@@ -105,7 +98,6 @@ class Pretraining(Training[PretrainSettings]):
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, model),
-            save=_save,
             rows=_rows(settings, model, len(dataset), plan),
             pictures=pictures if settings.picture_every and len(model.image_size) > 1 else None,
         )
@@ -151,24 +143,14 @@ def build_dataset(settings: PretrainSettings, model: SparK) -> tuple[PretrainDat
     return dataset, settings, source.arrays
 
 
-def _save(model: nn.Module, folder: RunFolder, metadata: WeightsMetadata, suffix: str) -> None:
-    assert isinstance(model, SparK)
-    weights.save(model, folder.weights, metadata, suffix)
-
-
 def _metadata(settings: PretrainSettings, model: SparK) -> WeightsMetadata:
+    kept = picked(settings, "decoder", "decoder_width", "stages", "feature_modules", "channels", "mean", "std")
     return WeightsMetadata(
         model=settings.model_name,
         image_size=list(model.image_size),
         patch_size=model.patch_size,
         mask_ratio=model.mask_ratio,
-        decoder=settings.decoder,
-        decoder_width=settings.decoder_width,
-        stages=settings.stages,
-        feature_modules=settings.feature_modules,
-        channels=settings.channels,
-        mean=settings.mean,
-        std=settings.std,
+        **kept,
     )
 
 

@@ -18,19 +18,17 @@ from sparkmim.data.segmentation_transforms import segmentation_resize, segmentat
 from sparkmim.drawing.annotated import draw_classes, side_by_side, with_legend
 from sparkmim.evaluation.segmentation import SegmentationScores, evaluate_segmentation
 from sparkmim.evaluation.segmenter import checked_classes, class_names, run_segmenter, tones_of
-from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.weights import Weights
+from sparkmim.interop.weights import SEGMENTER_FILE, Weights
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.results import SegmentResult
-from sparkmim.runs.folder import RunFolder
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import SegmentModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import SEGMENT_RECIPES, recipe_named
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
-from sparkmim.training.settings import SegmentSettings, known_of, length_of, settle
+from sparkmim.training.settings import SegmentSettings, known_of, length_of, picked, settle
 
 
 def run_segmentation(
@@ -78,7 +76,7 @@ class Segmentation(Training[SegmentSettings]):
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, classes),
-            save=_save,
+            file=SEGMENTER_FILE,
             rows=_rows(settings, model, train_images, val_images, classes, plan),
             scorer=SegmentationScorer(val_images, classes, settings),
         )
@@ -155,24 +153,12 @@ def _at_size(labels: Tensor, picture: Tensor) -> Tensor:
     return nn.functional.interpolate(labels[None, None].float(), picture.shape[1:], mode="nearest-exact")[0, 0].long()
 
 
-def _save(model: nn.Module, folder: RunFolder, metadata: WeightsMetadata, suffix: str) -> None:
-    weights.write(model, folder.weights / weights.SEGMENTER_FILE.replace(".", f"{suffix}."), metadata)
-
-
 def _metadata(settings: SegmentSettings, classes: list[str]) -> WeightsMetadata:
+    kept = picked(
+        settings, "channels", "mean", "std", "feature_modules", "norm", "eval_short_side", "ignore", "reduce_labels"
+    )
     return WeightsMetadata(
-        task="segmentation",
-        model=settings.model_name,
-        image_size=[settings.crop] * 2,
-        classes=classes,
-        channels=settings.channels,
-        mean=settings.mean,
-        std=settings.std,
-        feature_modules=settings.feature_modules,
-        norm=settings.norm,
-        eval_short_side=settings.eval_short_side,
-        ignore=settings.ignore,
-        reduce_labels=settings.reduce_labels,
+        task="segmentation", model=settings.model_name, image_size=[settings.crop] * 2, classes=classes, **kept
     )
 
 

@@ -208,6 +208,11 @@ def settle(kind: type[S], asked: Mapping[str, Any], *known: Mapping[str, Any]) -
     return kind(**values)
 
 
+def picked(settings: TrainSettings, *names: str) -> dict[str, Any]:
+    """Returns some settings by name."""
+    return {name: getattr(settings, name) for name in names}
+
+
 def plain(value: Any) -> Any:
     """Makes a path a string and a tuple a list, as files of settings hold them; other values stay."""
     if isinstance(value, Path):
