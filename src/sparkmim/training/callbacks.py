@@ -59,13 +59,6 @@ class Monitor(StepCallback):
     Metrics are logged through Lightning as well, so that other callbacks find `loss`: of the step, and at the end of
     an epoch, its mean.
 
-    Args:
-        history: of the run.
-        plan: length of the run.
-        log_every: steps between `step` events.
-        checkpoint: named when training diverges.
-        skipped: account of unreadable images.
-
     Attributes:
         images_per_second: over the last logging interval.
         epoch_loss: mean loss over the last finished epoch.
@@ -162,13 +155,7 @@ def add_unreadable(history: History, step: int, complaint: str, part: str) -> No
 
 
 class ProgressBar:
-    """Draws a progress bar from the events of a run, within a context.
-
-    Args:
-        console: where to draw it.
-        plan: length of the run.
-        step: optimiser steps done before.
-    """
+    """Draws a progress bar from the events of a run."""
 
     def __init__(self, console: Console, plan: Plan, step: int) -> None:
         self.plan = plan
@@ -190,12 +177,7 @@ class ProgressBar:
 
 
 class LoggerFeed:
-    """Passes scalars and pictures of the history on to Lightning's loggers.
-
-    Args:
-        trainer: whose loggers these are.
-        folder: of the run.
-    """
+    """Passes scalars and pictures of the history on to Lightning's loggers."""
 
     def __init__(self, trainer: pl.Trainer, folder: RunFolder) -> None:
         self.trainer, self.folder = trainer, folder
@@ -224,10 +206,7 @@ def add_picture(history: History, folder: RunFolder, step: int, name: str, pixel
     """Saves a picture in the run folder and adds it to the history.
 
     Args:
-        history: of the run.
-        folder: of the run.
-        step: optimiser steps done.
-        name: of the picture; those of one name are shown as one over time.
+        name: of the picture; those of one name show the same over time.
         pixels: RGB `[3, H, W]`, uint8 or float in 0…1.
     """
     words = re.findall(r"\w+", name)
@@ -264,13 +243,7 @@ class Ema(StepCallback):
 class Pictures(StepCallback):
     """Draws inputs, masked inputs and reconstructions of the same few images at intervals.
 
-    Args:
-        history: of the run.
-        folder: of the run.
-        samples: of the training set.
-        every_steps: optimiser steps between pictures.
-        mean: that images were normalised by; None for arrays in other units.
-        std: as mean.
+    Images were normalised by `mean` and `std`; both are None for arrays in other units.
     """
 
     def __init__(
@@ -308,15 +281,8 @@ class Abandon(BaseException):
 class Keeper(StepCallback):
     """Saves checkpoints and weights: every few minutes, at the end, and before leaving on Ctrl-C or SIGTERM.
 
-    A checkpoint is written beside the old one and then takes its place, so that there is a whole one at any
-    moment. A second Ctrl-C leaves at once.
-
-    Args:
-        history: of the run.
-        folder: of the run.
-        minutes: between checkpoints.
-        write_weights: writes the weight files; given the number of steps done.
-        monitor: refuses to save what is not finite.
+    A checkpoint is written beside the old one and then replaces it. A second Ctrl-C leaves at once. `write_weights`
+    writes the weight files, given the optimiser steps done.
     """
 
     def __init__(

@@ -93,38 +93,20 @@ class Training(ABC, Generic[S]):
     def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> S:
         """Settles what arguments, recipe, weights and machine decide.
 
-        Args:
-            asked: arguments by name.
-            before: settings as a resumed run had settled them.
-            start: weights to start from.
-
-        Raises:
-            UserError: if arguments do not go together.
+        `before` holds settings as a resumed run had settled them.
         """
 
     @abstractmethod
     def prepare(self, settings: S, batch_is_free: bool, start: Weights | None, console: Console) -> Prepared[S]:
         """Opens the data and builds the model, with the pretrained weights in it.
 
-        Args:
-            settings: of the training.
-            batch_is_free: whether the batch size may shrink to the images there are.
-            start: weights to start from.
-            console: where notes are printed.
+        `batch_is_free` tells whether the batch size may shrink to the images there are.
         """
 
 
 @dataclass(frozen=True)
 class Finished(Generic[S]):
-    """A run that has ended, by itself or on request.
-
-    Attributes:
-        prepared: what was trained.
-        folder: of the run.
-        step: optimiser steps done.
-        monitor: knows loss and speed.
-        main: whether this is the process that speaks for all.
-    """
+    """A run that has ended, by itself or on request; `main` tells whether this process speaks for all."""
 
     prepared: Prepared[S]
     folder: RunFolder
@@ -195,11 +177,7 @@ def train(
 def begin(
     kind: type[TrainSettings], asked: Mapping[str, Any], given: frozenset[str], folder: RunFolder
 ) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
-    """Returns the arguments of a run that starts in a new folder or goes on in its own, and its settings so far.
-
-    Raises:
-        UserError: if the folder holds something else, or what was given does not agree with it.
-    """
+    """Returns the arguments of a run that starts in a new folder or goes on in its own, and its settings so far."""
     if not asked["resume"]:
         if is_main_process():
             folder.check_new()

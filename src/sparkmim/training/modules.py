@@ -193,8 +193,6 @@ class ClassifyModule(ScheduledModule):
 
     Args:
         model: maps images `[B, C, *S]` to logits `[B, classes]`.
-        settings: optimiser settings.
-        seed: seed of mixing, and of what the network draws.
         classes: number of classes.
         layer_decay: factor on the learning rate from one group of layers to the next shallower; 1 for none.
         mixup: alpha of mixup; 0 for none.
@@ -263,8 +261,6 @@ class PyramidModule(ScheduledModule):
 
     Args:
         model: has the backbone as `backbone`.
-        settings: optimiser settings.
-        seed: seed of what the network draws.
         layer_decay: factor on the learning rate from one group of encoder layers to the next shallower.
     """
 
@@ -281,9 +277,6 @@ class SegmentModule(PyramidModule):
 
     Args:
         model: maps images `[B, C, H, W]` to logits `[B, classes, H, W]`.
-        settings: optimiser settings.
-        seed: seed of what the network draws.
-        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower.
         schedule: fall of the learning rate: `cosine` or `linear`.
     """
 
@@ -316,9 +309,6 @@ class DetectModule(PyramidModule):
 
     Args:
         model: takes lists of images `[C, H, W]` and of targets; returns a dictionary of losses.
-        settings: optimiser settings.
-        seed: seed of what the network draws.
-        layer_decay: factor on the learning rate from one group of encoder layers to the next shallower.
         warmup_start: learning rate at the first step, as a share of the peak.
         drops: points of the run, as shares of it, at which the learning rate drops.
         drop_factor: factor on the learning rate at each drop.

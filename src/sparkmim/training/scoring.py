@@ -54,10 +54,7 @@ class Scorer(StepCallback, Generic[C]):
         """Connects the scorer to a run.
 
         Args:
-            events: history of the run.
-            folder: of the run.
             every_steps: optimiser steps between scorings; the end is always scored.
-            ema: average of the weights, if there is one.
             write: writes a weight file, given the model, a suffix and its scores.
         """
         self.events, self.folder, self.every_steps, self.ema, self.write_weights = (

@@ -191,12 +191,7 @@ def settle(kind: type[S], asked: Mapping[str, Any], *known: Mapping[str, Any]) -
     """Settles all settings of a training.
 
     Args:
-        kind: the settings.
-        asked: arguments by name.
-        known: who decides, in turn, what was left open, such as a recipe.
-
-    Raises:
-        UserError: if the machine has no such devices.
+        known: values that decide, in turn, what was left open, such as a recipe's.
     """
     machine = settle_machine(*(asked[name] for name in MACHINE))
     values = {}
@@ -221,11 +216,7 @@ def plain(value: Any) -> Any:
 
 
 def length_of(asked: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a recipe without its `epochs` and `iterations` where one of them was asked for.
-
-    Raises:
-        UserError: if both were.
-    """
+    """Returns a recipe, without its `epochs` and `iterations` if one of them was asked for; refuses both."""
     given = [name for name in ("epochs", "iterations") if asked[name] is not None]
     if len(given) == 2:
         both = " and ".join(f"{name} {asked[name]}" for name in given)
@@ -234,11 +225,7 @@ def length_of(asked: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, 
 
 
 def known_of(asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> dict[str, Any]:
-    """Returns what pretrained weights say of network and images.
-
-    Raises:
-        UserError: if nobody names the network.
-    """
+    """Returns what pretrained weights say of network and images; refuses settings in which nobody names the network."""
     if start is None:
         if asked["model"] is None and before.get("model") is None:
             raise UserError("no model given; --model names the network to train from scratch")
@@ -259,14 +246,10 @@ def resumed(
     settled: Mapping[str, Any],
     objects: Sequence[str],
 ) -> dict[str, Any]:
-    """Returns the arguments of a run that is resumed: those saved, but for what is given anew and may change.
+    """Returns the arguments of a run that is resumed: those saved, except what is given anew and may change.
 
     Args:
-        kind: the settings.
-        asked: arguments of this call.
         given: names of the arguments passed explicitly.
-        saved: arguments that the run was started with.
-        settled: settings as the run settled them.
         objects: names of arguments that were Python objects, which no file can hold.
 
     Raises:
