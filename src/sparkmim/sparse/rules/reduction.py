@@ -1,4 +1,4 @@
-"""Reductions: over channels as they are, over the map per sample and over its visible positions only."""
+"""Operations over the visible positions of each sample: reductions, global pooling, per-sample normalisation."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.packed import PackedTensor, UnsupportedOperation, dense_shape, like, register_rule
-from sparkmim.sparse.rules.elementwise import elementwise
+from sparkmim.sparse.rules.pointwise import elementwise
 
 
 def over_samples(x: Tensor, x_of: PackedTensor, function: Callable[[Tensor], Any]) -> list[Any]:
@@ -149,3 +150,76 @@ def _reduce_positions(
     if hasattr(results[0], "indices"):
         raise UnsupportedOperation(f"`{func.__name__}` with positions has no rule; use amax or amin")
     return tuple(restore(torch.cat(parts)) for parts in zip(*results, strict=True))
+
+
+@register_rule(
+    "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d",
+    "adaptive_max_pool1d", "adaptive_max_pool2d", "adaptive_max_pool3d",
+)  # fmt: skip
+def _adaptive_pool(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    output_size: int | Sequence[int | None] | None,
+    return_indices: bool = False,
+) -> Tensor:
+    """Global pooling: over the visible positions of each sample."""
+    sizes = [output_size] if isinstance(output_size, int) or output_size is None else list(output_size)
+    fits = x.axes == tuple(range(2, x.ndim)) and int(func.__name__[-2]) == len(x.axes)
+    if any(size != 1 for size in sizes) or return_indices or not fits:
+        raise UnsupportedOperation(
+            f"`{func.__name__}` to {output_size}: only global pooling (output size 1) is defined on a masked map"
+        )
+    maximum = "max" in func.__name__
+    pooled = over_samples(x, x, lambda sample: sample.amax(-1) if maximum else sample.mean(-1))
+    out: Tensor = torch.cat(pooled)
+    return out.reshape(*out.shape, *(1,) * len(x.axes))  # [B, C, 1, …]
+
+
+def _channels_second(x: PackedTensor) -> PackedTensor:
+    if x.axes != tuple(range(2, x.ndim)):
+        raise UnsupportedOperation(f"normalisation per sample of a map {list(dense_shape(x))} with channels not second")
+    return x
+
+
+@register_rule("group_norm")
+def _group_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    return per_sample(_channels_second(x), lambda sample: func(sample, *args, **kwargs))
+
+
+@register_rule("instance_norm")
+def _instance_norm(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    **kwargs: Any,
+) -> Tensor:
+    if not use_input_stats:
+        return like(x, F.batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps))
+    if running_mean is not None and running_var is not None:
+        # Running statistics are averaged over the batch; a ragged batch is averaged here, not call by call.
+        with torch.no_grad():
+            dtype = torch.promote_types(x.dtype, torch.float32)
+            moments = over_samples(x.detach(), x, lambda sample: torch.var_mean(sample.to(dtype), -1))
+            var, mean = (torch.cat(parts).mean(0) for parts in zip(*moments, strict=True))
+            running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+            running_var.lerp_(var.to(running_var.dtype), momentum)
+    return per_sample(
+        _channels_second(x), lambda sample: F.instance_norm(sample, None, None, weight, bias, True, 0.0, eps)
+    )
+
+
+@register_rule("normalize")
+def _normalize(
+    func: Callable[..., Any], x: PackedTensor, p: float = 2.0, dim: int = 1, eps: float = 1e-12, **kwargs: Any
+) -> Tensor:
+    if x.axes == (dim % x.ndim,):
+        return per_sample(x, lambda sample: F.normalize(sample, p, -1, eps))
+    if dim % x.ndim == 0 or dim % x.ndim in x.axes:
+        raise UnsupportedOperation("`normalize` over part of a masked map's axes, or over the batch, has no rule")
+    return like(x, func(x, p, dim, eps))

@@ -19,7 +19,7 @@ from sparkmim.sparse.packed import (
     like,
     register_rule,
 )
-from sparkmim.sparse.rules.elementwise import align
+from sparkmim.sparse.rules.pointwise import align
 
 
 def _sizes(args: tuple[Any, ...]) -> list[int]:

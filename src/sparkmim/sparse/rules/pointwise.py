@@ -1,22 +1,26 @@
-"""Elementwise operations: already right on the stored patches, once the operands are lined up."""
+"""Operations that are right patch by patch, or that reduce per channel over the batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparkmim.sparse.gather import multiply_rows
 from sparkmim.sparse.packed import (
     PackedTensor,
     UnsupportedOperation,
     block_of,
     dense_shape,
+    from_rows,
     gather_patches,
     like,
     register_rule,
+    to_rows,
 )
 
 UNARY = """
@@ -124,3 +128,124 @@ def _feature_dropout(
         raise UnsupportedOperation(f"`{func.__name__}` of a masked map {list(dense_shape(x))} with channels not second")
     ones = x.new_ones(x.patches.batch_size, x.shape[1], *(1,) * (x.ndim - 2))
     return elementwise(torch.Tensor.mul_ if inplace else torch.mul, x, F.dropout(ones, p, training))
+
+
+@register_rule("linear")
+def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not isinstance(x, PackedTensor) or x.ndim - 1 in x.axes or weight.ndim != 2:
+        raise UnsupportedOperation("`linear` needs channels last in a masked map, and a dense weight")
+    rows = multiply_rows(x.reshape(-1, x.shape[-1]), weight, bias)
+    return like(x, rows.view(*x.shape[:-1], -1))
+
+
+@register_rule("batch_norm")
+def _batch_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Statistics over the visible positions of the batch are those of the stored patches."""
+    if 1 in x.axes:
+        raise UnsupportedOperation(f"`batch_norm` of a map {list(dense_shape(x))} whose second axis is spatial")
+    if math.prod(x.shape[2:]) == 1 and x.device.type == "cpu":
+        # In memory of both formats at once, CPU kernels go channel by channel, and take ten times as long.
+        rows = to_rows(x)  # [R, C]
+        image = from_rows(rows, 1, (rows.shape[0], 1))  # [1, C, R, 1], channels-last for certain
+        return like(x, from_rows(to_rows(func(image, *args, **kwargs)), x.shape[0], x.shape[2:]))
+    return like(x, func(x, *args, **kwargs))
+
+
+@register_rule("batch_norm_stats", "batch_norm_backward_reduce", "batch_norm_gather_stats_with_counts")
+def _sync_statistics(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The parts of `SyncBatchNorm`, whose autograd function sees packed tensors from the inside."""
+    return func(*(arg.values if isinstance(arg, PackedTensor) else arg for arg in args), **kwargs)
+
+
+@register_rule("batch_norm_elemt")
+def _sync_normalise(func: Callable[..., Any], x: PackedTensor, *args: Any) -> Tensor:
+    return like(x, func(x, *args))
+
+
+@register_rule("batch_norm_backward_elemt")
+def _sync_backward(func: Callable[..., Any], grad: Tensor, x: PackedTensor, *args: Any) -> Tensor:
+    out: Tensor = func(grad, x.values, *args)
+    return out
+
+
+@register_rule("layer_norm", "rms_norm")
+def _layer_norm(
+    func: Callable[..., Any], x: PackedTensor, normalized_shape: Sequence[int], *args: Any, **kwargs: Any
+) -> Tensor:
+    if max((0, *x.axes)) >= x.ndim - len(normalized_shape):
+        raise UnsupportedOperation(
+            f"`{func.__name__}` over {list(normalized_shape)} normalises positions by parameters of their own; "
+            "normalise channels only"
+        )
+    return like(x, func(x, normalized_shape, *args, **kwargs))
+
+
+@register_rule("local_response_norm")
+def _local_response_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Over neighbouring channels, position by position."""
+    if 1 in x.axes:
+        raise UnsupportedOperation(f"`local_response_norm` of a map {list(dense_shape(x))} with channels not second")
+    return like(x, func(x, *args, **kwargs))
+
+
+@register_rule("get:shape", pending=True)
+def _shape(func: Callable[..., Any], x: PackedTensor, *_: Any) -> torch.Size:
+    return dense_shape(x)
+
+
+@register_rule("size", pending=True)
+def _size(func: Callable[..., Any], x: PackedTensor, dim: int | None = None) -> torch.Size | int:
+    return dense_shape(x) if dim is None else dense_shape(x)[dim]
+
+
+@register_rule("len", pending=True)
+def _len(func: Callable[..., Any], x: PackedTensor) -> int:
+    return x.patches.batch_size
+
+
+@register_rule("repr", "format", pending=True)
+def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
+    block = "×".join(map(str, block_of(x)))
+    return f"PackedTensor(shape={list(dense_shape(x))}, dtype={x.dtype}, {x.patches!r}, block={block})"
+
+
+@register_rule(
+    "dim", "ndimension", "get:ndim", "get:dtype", "get:device", "get:layout", "get:names", "get_device",
+    "get:is_cuda", "get:is_cpu", "get:is_meta", "get:is_mps", "get:is_xpu", "get:is_sparse", "get:is_mkldnn",
+    "get:is_quantized", "get:is_nested", "is_floating_point", "is_complex", "element_size", "get:itemsize",
+    "get:requires_grad", pending=True,
+)  # fmt: skip
+@register_rule(
+    "set:requires_grad", "get:grad_fn", "get:is_leaf", "get:grad", "get:retains_grad",
+    "get:output_nr", "get:version", "is_inference", "register_hook", "retain_grad", "backward", "data_ptr",
+    # The stored elements are the visible ones: what normalisation code counts.
+    "numel", "nelement",
+)  # fmt: skip
+def _as_stored(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return func(*args, **kwargs)
+
+
+@register_rule("is_contiguous")
+def _is_contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> bool:
+    return True  # the memory format is the engine's own affair; see `contiguous`
+
+
+@register_rule("contiguous")
+def _contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> PackedTensor:
+    """The memory format stays, but what may share memory with another map no longer does."""
+    return like(x, x.clone()) if x._is_view() else x
+
+
+@register_rule(
+    "to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu", "clone", "detach", "detach_",
+    "alias", "requires_grad", "get:data",
+)  # fmt: skip
+def _same_elements(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    out: Tensor = func(x, *args, **kwargs)
+    return like(x, out) if isinstance(x, PackedTensor) else out
+
+
+@register_rule("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+def _new(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
+    out: Tensor = func(x, *args, **kwargs)
+    return out
