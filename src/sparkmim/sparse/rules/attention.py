@@ -23,7 +23,7 @@ def _attention(
     is_causal: bool = False,
     **kwargs: Any,
 ) -> Tensor:
-    """Of flattened maps `[B, …, positions, d]`. Masked positions ask nothing and are not attended to."""
+    """Attention of flattened maps `[B, …, positions, d]` among the visible positions of each sample."""
     parts = [part for part in (query, key, value) if isinstance(part, PackedTensor)]
     flat = all(part.axes == (part.ndim - 2,) and part.patches is parts[0].patches for part in parts)
     alike = len({part.ndim for part in parts}) == 1
@@ -35,8 +35,8 @@ def _attention(
     patches = parts[0].patches
 
     def attend(count: int, *stored: Tensor) -> Tensor:
-        """`count` samples at once: `[samples · m, …, b, d]` each."""
-        # [samples, m, …, b, d] -> [samples, …, m · b, d]
+        """Attends within each of `count` samples, given patches `[count · m, …, b, d]`."""
+        # [count, m, …, b, d] -> [count, …, m · b, d]
         whole = [torch.unflatten(part, 0, (count, -1)).movedim(1, -3).flatten(-3, -2) for part in stored]
         out: Tensor = func(*whole, dropout_p=dropout_p, **kwargs)
         return torch.unflatten(out, -2, (-1, query.shape[-2])).movedim(-3, 1).flatten(0, 1)
@@ -49,7 +49,7 @@ def _attention(
 
 @register_rule("matmul", "rmatmul")
 def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor) -> Tensor:
-    """Over channels, with one matrix for all or one per sample; or over all visible positions of each sample."""
+    """Product over channels, with one matrix for all or per sample, or over the visible positions of each sample."""
     if func.__name__ == "__rmatmul__":
         x, other = other, x
     left, right = (part if isinstance(part, PackedTensor) else None for part in (x, other))
@@ -75,5 +75,5 @@ def _one_per_sample(matrices: Tensor, x: PackedTensor) -> bool:
 
 
 def _for_patches(matrices: Tensor, x: PackedTensor) -> Tensor:
-    """One matrix per sample to one per patch."""
+    """Repeats the matrix of each sample for its patches."""
     return matrices if matrices.shape[0] == 1 else matrices.index_select(0, x.patches.sample)

@@ -27,19 +27,19 @@ from sparkmim.sparse.packed import (
 from sparkmim.sparse.windows import gather_windows, image_convolution
 
 _FEW_CHANNELS = 8
-"""Up to this many input channels, rows are too short to gather: windows of the map go to the dense kernel."""
+"""Up to this many input channels, the dense kernel beats the gather: rows are too short."""
 
 _MAX_POOLS: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """`3` or `(3,)` to `(3, 3)`."""
+def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """Repeats a single value for every axis: `3` or `(3,)` to `(3, 3)`."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * rank if len(values) == 1 else values
 
 
-def geometry_of(
+def _geometry(
     name: str,
     x: PackedTensor,
     kernel: Sequence[int],
@@ -49,11 +49,11 @@ def geometry_of(
     after: Sequence[int],
     ceil_mode: bool = False,
 ) -> Geometry:
-    """Checks that an operation maps patches to patches, and describes how its window slides.
+    """Returns the geometry of an operation, after checking that it maps patches to patches.
 
     Raises:
-        UnsupportedOperation: if its output is not the input's size divided by the stride, or if a patch
-            does not divide by the stride.
+        UnsupportedOperation: if the output size is not the input size divided by the stride, or the stride does not
+            divide a patch.
     """
     rank, block = x.patches.rank, block_of(x)
     if x.axes != tuple(range(2, 2 + rank)) or x.ndim != 2 + rank:
@@ -97,22 +97,22 @@ def _convolution(
         return _convolve_each(func, x, weight, bias, (stride, padding, dilation), groups)
     if int(name[4]) != rank:
         raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))}, which has {rank} spatial axes")
-    kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, rank), per_axis(dilation, rank)
+    kernel, stride, dilation = tuple(weight.shape[2:]), _per_axis(stride, rank), _per_axis(dilation, rank)
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if isinstance(padding, str):
         before = tuple(size // 2 if padding == "same" else 0 for size in total)
         after = tuple(size - size // 2 if padding == "same" else 0 for size in total)
     else:
-        before = after = per_axis(padding, rank)
+        before = after = _per_axis(padding, rank)
     if isinstance(x, PendingTensor):
         if not x.extends_by(0.0):
             return on_dense_map(x, name, lambda dense: func(dense, weight, bias, stride, padding, dilation, groups))
         before = tuple(size + extra for size, (extra, _) in zip(before, x.border, strict=True))
         after = tuple(size + extra for size, (_, extra) in zip(after, x.border, strict=True))
         x = x.settled()
-    geometry = geometry_of(name, x, kernel, stride, before, dilation, after)
+    geometry = _geometry(name, x, kernel, stride, before, dilation, after)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
+        x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # autocast does not see the gather
     bias = None if bias is None else bias.to(x.dtype)
     patches = x.patches
     with torch.autocast(x.device.type, enabled=False):
@@ -134,11 +134,11 @@ def _convolve_each(
     settings: tuple[Any, Any, Any],
     groups: int,
 ) -> Tensor:
-    """Every sample by weights of its own: `[1, B · C, *S]` by `[B · out, C / groups, *kernel]`, in `B · groups`."""
+    """Convolves each sample by its own weights: `[1, B · C, *S]` by `[B · out, C / groups, *kernel]`."""
     samples, (stride, padding, dilation) = x.patches.batch_size, settings
     if x.folded != 1 or groups % samples or weight.shape[0] % samples:
         raise UnsupportedOperation(
-            f"`{func.__name__}` of a batch folded into the channels wants groups for each sample"
+            f"`{func.__name__}` of a batch folded into the channels needs groups for each sample"
         )
     stored = torch.split(x.settled(unfold=True), list(x.patches.counts))
     weights = weight.chunk(samples)
@@ -151,7 +151,7 @@ def _convolve_each(
 
 
 def _local(geometry: Geometry) -> bool:
-    """Whether windows do not overlap and stay inside their patch."""
+    """Whether windows tile the patch without overlap."""
     return geometry.kernel == geometry.stride and not any(geometry.padding) and set(geometry.dilation) == {1}
 
 
@@ -161,7 +161,7 @@ def _transposed_convolution(func: Callable[..., Any], x: PackedTensor, *args: An
 
 
 def _rank_of(func: Callable[..., Any], x: PackedTensor) -> int:
-    """Spatial axes of the map, which must be those of the function."""
+    """Returns the number of spatial axes of the map, checked against the function's name."""
     rank = x.patches.rank
     if int(func.__name__[-2]) != rank:
         raise UnsupportedOperation(
@@ -192,9 +192,9 @@ def _max_pool(
     if return_indices:
         raise UnsupportedOperation(f"`{func.__name__}` with return_indices: positions in a masked map have no rule")
     rank = _rank_of(func, x)
-    kernel = per_axis(kernel_size, rank)
-    steps = per_axis(stride, rank) if stride else kernel
-    before, dilation = per_axis(padding, rank), per_axis(dilation, rank)
+    kernel = _per_axis(kernel_size, rank)
+    steps = _per_axis(stride, rank) if stride else kernel
+    before, dilation = _per_axis(padding, rank), _per_axis(dilation, rank)
     after, outside = before, -math.inf
     if isinstance(x, PendingTensor):
         if any(before) or ceil_mode or not x.extends_by(x.border_value):
@@ -203,7 +203,7 @@ def _max_pool(
             )
         before, after = (tuple(sizes) for sizes in zip(*x.border, strict=True))
         outside, x = x.border_value, x.settled()
-    geometry = geometry_of(func.__name__, x, kernel, steps, before, dilation, after, ceil_mode)
+    geometry = _geometry(func.__name__, x, kernel, steps, before, dilation, after, ceil_mode)
     windows = _windows(x, geometry, outside)
     return like(x, _MAX_POOLS[rank](windows, kernel, steps, 0, dilation))
 
@@ -219,19 +219,19 @@ def _avg_pool(
     count_include_pad: bool = True,
     divisor_override: int | None = None,
 ) -> Tensor:
-    """A window divides by what it would divide by without a mask."""
+    """Average pooling, with the divisors of dense pooling."""
     if isinstance(x, PendingTensor):
         options = (stride, padding, ceil_mode, count_include_pad, *([divisor_override] if divisor_override else []))
         return on_dense_map(x, func.__name__, lambda dense: func(dense, kernel_size, *options))
     rank = _rank_of(func, x)
-    kernel = per_axis(kernel_size, rank)
-    steps = per_axis(stride, rank) if stride else kernel
-    padding = per_axis(padding, rank)
-    geometry = geometry_of(func.__name__, x, kernel, steps, padding, (1,) * rank, padding, ceil_mode)
+    kernel = _per_axis(kernel_size, rank)
+    steps = _per_axis(stride, rank) if stride else kernel
+    padding = _per_axis(padding, rank)
+    geometry = _geometry(func.__name__, x, kernel, steps, padding, (1,) * rank, padding, ceil_mode)
     means = _AVG_POOLS[rank](_windows(x, geometry, outside=0.0), kernel, steps)
     if divisor_override:
         return like(x, means * (math.prod(kernel) / divisor_override))
-    # Positions near the border divide by fewer: the pool of ones says by how many.
+    # Windows over the border divide by fewer positions: pooling a map of ones tells by how many.
     ones = x.new_ones(1, 1, *dense_shape(x)[2:])
     pooled = _AVG_POOLS[rank](ones, kernel, steps, padding, ceil_mode, count_include_pad)
     outer = [

@@ -43,9 +43,9 @@ BINARY = """
 
 
 def align(x: PackedTensor, other: Tensor) -> Tensor:
-    """Brings an operand to the stored shape of `x`, so that broadcasting means what it means on dense maps.
+    """Converts an operand so that it broadcasts with the stored `x` as it would with the dense map.
 
-    What varies by sample is repeated for the sample's patches; what varies by position is packed.
+    Operands that vary by sample are repeated for the patches of each sample; those that vary by position are packed.
     """
     if isinstance(other, PackedTensor):
         if other.patches is not x.patches or other.ndim != x.ndim or other.axes != x.axes:
@@ -57,7 +57,7 @@ def align(x: PackedTensor, other: Tensor) -> Tensor:
         return other
     if other.ndim == 0:
         return other
-    if other.shape == x.shape:  # stored like x: a gradient, in the backward of the network's own autograd functions
+    if other.shape == x.shape:  # stored like x: a gradient in a custom autograd function of the network
         return other
     if other.ndim > x.ndim:
         raise UnsupportedOperation(
@@ -99,7 +99,7 @@ def _unary(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Te
 
 @register_rule(*BINARY.split())
 def elementwise(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
-    """Any elementwise operation on any mixture of packed tensors, dense tensors and numbers."""
+    """Applies an elementwise operation to packed tensors, dense tensors and numbers."""
     packed = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, PackedTensor)]
     x = max(packed, key=lambda arg: (arg.ndim, arg.numel()))
     inplace = func.__name__.rstrip("_") != func.__name__ and not func.__name__.startswith("__")
@@ -121,7 +121,7 @@ def _prelu(func: Callable[..., Any], x: PackedTensor, weight: Tensor) -> Tensor:
 def _feature_dropout(
     func: Callable[..., Any], x: PackedTensor, p: float = 0.5, training: bool = True, inplace: bool = False
 ) -> Tensor:
-    """Whole channels are dropped per sample, not per patch."""
+    """Dropout of whole channels, drawn per sample rather than per patch."""
     if func.__name__.startswith("feature_alpha"):
         raise UnsupportedOperation("`feature_alpha_dropout` has no rule for masked images; use dropout")
     if 1 in x.axes:
@@ -140,20 +140,21 @@ def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | 
 
 @register_rule("batch_norm")
 def _batch_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Statistics over the visible positions of the batch are those of the stored patches."""
+    """Batch normalisation: the statistics of the stored patches are those of the visible positions."""
     if 1 in x.axes:
         raise UnsupportedOperation(f"`batch_norm` of a map {list(dense_shape(x))} whose second axis is spatial")
     if math.prod(x.shape[2:]) == 1 and x.device.type == "cpu":
-        # In memory of both formats at once, CPU kernels go channel by channel, and take ten times as long.
+        # [n, C, 1, 1] counts as contiguous and as channels-last. CPU kernels then go channel by channel, which takes
+        # ten times as long.
         rows = to_rows(x)  # [R, C]
-        image = from_rows(rows, 1, (rows.shape[0], 1))  # [1, C, R, 1], channels-last for certain
+        image = from_rows(rows, 1, (rows.shape[0], 1))  # [1, C, R, 1], channels-last only
         return like(x, from_rows(to_rows(func(image, *args, **kwargs)), x.shape[0], x.shape[2:]))
     return like(x, func(x, *args, **kwargs))
 
 
 @register_rule("batch_norm_stats", "batch_norm_backward_reduce", "batch_norm_gather_stats_with_counts")
 def _sync_statistics(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """The parts of `SyncBatchNorm`, whose autograd function sees packed tensors from the inside."""
+    """Operations in the autograd function of `SyncBatchNorm`, which receives packed tensors."""
     return func(*(arg.values if isinstance(arg, PackedTensor) else arg for arg in args), **kwargs)
 
 
@@ -182,7 +183,7 @@ def _layer_norm(
 
 @register_rule("local_response_norm")
 def _local_response_norm(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Over neighbouring channels, position by position."""
+    """Normalisation over neighbouring channels at each position."""
     if 1 in x.axes:
         raise UnsupportedOperation(f"`local_response_norm` of a map {list(dense_shape(x))} with channels not second")
     return like(x, func(x, *args, **kwargs))
@@ -218,7 +219,7 @@ def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
 @register_rule(
     "set:requires_grad", "get:grad_fn", "get:is_leaf", "get:grad", "get:retains_grad",
     "get:output_nr", "get:version", "is_inference", "register_hook", "retain_grad", "backward", "data_ptr",
-    # The stored elements are the visible ones: what normalisation code counts.
+    # Counts stored elements, the visible ones, as normalisation code needs.
     "numel", "nelement",
 )  # fmt: skip
 def _as_stored(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -227,12 +228,12 @@ def _as_stored(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 @register_rule("is_contiguous")
 def _is_contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> bool:
-    return True  # the memory format is the engine's own affair; see `contiguous`
+    return True  # packed tensors have no public memory format
 
 
 @register_rule("contiguous")
 def _contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> PackedTensor:
-    """The memory format stays, but what may share memory with another map no longer does."""
+    """Copies views, so that they share no memory; keeps the memory format."""
     return like(x, x.clone()) if x._is_view() else x
 
 
