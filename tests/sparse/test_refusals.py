@@ -78,7 +78,7 @@ REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
     # axes
     "flattening everything": (lambda x: x.flatten(1), r"to \[3, 192\] mixes"),
     "batch into channels": (lambda x: x.view(1, 9, 8, 8).relu(), "`relu` of a masked map that"),
-    "batch into channels, convolved": (lambda x: F.conv2d(x.view(1, 9, 8, 8), torch.zeros(1, 9, 1, 1)), "wants groups"),
+    "batch into channels, convolved": (lambda x: F.conv2d(x.view(1, 9, 8, 8), torch.zeros(1, 9, 1, 1)), "needs groups"),
     "batch into channels, elsewhere": (lambda x: x.view(1, 9, 8, 8).view(9, 8, 8), "`view` of a masked map that"),
     "channels into batch": (lambda x: x.reshape(9, 1, 8, 8), "mixes the batch"),
     "shuffle with channels last": (lambda x: F.pixel_shuffle(x.permute(0, 2, 3, 1), 2), "channels not second"),

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import StochasticDepth
 
 from sparkmim.sparse import PackedTensor, PatchLayout, pack, unpack, windows
-from sparkmim.sparse.rules import convolution as convolution_rules
+from sparkmim.sparse.rules import kernels
 
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 BATCH_NORM: dict[int, Any] = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -106,8 +106,8 @@ def test_all_four_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
     """Plain rows, rows by index, windows of patches, the whole map: the cases above reach each of them."""
     called = []
     for place, name in (
-        (convolution_rules, "multiply_rows"),
-        (convolution_rules, "gather_convolution"),
+        (kernels, "multiply_rows"),
+        (kernels, "gather_convolution"),
         (windows._Windows, "images"),
         (windows._Maps, "images"),
     ):
@@ -117,8 +117,8 @@ def test_all_four_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
     sparse[0, 1, 1] = sparse[0, 2, 2] = True
     full = torch.ones(1, 4, 4, dtype=torch.bool)
     for channels, groups, kernel, visible, block, expected in (
-        (12, 1, 3, sparse, 2, "convolution.gather_convolution"),
-        (12, 1, 1, sparse, 2, "convolution.multiply_rows"),
+        (12, 1, 3, sparse, 2, "kernels.gather_convolution"),
+        (12, 1, 1, sparse, 2, "kernels.multiply_rows"),
         (3, 1, 3, sparse, 2, "_Windows.images"),
         (12, 12, 7, sparse, 4, "_Windows.images"),
         (3, 1, 3, full, 2, "_Maps.images"),
@@ -130,7 +130,7 @@ def test_all_four_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
         assert called == [expected]
     called.clear()
     nn.Conv2d(3, 8, 4, stride=4)(pack(torch.randn(1, 3, 16, 16), PatchLayout(sparse)))
-    assert called == ["convolution.gather_convolution"]  # patches that do not overlap: few channels are enough
+    assert called == ["kernels.gather_convolution"]  # patches that do not overlap: few channels are enough
 
 
 def test_linear_and_matmul() -> None:

@@ -1,4 +1,16 @@
-"""The sparse engine: networks on the visible patches of masked images, unmodified and exact."""
+"""Sparse engine: runs unmodified networks on the visible patches of masked images, exactly.
+
+The files in reading order:
+
+- `packed`: `PackedTensor`, which stores the visible patches and behaves as the dense map; looks up rules by name.
+- `rules/`: what each tensor function does on packed tensors. `pointwise` and `kernels` (convolution, pooling) run
+  nearly every network; `shape`, `reduction`, `resampling` and `attention` hold the rest.
+- `layout`: `PatchLayout`, which patches are visible, and index tables of their neighbours.
+- `gather`: convolution as a gather of rows and a matrix product.
+- `windows`: depthwise and narrow convolution, and pooling, by dense kernels.
+- `oracle`: `MaskedDense`, the definition of a masked network, simple and slow.
+- `verify`: compares a packed network with the dense one and with the definition.
+"""
 
 from sparkmim.sparse import rules as rules
 from sparkmim.sparse.layout import PatchLayout

@@ -1,6 +1,6 @@
-"""Convolution over visible positions as a matrix product on rows read by index.
+"""Convolution over visible positions as a gather of rows and a matrix product.
 
-Its backward is a gather again, by the mirrored tables, and never a scatter: deterministic on every device.
+The backward pass gathers too, by mirrored tables. It never scatters, so it is deterministic on every device.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sparkmim.sparse.layout import PatchLayout, Taps
 
 @dataclass(frozen=True)
 class Geometry:
-    """How a window slides over a map, per spatial axis.
+    """Geometry of a sliding window, per spatial axis.
 
     Attributes:
         block: input positions per patch.
         kernel: window size.
         stride: step between windows.
-        padding: positions read before the map's first.
+        padding: positions added before the map.
         dilation: step within a window.
     """
 
@@ -43,7 +43,7 @@ class Geometry:
 
     @property
     def taps(self) -> Taps:
-        """Where the window reads, relative to `stride · output position`."""
+        """Offsets at which the window reads, relative to `stride · output position`."""
         return tuple(
             tuple(tap * step - before for tap in range(size))
             for size, step, before in zip(self.kernel, self.dilation, self.padding, strict=True)
@@ -51,7 +51,7 @@ class Geometry:
 
     @property
     def span(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """First position and number of positions that the windows of one patch read."""
+        """First position that the windows of one patch read, and how many."""
         extents = zip(self.out_block, self.stride, self.dilation, self.kernel, strict=True)
         return (
             tuple(-before for before in self.padding),
@@ -60,23 +60,23 @@ class Geometry:
 
 
 _CHUNK_BYTES = {"cpu": 4 * 2**20}
-"""How much of the gathered matrix exists at a time: what a core's cache holds. Elsewhere, one GiB."""
+"""Size of a chunk of the gathered matrix: on CPUs, what a core's cache holds; on other devices, 1 GiB."""
 
 
 def extend(rows: Tensor, outside: float = 0.0) -> Tensor:
-    """Appends what the last two row numbers of a table stand for: a masked position, and one outside."""
+    """Appends the two rows that tables refer to: zeros for a masked position, `outside` beyond the border."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1]), rows.new_full((1, rows.shape[1]), outside)])
 
 
 def chunk_size(row_bytes: int, device: torch.device) -> int:
-    """How many rows of that many bytes make a chunk."""
+    """Returns the number of rows per chunk."""
     return max(1, _CHUNK_BYTES.get(device.type, 2**30) // row_bytes)
 
 
 def _gathered(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Reads rows by number, chunk by chunk: yields which output rows, and their `[m, taps · C]`.
+    """Gathers rows in chunks: yields a slice of the output rows and their inputs `[m, taps · C]`.
 
-    All chunks are written to the same memory: it stays in the cache, and the next one overwrites it.
+    Every chunk overwrites the one before, so that the memory stays in the cache.
     """
     extended = extend(rows)
     taps, channels = table.shape[1], rows.shape[1]
@@ -90,7 +90,7 @@ def _gathered(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 _ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-"""Whether oneDNN can be asked for a plain matrix product; not all builds and machines have it."""
+"""Whether this build of PyTorch offers oneDNN's matrix product."""
 
 
 def _by_onednn(rows: Tensor) -> bool:
@@ -98,21 +98,21 @@ def _by_onednn(rows: Tensor) -> bool:
 
 
 def product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`rows @ matrix + bias` of `[m, k]` and `[k, out]`, by the fastest kernel there is.
+    """Computes `rows @ matrix + bias` for `[m, k]` and `[k, out]` by the fastest kernel available.
 
-    In float32 on CPUs, PyTorch multiplies by MKL. oneDNN, which it convolves by, was faster on the AMD machine that
-    this was measured on; the operation that torch.compile turns Linear layers into gets us there.
+    For float32 on CPUs, PyTorch multiplies matrices with MKL; oneDNN, its library for convolutions, was faster on the
+    AMD CPU measured. It is called by the operation that torch.compile replaces Linear layers with.
     """
     if _by_onednn(rows):
         if not matrix.t().is_contiguous():
-            matrix = matrix.contiguous()  # other strides it takes too, and is hundreds of times slower
+            matrix = matrix.contiguous()  # oneDNN accepts other strides, hundreds of times slower
         out: Tensor = torch.ops.mkldnn._linear_pointwise(rows.contiguous(), matrix.t(), bias, "none", [], "")
         return out
     return rows @ matrix if bias is None else torch.addmm(bias, rows, matrix)
 
 
 class _MultiplyRows(torch.autograd.Function):
-    """`[m, k]` rows and a matrix `[out, k]` to `[m, out]`."""
+    """Multiplies rows `[m, k]` by a matrix `[out, k]` to `[m, out]`."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,7 +131,7 @@ class _MultiplyRows(torch.autograd.Function):
 
 
 def multiply_rows(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`F.linear` of `[m, k]` rows and a matrix `[out, k]`, forward and backward by `product`."""
+    """Computes `F.linear` of rows `[m, k]` and a matrix `[out, k]`, using `product` forward and backward."""
     if _by_onednn(rows) and not torch.is_autocast_enabled("cpu"):
         out: Tensor = _MultiplyRows.apply(rows, matrix, bias)
         return out
@@ -139,27 +139,27 @@ def multiply_rows(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> T
 
 
 def join(parts: list[Tensor]) -> Tensor:
-    """`torch.cat` that spares a single part the copy."""
+    """Concatenates tensors; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def added(total: Tensor | None, part: Tensor) -> Tensor:
-    """Adds to a running sum, which goes on in float32 if the parts are of half precision."""
+    """Adds `part` to a running sum, kept in float32 for parts of half precision."""
     if total is None:
         return part
     return total.to(torch.promote_types(part.dtype, torch.float32)).add_(part)
 
 
 def owner(x: Tensor) -> Tensor:
-    """The same memory as a tensor of its own rather than a view.
+    """Returns a tensor on the memory of `x` that is not a view.
 
-    For what autograd functions return: on a view, the network could not work in place.
+    For results of autograd functions: PyTorch forbids in-place operations on views that these return.
     """
     return x.new_empty(0).set_(x)  # type: ignore[call-overload, no-any-return]
 
 
 class _GatherConvolution(torch.autograd.Function):
-    """`[R, C]` rows and a weight `[out, C, *kernel]` to `[m, out]` rows; the gathered matrix is not kept."""
+    """Convolves rows `[R, C]` by a weight `[out, C, *kernel]` to rows `[m, out]`; the gathered matrix is not stored."""
 
     @staticmethod
     def forward(
@@ -174,10 +174,10 @@ class _GatherConvolution(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """Both gradients come from one gather of `grad`, by the mirrored tables.
+        """Computes both gradients from one gather of `grad` by the mirrored tables.
 
-        Each input row gathers the output rows that read it. With `G` `[R, taps · out]` what it gathers, and
-        `M` `[taps · out, C]` the weight, the input's gradient is `G M`, and that of `M` is `Gᵀ rows`.
+        Each input row gathers the output rows that read it, into `G` `[R, taps · out]`. With the weight as a matrix
+        `M` `[taps · out, C]`, the gradient is `G M` for the input and `Gᵀ rows` for `M`.
         """
         rows, weight = ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad[:3]
@@ -217,14 +217,14 @@ class _GatherConvolution(torch.autograd.Function):
 
 
 def _mirrored(patches: PatchLayout, geometry: Geometry) -> Iterator[tuple[Any, Any, Tensor]]:
-    """The tables by which input rows find the output rows that read them.
+    """Builds the tables from input rows to the output rows that read them.
 
-    Input positions with the same remainder modulo the stride are read by the same taps, and each tap reads those of
-    one remainder only: there is a table for each, a single one at stride 1.
+    There is one table per remainder of input positions modulo the stride: positions with the same remainder are read
+    by the same taps, and a tap reads positions of one remainder only.
 
     Yields:
-        An index of those input positions in `[n, *block, …]`, an index of their taps in `[out, *kernel, …]`,
-        and the table: `[n · prod(out_block), taps]`.
+        An index of the input positions in `[n, *block, …]`, an index of their taps in `[out, *kernel, …]`, and the
+        table `[n · prod(out_block), taps]`.
     """
     axes = list(zip(geometry.stride, geometry.taps, strict=True))
     for remainder in itertools.product(*(range(step) for step in geometry.stride)):
@@ -244,7 +244,7 @@ def _mirrored(patches: PatchLayout, geometry: Geometry) -> Iterator[tuple[Any, A
 
 
 def _slice(numbers: list[int]) -> slice:
-    """`[1, 3, 5]` to `slice(1, 6, 2)`. Taps of one remainder are evenly spaced."""
+    """Converts evenly spaced numbers to a slice: `[1, 3, 5]` to `slice(1, 6, 2)`."""
     step = numbers[1] - numbers[0] if len(numbers) > 1 else 1
     return slice(numbers[0], numbers[-1] + 1, step)
 
@@ -252,18 +252,18 @@ def _slice(numbers: list[int]) -> slice:
 def gather_convolution(
     rows: Tensor, weight: Tensor, patches: PatchLayout, geometry: Geometry, bias: Tensor | None = None
 ) -> Tensor:
-    """Convolution over visible positions as one gather and one matrix product.
+    """Convolves visible positions by one gather and one matrix product.
 
     Args:
-        rows: `[n · prod(block), C]`, the input map's rows.
-        weight: `[out, C, *kernel]`; may be of higher precision than the rows. It is rounded to theirs where it
-            is used, so that no copy waits for the backward pass.
-        patches: the layout.
-        geometry: how the kernel slides.
-        bias: `[out]`, of the rows' precision.
+        rows: rows of the input map, `[n · prod(block), C]`.
+        weight: `[out, C, *kernel]`. Cast to the rows' dtype where it is used, so that no copy is stored for the
+            backward pass.
+        patches: layout of the `n` visible patches.
+        geometry: of the sliding kernel.
+        bias: `[out]`, in the rows' dtype.
 
     Returns:
-        `[n · prod(block / stride), out]`, the output map's rows.
+        Rows of the output map, `[n · prod(block / stride), out]`.
     """
     out: Tensor = _GatherConvolution.apply(rows, weight, bias, patches, geometry)
     return out

@@ -1,4 +1,4 @@
-"""Which patches of a batch are visible, and which neighbours each of them has."""
+"""Layout of the visible patches of a batch: their positions, neighbours and index tables."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from torch import Tensor
 from sparkmim.errors import UserError
 
 Taps = tuple[tuple[int, ...], ...]
-"""Per spatial axis, the offsets at which an operation reads, relative to `stride * output position`."""
+"""Offsets at which an operation reads along each spatial axis, relative to `stride · output position`."""
 
 
 class PatchLayout:
-    """The visible patches of a batch of images, and index tables that tell who stands beside whom.
+    """Visible patches of a batch of images, with index tables of their neighbours.
 
-    All visible patches of the batch are numbered `0 … n-1`, sample by sample and in row-major order
-    within a sample. Everything here depends on the mask alone: a layout is built once per step, and
-    all layers of a network share its tables, which are built when first asked for and then kept.
+    The visible patches of the batch are numbered `0 … n-1`, sample by sample and in row-major order
+    within a sample. A layout depends on the mask alone: it is built once per step and shared by all
+    layers of a network. Tables are built on first use and cached.
 
     Args:
-        visible: bool `[B, *grid]`, true where a patch is visible. The number of grid axes is the
-            spatial rank: 1 for signals, 2 for images, 3 for volumes.
+        visible: bool `[B, *grid]`, true for visible patches. The grid has 1 axis for signals,
+            2 for images, 3 for volumes.
 
     Raises:
         ValueError: if `visible` is not boolean, has no grid axis, or hides a whole sample.
@@ -64,7 +64,7 @@ class PatchLayout:
 
     @functools.cached_property
     def samples(self) -> tuple[PatchLayout, ...]:
-        """A layout for each sample alone."""
+        """A separate layout for each sample."""
         return tuple(PatchLayout(visible) for visible in torch.split(self.visible, 1))
 
     @property
@@ -77,16 +77,16 @@ class PatchLayout:
         return f"PatchLayout(batch_size={self.batch_size}, grid={self.grid}, visible={shown})"
 
     def upsampled(self, block: Sequence[int]) -> Tensor:
-        """The mask at a resolution of `block` positions per patch: bool `[B, *(grid · block)]`."""
+        """Returns the mask with `block` positions per patch: bool `[B, *(grid · block)]`."""
         mask = self.visible
         for axis, size in enumerate(block, start=1):
             mask = mask.repeat_interleave(size, dim=axis)
         return mask
 
     def neighbours(self, delta: tuple[int, ...]) -> Tensor:
-        """The patch that stands `delta` grid cells away from each visible patch: long `[n]`.
+        """Returns the number of the patch `delta` grid cells away from each visible patch: long `[n]`.
 
-        `n` stands for a masked patch, `n + 1` for a place outside the image.
+        The number is `n` for a masked patch and `n + 1` outside the image.
         """
         if delta not in self._neighbours:
             grid = self.position.new_tensor(self.grid)
@@ -101,10 +101,10 @@ class PatchLayout:
         """Which input row every tap of every output row reads: int32 `[n · prod(block/stride), prod(taps)]`.
 
         The rows of a packed map are its positions in memory order: patch, then position in the
-        patch, row-major. Output position `o` of a patch reads, along each axis, the input positions
-        `o · stride + t` for `t` in that axis's `taps`, counted from the patch's own first position;
-        those beyond the patch belong to its neighbours. With `R = n · prod(block)` input rows, row
-        `R` stands for a masked position and row `R + 1` for one outside the image.
+        patch, row-major. Along each axis, output position `o` of a patch reads the input positions
+        `o · stride + t` for each `t` in `taps`, counted from the patch's first position; positions
+        beyond the patch belong to its neighbours. With `R = n · prod(block)` input rows, row `R`
+        stands for a masked position and row `R + 1` for one outside the image.
         """
         key = (block, stride, taps)
         if key not in self._tables:
@@ -116,7 +116,7 @@ class PatchLayout:
         around = torch.stack([self.neighbours(delta) for delta in itertools.product(*reach)], 1)  # [n, cells]
         patch = around.to(torch.int32)[:, which]  # [n, out · taps]
         inputs = math.prod(block)
-        special = self.num_visible * inputs - self.num_visible  # from the number of no patch to that of no row
+        special = self.num_visible * inputs - self.num_visible  # patch number n to row number R
         table = torch.where(patch < self.num_visible, patch * inputs + where, patch + special)
         outputs = math.prod(size // step for size, step in zip(block, stride, strict=True))
         return table.view(self.num_visible * outputs, -1)
@@ -126,11 +126,11 @@ class PatchLayout:
 def _pattern(
     block: tuple[int, ...], stride: tuple[int, ...], taps: Taps, device: torch.device
 ) -> tuple[list[range], Tensor, Tensor]:
-    """Where the taps of one patch read, which is the same for every patch of every layout.
+    """Computes where the taps of one patch read; the same for every patch of every layout.
 
     Returns:
-        Along each axis, how many cells away the patches stand that are read; and for each output position and
-        tap, row-major: which of these patches is read (long), and which position in it (int32), `[out · taps]`.
+        The offsets in grid cells of the patches read, per axis; and, for each output position and tap in row-major
+        order, which of these patches is read (long `[out · taps]`) and at which position (int32 `[out · taps]`).
     """
     rank = len(block)
     reads = [

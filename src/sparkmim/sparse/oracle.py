@@ -1,6 +1,6 @@
-"""The definition of a masked network, as simply as it can be written: the dense network, masked everywhere.
+"""Definition of a masked network: the dense network with every layer masked.
 
-Slow on purpose. It is what `verify` and the tests hold the packed network against.
+Simple rather than fast: `verify` and the tests compare packed networks with it.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ _ADAPTIVE = {"adaptive_avg_pool1d": "mean", "adaptive_avg_pool2d": "mean", "adap
              "adaptive_max_pool1d": "amax", "adaptive_max_pool2d": "amax", "adaptive_max_pool3d": "amax"}  # fmt: skip
 _REDUCE = {"mean": 1, "sum": 1, "amax": 1, "amin": 1, "var": 1, "std": 1, "var_mean": 1, "std_mean": 1, "logsumexp": 1,
            "nanmean": 1, "nansum": 1, "norm": 2, "vector_norm": 2, "linalg_vector_norm": 2}  # fmt: skip
-"""Reductions, and at which position their axes stand."""
+"""Reductions, with the position of their argument `dim`."""
 
 _OVER_ALL = {"mean", "sum", "amax", "amin", "max", "min", "nansum"}
-"""Reductions that go over everything where no axes are given."""
+"""Reductions over all elements if called without axes."""
 
 _MOMENTS = {"var", "std", "var_mean", "std_mean"}
 
 
 class MaskedDense(TorchFunctionMode):
-    """Runs the code in its scope on dense maps, by the definition of the method.
+    """Runs the code in its scope on dense maps by the definition of the method.
 
     Convolution, pooling and resampling see zeros at masked positions; normalisation, global reductions and
-    attention cover visible positions only. Everything else runs as it is: what it leaves at masked positions, no
-    operation above ever reads.
+    attention cover visible positions only. Other operations run unchanged: none of the above reads what they
+    write to masked positions.
 
     Args:
         visible: bool `[B, *grid]`.
@@ -46,9 +46,9 @@ class MaskedDense(TorchFunctionMode):
         self.rank = visible.ndim - 1
 
     def mask_of(self, x: Tensor, axes: Sequence[int] | None = None) -> Tensor | None:
-        """The mask `[B, *S]` of a map whose spatial axes stand at `axes` (by default after the channels).
+        """Returns the mask `[B, *S]` of a map with spatial axes `axes` (by default those after the channels).
 
-        None if `x` is no map: something pooled, or padded, or a weight.
+        None if `x` is not a map but, for example, pooled, padded or a weight.
         """
         if axes is None and x.ndim != self.rank + 2:
             return None
@@ -63,7 +63,7 @@ class MaskedDense(TorchFunctionMode):
         return mask
 
     def flat_mask_of(self, x: Tensor, axis: int) -> Tensor | None:
-        """The mask `[B, positions]` of a map whose spatial axes were flattened into one; its patches are cubes."""
+        """Returns the mask `[B, positions]` of a map with flattened spatial axes, assuming patches of equal sides."""
         patches = self.visible[0].numel()
         side = round((x.shape[axis] / patches) ** (1 / self.rank))
         if x.shape[0] != self.visible.shape[0] or patches * side**self.rank != x.shape[axis]:
@@ -74,7 +74,7 @@ class MaskedDense(TorchFunctionMode):
         return mask.flatten(1)
 
     def mask_among(self, x: Tensor, axes: Sequence[int]) -> tuple[Tensor | None, list[int]]:
-        """The mask of a map whose spatial axes are the last ones of `axes`, and which ones these are."""
+        """Returns the mask of a map whose spatial axes are the last of `axes`, and these axes."""
         last = list(axes)[-self.rank :]
         if (mask := self.mask_of(x, last)) is not None:
             return mask, last
@@ -83,12 +83,12 @@ class MaskedDense(TorchFunctionMode):
         return None, []
 
     def _is_map(self, x: Tensor) -> bool:
-        """Whether spatial axes stand side by side somewhere."""
+        """Whether adjacent axes of `x` fit the mask."""
         return self._visible(x) is not x
 
     def _visible(self, x: Tensor) -> Tensor:
-        """The values of a map at visible positions, `[positions, …]`; what is no map as it is."""
-        for first in range(x.ndim - self.rank, 0, -1):  # where they mostly stand
+        """Returns the values of a map at visible positions, `[positions, …]`; other tensors unchanged."""
+        for first in range(x.ndim - self.rank, 0, -1):  # the usual order of axes first
             axes = list(range(first, first + self.rank))
             if (mask := self.mask_of(x, axes)) is not None:
                 return x.movedim(axes, list(range(1, 1 + self.rank)))[mask]
@@ -110,7 +110,7 @@ class MaskedDense(TorchFunctionMode):
                 return func(*args, **kwargs)
             position = _REDUCE[name]
             if name in _MOMENTS and len(args) > position + 1:
-                kwargs["unbiased"] = args[position + 1]  # an old spelling, (dim, unbiased, keepdim)
+                kwargs["unbiased"] = args[position + 1]  # the old signature (dim, unbiased, keepdim)
                 args = (*args[: position + 1], *args[position + 2 :])
             kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
             given = args[position + 1] if len(args) > position + 1 else False
@@ -138,12 +138,12 @@ class MaskedDense(TorchFunctionMode):
         if name == "numel":
             return int(mask.sum()) * x.shape[1]
         if name in ("view", "reshape") and (out := func(*args, **kwargs)).shape[0] == 1 < x.shape[0]:
-            # The batch goes into the channels, for a convolution with weights of each sample's own.
+            # Folds the batch into the channels, for a convolution with separate weights per sample.
             return func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
         if name in _SEE_ZEROS:
             out = func(torch.where(mask.unsqueeze(1), x, 0), *args[1:], **kwargs)
             if name == "pad":
-                out._padded = out.shape[2:] != x.shape[2:]  # its size may divide by the grid by accident
+                out._padded = out.shape[2:] != x.shape[2:]  # the grid may divide its size by chance
             return out
         if name in _ADAPTIVE:
             spatial = list(range(2, x.ndim))
@@ -172,7 +172,7 @@ class MaskedDense(TorchFunctionMode):
         spatial: Sequence[int],
         keepdim: bool,
     ) -> Any:
-        """Reduces over `axes`, of which the `spatial` ones count where visible."""
+        """Reduces over `axes`, over visible positions for the `spatial` ones among them."""
         others = [axis for axis in axes if axis not in spatial and axis != 0]
         maps = x.movedim([*spatial, *others], list(range(1, 1 + len(spatial) + len(others))))  # [B, *S, *others, …]
         count = len(others)
@@ -197,7 +197,7 @@ class MaskedDense(TorchFunctionMode):
 
 
 def _axes(x: Tensor, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-    """The axes a reduction is over, none of them if it is over everything or just one."""
+    """Returns the axes of a reduction, sorted; empty if it has none."""
     dim = kwargs.get("dim", kwargs.get("axis", args[_REDUCE[name]] if len(args) > _REDUCE[name] else None))
     if isinstance(dim, bool) or dim is None:
         return []

@@ -1,10 +1,10 @@
-"""A tensor type for masked images: it behaves as the dense map and stores the visible patches only.
+"""Tensor type for masked images that behaves as the dense map and stores only the visible patches.
 
-A visible patch is a small image, and all visible patches of a batch are an ordinary tensor
-`[n, C, *block]`. `PackedTensor` stores just that, and presents itself to the network as the dense map
-`[B, C, *S]` whose masked positions are hidden: `x.shape` is the dense shape, so any shape arithmetic in
-a model's code comes out as it would without a mask. Operations on it look their rule up by name in
-`RULES`; most are elementwise and run on the stored patches unchanged. One without a rule is refused.
+A visible patch is a small image, so the visible patches of a batch form an ordinary tensor
+`[n, C, *block]`. `PackedTensor` stores this tensor and appears to the network as the dense map
+`[B, C, *S]`: `x.shape` is the dense shape, so shape arithmetic in a model's code gives the same result
+as without a mask. Operations look up their rule by name in `RULES`. Most are elementwise and run on the
+stored patches unchanged. An operation without a rule is refused.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ from sparkmim.errors import UserError
 from sparkmim.sparse.layout import PatchLayout
 
 Rule = Callable[..., Any]
-"""`rule(func, *args, **kwargs)`: computes `func`, the tensor function that was called, on packed arguments."""
+"""Function `rule(func, *args, **kwargs)` that computes the tensor function `func` on packed arguments."""
 
 _AnyRule = TypeVar("_AnyRule", bound=Rule)
 
 RULES: dict[str, Rule] = {}
-"""Rules by the name of the function, without leading and trailing underscores."""
+"""Rules by function name, without leading and trailing underscores."""
 
 PENDING: set[str] = set()
-"""Names of the rules that know what to do with a `PendingTensor`."""
+"""Names of the functions whose rules accept a `PendingTensor`."""
 
 
 class UnsupportedOperation(UserError, RuntimeError):
-    """An operation that has no exact meaning on visible patches alone, or no rule yet."""
+    """Raised for operations that are not defined on visible patches alone, or have no rule."""
 
 
 def register_rule(*names: str, pending: bool = False) -> Callable[[_AnyRule], _AnyRule]:
     """Registers the decorated function as the rule of the tensor functions called `names`.
 
-    A name is that of the function without leading and trailing underscores: `conv2d` stands for
-    `torch.conv2d`, `add` for `torch.add`, `Tensor.add_` and `Tensor.__add__` alike; `get:shape` for the
-    attribute `shape`. Inside a rule, packed tensors are plain tensors `[n, …]` of visible patches.
+    Names have no leading and trailing underscores: `conv2d` means `torch.conv2d`; `add` means
+    `torch.add`, `Tensor.add_` and `Tensor.__add__`; `get:shape` means the attribute `shape`. Inside a
+    rule, packed tensors are plain tensors `[n, …]` of visible patches.
 
     Args:
-        names: of the functions.
-        pending: whether the rule takes maps to which `F.pad` has added a border (`PendingTensor`).
+        names: names of the tensor functions.
+        pending: whether the rule accepts padded maps (`PendingTensor`).
     """
 
     def register(rule: _AnyRule) -> _AnyRule:
@@ -60,16 +60,16 @@ def register_rule(*names: str, pending: bool = False) -> Callable[[_AnyRule], _A
 
 
 class PackedTensor(torch.Tensor):
-    """The visible patches of a dense map, posing as that map.
+    """Visible patches of a dense map, with the interface of that map.
 
     Attributes:
-        patches: the layout that says which patches these are.
-        axes: where the spatial axes stand, in order. `(2, 3)` for a map `[B, C, H, W]`, `(1, 2)` for
-            `[B, H, W, C]`; a single one for maps whose spatial axes have been flattened into one.
-        flat: positions per patch along each spatial axis, of a map that was flattened; None for others.
+        patches: layout of the visible patches.
+        axes: spatial axes in order: `(2, 3)` for a map `[B, C, H, W]`, `(1, 2)` for `[B, H, W, C]`;
+            one axis for maps whose spatial axes were flattened into one.
+        flat: positions per patch along each spatial axis before flattening; None if not flattened.
 
-    The batch axis is always the first. What is stored differs from what `shape` tells in two places:
-    the batch axis holds the `n` visible patches, each spatial axis one patch's share of the axis.
+    The batch axis is always the first. The stored tensor differs from `shape` in two places: its first
+    axis counts the `n` visible patches, and each spatial axis covers one patch.
     """
 
     patches: PatchLayout
@@ -78,10 +78,10 @@ class PackedTensor(torch.Tensor):
 
     @classmethod
     def wrap(cls, values: Tensor, patches: PatchLayout, axes: tuple[int, ...]) -> PackedTensor:
-        """Makes a packed tensor of patches `values` `[n, …]`, without a copy.
+        """Turns the patches `values` `[n, …]` into a packed tensor, without a copy.
 
-        The object itself changes class: an alias would be a view, on which autograd makes every
-        in-place operation of the network copy its gradient.
+        Changes the class of `values` itself: an alias would be a view, and for in-place operations on
+        views autograd copies gradients.
         """
         packed: PackedTensor = values  # type: ignore[assignment]
         packed.__class__ = cls
@@ -121,21 +121,21 @@ class PackedTensor(torch.Tensor):
 
     @classmethod
     def _check(cls, name: str) -> None:
-        """Raises an `UnsupportedOperation` if the kind of tensor does not allow a function."""
+        """Raises `UnsupportedOperation` if this type of tensor does not allow the function `name`."""
 
 
 class PendingTensor(PackedTensor):
-    """A packed map on its way into a convolution or pooling, in a shape that does not divide into patches.
+    """Packed map in a shape that does not divide into patches, on its way into a convolution or pooling.
 
-    It has a border that `F.pad` has added and that is not laid down yet, or its batch is folded into the channels,
-    `[1, B · C, *S]`, for a convolution with weights of each sample's own. What follows reads it as it needs it;
-    nothing else is defined on such a map.
+    Either `F.pad` has added a border, which is recorded here and not stored, or the batch is folded into the channels,
+    `[1, B · C, *S]`, for a convolution with separate weights per sample. Only rules registered with `pending` accept
+    it.
 
     Attributes:
         border: positions before and after the map, per spatial axis; negative where the map is cropped.
-        border_mode: what fills it: `constant`, `reflect`, `replicate` or `circular`.
-        border_value: of a constant border.
-        folded: the axis into which batch and channels are folded, 1 or 0; None if they are not.
+        border_mode: `constant`, `reflect`, `replicate` or `circular`.
+        border_value: value of a constant border.
+        folded: axis into which batch and channels are folded, 1 or 0; None if not folded.
     """
 
     border: tuple[tuple[int, int], ...]
@@ -152,7 +152,7 @@ class PendingTensor(PackedTensor):
         value: float = 0.0,
         folded: int | None = None,
     ) -> PendingTensor:
-        """The same map with a border, or folded. For rules."""
+        """Returns the map `x` with a border, or folded. For use in rules."""
         pending: PendingTensor = x.view_as(x)  # type: ignore[assignment]
         pending.__class__ = cls
         pending.patches, pending.axes = x.patches, x.axes
@@ -168,16 +168,16 @@ class PendingTensor(PackedTensor):
             )
 
     def extends_by(self, value: float) -> bool:
-        """Whether the border is nothing but more positions of that value."""
+        """Whether the border only adds positions of this value."""
         return self.border_mode == "constant" and self.border_value == value and min(map(min, self.border)) >= 0
 
     @property
     def bare(self) -> bool:
-        """Whether there is no border."""
+        """Whether the map has no border."""
         return not any(map(any, self.border))
 
     def settled(self, unfold: bool = False) -> PackedTensor:
-        """The map as it was before padding; with `unfold`, before folding too."""
+        """Returns the map before padding; with `unfold`, before folding too."""
         if self.folded is not None and not unfold:
             raise UnsupportedOperation("a batch folded into the channels must be convolved, and unfolded again")
         return PackedTensor.wrap(self.values, self.patches, self.axes)
@@ -192,12 +192,12 @@ def _name_of(func: Callable[..., Any]) -> str:
 
 
 def block_of(x: PackedTensor) -> tuple[int, ...]:
-    """Positions per patch along each spatial axis. For rules: `x` is seen as the plain tensor it stores."""
+    """Returns the positions per patch, per spatial axis. For use in rules, where `x.shape` is the stored shape."""
     return tuple(x.shape[axis] for axis in x.axes)
 
 
 def dense_shape(x: PackedTensor) -> torch.Size:
-    """The shape of the dense map that `x` stands for. For rules, as `block_of`."""
+    """Returns the shape of the dense map. For use in rules, where `x.shape` is the stored shape."""
     shape = list(x.shape)
     shape[0] = x.patches.batch_size
     if len(x.axes) == x.patches.rank:
@@ -215,7 +215,7 @@ def dense_shape(x: PackedTensor) -> torch.Size:
 
 
 def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -> PackedTensor:
-    """Wraps the result of a rule with the layout of `x`. What is packed already (in-place operations) stays."""
+    """Wraps the result of a rule with the layout of `x`; a result that is packed already (in place) is returned."""
     if isinstance(values, PackedTensor):
         return values
     out = PackedTensor.wrap(values, x.patches, x.axes if axes is None else axes)
@@ -225,22 +225,22 @@ def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -
 
 
 def to_rows(x: Tensor) -> Tensor:
-    """`[n, C, *block]` to `[n · prod(block), C]`, a view where memory is channels-last."""
+    """Reshapes patches `[n, C, *block]` to rows `[n · prod(block), C]`; a view if memory is channels-last."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
 
 
 def from_rows(rows: Tensor, n: int, block: Sequence[int]) -> Tensor:
-    """`[n · prod(block), C]` to `[n, C, *block]` in channels-last memory, a view."""
+    """Reshapes rows `[n · prod(block), C]` to patches `[n, C, *block]`, a view in channels-last memory."""
     return rows.view(n, *block, rows.shape[-1]).movedim(-1, 1)
 
 
 def gather_patches(dense: Tensor, patches: PatchLayout) -> Tensor:
-    """The visible patches of a dense map: `[B, C, *S]` to `[n, C, *block]` in channels-last memory."""
+    """Returns the visible patches of a dense map: `[B, C, *S]` to `[n, C, *block]` in channels-last memory."""
     return _by_patch(dense, patches)[patches.index].contiguous().movedim(-1, 1)
 
 
 def scatter_patches(values: Tensor, patches: PatchLayout) -> Tensor:
-    """A dense map with zeros at masked positions: `[n, *block, C]` to `[B, *S, C]`."""
+    """Returns the dense map of patches, zero where masked: `[n, *block, C]` to `[B, *S, C]`."""
     size = [cells * extent for cells, extent in zip(patches.grid, values.shape[1:-1], strict=True)]
     dense = values.new_zeros(patches.batch_size, *size, values.shape[-1])
     _by_patch(dense.movedim(-1, 1), patches)[patches.index] = values
@@ -248,7 +248,7 @@ def scatter_patches(values: Tensor, patches: PatchLayout) -> Tensor:
 
 
 def _by_patch(dense: Tensor, patches: PatchLayout) -> Tensor:
-    """A view `[B, *grid, *block, C]` of a dense map `[B, C, *S]`."""
+    """Returns a view `[B, *grid, *block, C]` of a dense map `[B, C, *S]`."""
     rank = patches.rank
     split = dense
     for axis, cells in reversed(list(enumerate(patches.grid, start=2))):
@@ -257,12 +257,12 @@ def _by_patch(dense: Tensor, patches: PatchLayout) -> Tensor:
     return split.permute(0, *grid, *block, 1)
 
 
-# What an autograd function returns must not be a view, or the network could not work on it in place:
-# channels are last inside, and moved outside.
+# An autograd function must not return a view, or the network could not change it in place: the functions return
+# channels last, and their callers move the axis.
 
 
 class _Pack(torch.autograd.Function):
-    """`[B, C, *S]` to `[n, *block, C]`."""
+    """Packs a dense map `[B, C, *S]` into patches `[n, *block, C]`."""
 
     @staticmethod
     def forward(ctx: Any, dense: Tensor, patches: PatchLayout) -> Tensor:
@@ -275,7 +275,7 @@ class _Pack(torch.autograd.Function):
 
 
 class _Unpack(torch.autograd.Function):
-    """`[n, C, *block]` to `[B, *S, C]`."""
+    """Unpacks patches `[n, C, *block]` into a dense map `[B, *S, C]`."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, patches: PatchLayout) -> Tensor:
@@ -288,14 +288,14 @@ class _Unpack(torch.autograd.Function):
 
 
 def pack(dense: Tensor, patches: PatchLayout) -> PackedTensor:
-    """Keeps the visible patches of dense maps.
+    """Packs the visible patches of a dense map.
 
     Args:
         dense: `[B, C, *S]`, each spatial size a multiple of the grid's.
-        patches: the layout of `B` samples.
+        patches: layout of the `B` samples.
 
     Returns:
-        A packed tensor of dense shape `[B, C, *S]` that stores `[n, C, *(S / grid)]`.
+        Packed tensor of shape `[B, C, *S]`, which stores `[n, C, *(S / grid)]`.
 
     Raises:
         ValueError: if the shape does not fit the layout.
@@ -313,14 +313,14 @@ def pack(dense: Tensor, patches: PatchLayout) -> PackedTensor:
 
 
 def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
-    """The dense map `[B, C, *S]`: visible positions from `x`, the others zero or `fill`.
+    """Returns the dense map `[B, C, *S]` of a packed one, with zeros or `fill` at masked positions.
 
     Args:
-        x: a packed map in the order `[B, C, *S]`.
-        fill: what stands at masked positions; broadcast to the dense shape, `[1, C, 1, 1]` for example.
+        x: packed map in the order `[B, C, *S]`.
+        fill: values at masked positions, broadcast to the dense shape, such as `[1, C, 1, 1]`.
 
     Raises:
-        ValueError: if the axes of `x` stand in another order.
+        ValueError: if the axes of `x` have another order.
     """
     if isinstance(x, PendingTensor):
         raise UnsupportedOperation("unpack of a masked map that was padded: a convolution or pooling must follow")
@@ -335,14 +335,14 @@ def unpack(x: PackedTensor, fill: Tensor | None = None) -> Tensor:
 
 
 def on_dense_map(x: PackedTensor, name: str, function: Callable[[Tensor], Tensor]) -> PackedTensor:
-    """Computes an operation on the dense map, zero where masked, and keeps its visible patches.
+    """Applies an operation to the dense map, zero where masked, and packs the result.
 
-    For local operations without a faster way: exact by the definition of the method, and as dear as without a mask.
+    For local operations without a faster rule: exact by the definition of the method, at the cost of a dense network.
 
     Args:
-        x: a map in the order `[B, C, *S]`, with a border or without.
-        name: of the operation.
-        function: from a dense map to one that the patch grid divides.
+        x: map in the order `[B, C, *S]`, with or without a border.
+        name: name of the operation, for errors.
+        function: maps a dense map to one that divides into patches.
 
     Raises:
         UnsupportedOperation: if the result does not divide into patches.
@@ -365,7 +365,7 @@ def on_dense_map(x: PackedTensor, name: str, function: Callable[[Tensor], Tensor
 
 @contextmanager
 def naming_modules(root: nn.Module) -> Iterator[None]:
-    """Adds the path of the module at fault, as `root` names it, to errors of operations without a rule."""
+    """Adds the path of the failing module within `root` to every `UnsupportedOperation`."""
     try:
         yield
     except UnsupportedOperation as error:

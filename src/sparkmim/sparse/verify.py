@@ -1,4 +1,4 @@
-"""Is a network exact under masking? Packed against dense, and packed against the definition."""
+"""Check that a network is exact under masking: packed against dense, and packed against the definition."""
 
 from __future__ import annotations
 
@@ -19,21 +19,22 @@ from sparkmim.sparse.oracle import MaskedDense
 from sparkmim.sparse.packed import PackedTensor, PendingTensor, UnsupportedOperation, naming_modules, pack, unpack
 
 TOLERANCE = 1e-6
-"""Relative error, in float64, up to which a network counts as exact. Round-off stays below 1e-9."""
+"""Largest relative error in float64 of an exact network. Round-off stays below 1e-9."""
 
 _SMALLEST = 1e-300
-"""A norm that can be divided by."""
+"""Smallest norm to divide by."""
 
 
 @dataclass
 class VerifyReport:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
-        exact: whether the packed network computes what it should, forward and backward.
-        error: the worst relative error, by L2 norm, of a feature map or gradient; infinite if the network was refused.
-        module: the first module whose output differs, or that was refused; None if exact, or if only gradients differ.
-        message: one line for people.
+        exact: whether the packed network is correct, forward and backward.
+        error: largest relative error, by L2 norm, of a feature map or gradient; infinite if the network was refused.
+        module: first module whose output differs or that was refused; if only a gradient differs, the module of its
+            parameter; None if exact.
+        message: summary in one line.
     """
 
     exact: bool
@@ -48,30 +49,30 @@ MASKS = ("all visible", "partial mask", "ragged mask")
 def verify_packed(
     network: nn.Module, shape: Sequence[int], grid: Sequence[int], seed: int = 0, masks: Sequence[str] = MASKS
 ) -> VerifyReport:
-    """Holds a network that runs on packed images against its dense self and against the masked definition.
+    """Compares a network on packed images with the same network on dense images and with the masked definition.
 
-    Three comparisons in float64 and training mode, each forward and backward: all patches visible against
-    the dense network; a partial mask against the definition (`MaskedDense`); and a partial mask with
-    different numbers of visible patches per sample.
+    Makes three comparisons in float64 and training mode, each forward and backward: all patches visible against the
+    dense network; a partial mask against the definition (`MaskedDense`); and the same with different numbers of
+    visible patches per sample.
 
     Args:
-        network: maps images `[B, C, *S]` to a list of feature maps. It is changed, to float64 and training mode and
-            away from constant parameters: give a copy of what is needed further.
-        shape: of the images, `[B, C, *S]`; B at least 2.
+        network: maps images `[B, C, *S]` to a list of feature maps. Modified in place: converted to float64 and
+            training mode, with noise added to constant parameters.
+        shape: shape of the images, `[B, C, *S]`, with `B` at least 2.
         grid: patches along each axis.
-        seed: of images, masks and whatever the network draws.
-        masks: which of `MASKS` to compare under.
+        seed: seed of images, masks and random numbers drawn by the network.
+        masks: masks to compare under, from `MASKS`.
     """
     network = network.double().train().requires_grad_()
     network.zero_grad()
     for module in network.modules():
         if isinstance(module, nn.modules.dropout._DropoutNd):
-            module.eval()  # drawn element by element, it differs between two layouts of the same map
+            module.eval()  # its random numbers depend on the memory layout of the map
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in network.parameters():
             if parameter.numel() > 1 and parameter.min() == parameter.max():
-                # Zeros and ones of a fresh network (residual scales, GRN) would hide what they multiply.
+                # Initial zeros and ones (residual scales, GRN) would hide errors in what they multiply.
                 noise = torch.randn(parameter.shape, dtype=torch.float64, generator=generator)
                 parameter.add_(noise, alpha=0.1)
     images = torch.randn(tuple(shape), dtype=torch.float64, generator=generator)
@@ -107,7 +108,7 @@ def verify_packed(
 
 
 def _check_runs(network: nn.Module, images: Tensor) -> None:
-    """Raises a ValueError if the network does not run on dense images of this size either."""
+    """Raises `UserError` if the network does not run on dense images of this size either."""
     try:
         with torch.no_grad():
             network(images)
@@ -119,7 +120,7 @@ def _check_runs(network: nn.Module, images: Tensor) -> None:
 
 
 class _InDouble(TorchFunctionMode):
-    """Keeps float64 where a network's code asks for float32, as some normalisations do: round-off would hide errors."""
+    """Keeps float64 where a network casts to float32, as some normalisations do: round-off would hide errors."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -140,7 +141,7 @@ def _run(
     seed: int,
     keep: Callable[[str, Tensor], None],
 ) -> list[Tensor]:
-    """Feature maps, zero where masked; `keep` is given each gradient of their sum with random weights, as it comes."""
+    """Returns the feature maps, zero where masked; passes each gradient of their randomly weighted sum to `keep`."""
 
     def hand_over(name: str, parameter: Tensor) -> None:
         if parameter.grad is not None:
@@ -166,7 +167,7 @@ def _run(
 
 
 def _take_norms(grads: dict[str, Tensor], norms: dict[str, tuple[float, float]], name: str, expected: Tensor) -> None:
-    """Adds to `norms` those of a gradient's error and of the gradient; both are let go, to need less memory."""
+    """Stores the norms of a gradient's error and of the gradient in `norms`, and frees both gradients."""
     norm = expected.norm().item()
     ours = grads.pop(name, None)
     error = torch.inf if ours is None else expected.sub_(ours).norm().item()
@@ -186,7 +187,7 @@ def _forward(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, 
 
 @contextmanager
 def _keeping_buffers(network: nn.Module) -> Iterator[None]:
-    """Puts running statistics back, so that all runs start alike."""
+    """Restores running statistics on exit, so that all runs start alike."""
     before = [(buffer, buffer.clone()) for buffer in network.buffers()]
     try:
         yield
@@ -197,7 +198,7 @@ def _keeping_buffers(network: nn.Module) -> Iterator[None]:
 
 
 def _dense(value: Any, visible: Tensor, packed: bool) -> Tensor | None:
-    """A map with zeros at masked positions; None for what is none."""
+    """Returns a map with zeros at masked positions; None if `value` is not a tensor or has other axes."""
     if isinstance(value, PackedTensor):
         spatial = value.axes == tuple(range(2, value.ndim)) and len(value.axes) == visible.ndim - 1
         return unpack(value) if spatial else None
@@ -208,7 +209,7 @@ def _dense(value: Any, visible: Tensor, packed: bool) -> Tensor | None:
 
 
 def _first_to_differ(network: nn.Module, images: Tensor, visible: Tensor, seed: int) -> str | None:
-    """The first module, in order of execution, whose output is not what it should be."""
+    """Returns the first module, in order of execution, whose output differs."""
 
     def outputs(packed: bool) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -240,14 +241,14 @@ def _first_to_differ(network: nn.Module, images: Tensor, visible: Tensor, seed: 
 def _compare(
     maps: list[Tensor], expected: list[Tensor], norms: dict[str, tuple[float, float]], kind: str
 ) -> tuple[float, str | None, str]:
-    """Worst relative error; if it is a gradient's, the module of the parameter; and a line that says where."""
+    """Returns the largest relative error; for a gradient above the tolerance, its module; and a message on where."""
     worst = 0.0
     for index, (ours, theirs) in enumerate(zip(maps, expected, strict=True)):
         error = _relative(ours, theirs)
         worst = max(worst, error)
         if error > TOLERANCE:
             return error, None, f"feature map {index} is off by {error:.1e} ({kind})"
-    # Gradients that are zero by construction (a bias before BatchNorm) are round-off of the others.
+    # Gradients that are zero by construction (a bias before BatchNorm) consist of round-off from others.
     floor = max(1e-6 * max((norm for _, norm in norms.values()), default=0.0), _SMALLEST)
     for name, (difference, norm) in norms.items():
         error = difference / max(norm, floor)

@@ -1,6 +1,6 @@
-"""Visible patches as ordinary images, for dense kernels: convolution of few channels per group, and pooling.
+"""Convolution with few channels per group, and pooling, by dense kernels on ordinary images.
 
-Either every patch with its surroundings is an image of its own, or every sample's whole map is one.
+The images are either windows, each patch with its halo, or the whole maps of the samples.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CONVOLUTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: 
 
 
 def _window_table(patches: PatchLayout, block: tuple[int, ...], start: Sequence[int], length: Sequence[int]) -> Tensor:
-    """Which rows the window of each patch reads: int32 `[n, prod(length)]`."""
+    """Returns the rows in the window of each patch: int32 `[n, prod(length)]`."""
     taps = tuple(tuple(range(first, first + size)) for first, size in zip(start, length, strict=True))
     return patches.table(block, block, taps)
 
@@ -31,7 +31,7 @@ def _read_windows(
     rows: Tensor, patches: PatchLayout, block: tuple[int, ...], start: Sequence[int], length: Sequence[int],
     outside: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """`[R, C]` rows to windows `[n, C, *length]` in channels-last memory."""
+    """Gathers rows `[R, C]` into windows `[n, C, *length]` in channels-last memory."""
     windows = F.embedding(_window_table(patches, block, start, length), extend(rows, outside))
     return from_rows(windows.flatten(0, -2), patches.num_visible, length)
 
@@ -39,9 +39,9 @@ def _read_windows(
 def _add_windows(
     windows: Tensor, patches: PatchLayout, block: tuple[int, ...], start: Sequence[int], length: Sequence[int]
 ) -> Tensor:
-    """The adjoint of `_read_windows`: windows `[n, C, *length]` to rows `[R, C]`, each the sum of what read it.
+    """Sums windows `[n, C, *length]` into rows `[R, C]`: the adjoint of `_read_windows`.
 
-    A patch appears in the window of every patch around it: its part of each is gathered and added up.
+    A patch appears in the windows of its neighbours: its part of each window is gathered and added.
     """
     values = windows.movedim(1, -1)  # [n, *length, C]
     total = values.new_zeros(patches.num_visible, *block, values.shape[-1])
@@ -89,13 +89,13 @@ def gather_windows(
     length: Sequence[int],
     outside: float = 0.0,
 ) -> Tensor:
-    """Every patch with its surroundings, as a batch of small images.
+    """Cuts out a window around every patch: a batch of small images.
 
     Args:
         rows: `[n · prod(block), C]`.
-        patches: the layout.
-        block: positions per patch along each axis.
-        start: first position of the window relative to the patch's, per axis; negative for a halo before it.
+        patches: layout of the `n` visible patches.
+        block: positions per patch, per axis.
+        start: first position of the window relative to the patch, per axis; negative for a halo.
         length: size of the window, per axis.
         outside: value beyond the image's border. Masked positions are zero.
 
@@ -107,7 +107,7 @@ def gather_windows(
 
 
 class _Windows:
-    """Each patch with its halo is an image. The methods are linear maps, and the `_grad` ones their adjoints."""
+    """Images that are patches with their halo. All methods are linear; the `_grad` methods are the adjoints."""
 
     def __init__(self, patches: PatchLayout, geometry: Geometry) -> None:
         self.patches, self.geometry = patches, geometry
@@ -116,7 +116,7 @@ class _Windows:
 
     @property
     def positions(self) -> int:
-        """Of all images together."""
+        """Number of positions in all images."""
         return self.patches.num_visible * math.prod(self.length)
 
     def images(self, rows: Tensor) -> Tensor:
@@ -133,15 +133,14 @@ class _Windows:
 
 
 class _Maps:
-    """Each sample's whole map is an image, zero where masked. The methods are those of `_Windows`."""
+    """Images that are whole maps of samples, zero where masked. The methods are those of `_Windows`."""
 
     def __init__(self, patches: PatchLayout, geometry: Geometry) -> None:
         self.patches, self.geometry = patches, geometry
         self.size = [cells * extent for cells, extent in zip(patches.grid, geometry.block, strict=True)]
         axes = zip(geometry.kernel, geometry.dilation, geometry.stride, geometry.padding, strict=True)
         after = [dilation * (kernel - 1) + 1 - stride - before for kernel, dilation, stride, before in axes]
-        # Padding that differs before and after, by enough to change the output's size, is beyond the kernels: the
-        # images bring it along.
+        # Dense kernels pad alike before and after. Where that would change the output's size, the images are padded.
         lopsided = any(
             a > b or b - a >= step for a, b, step in zip(after, geometry.padding, geometry.stride, strict=True)
         )
@@ -150,7 +149,7 @@ class _Maps:
 
     @property
     def positions(self) -> int:
-        """Of all images together."""
+        """Number of positions in all images."""
         return self.patches.batch_size * math.prod(self.size)
 
     def images(self, rows: Tensor) -> Tensor:
@@ -172,7 +171,7 @@ class _Maps:
 
 
 class _ImageConvolution(torch.autograd.Function):
-    """`[R, C]` rows and a weight `[out, C / groups, *kernel]` to `[m, out]` rows; the images are not kept."""
+    """Convolves rows `[R, C]` by a weight `[out, C / groups, *kernel]` to rows `[m, out]`; images are not stored."""
 
     @staticmethod
     def forward(
@@ -202,7 +201,7 @@ class _ImageConvolution(torch.autograd.Function):
             of_weight = False
         if of_rows or of_weight:
             dtype = _backward_dtype(rows, ctx.groups, geometry)
-            # For the input's gradient alone, the kernel asks the images for their shape only.
+            # For the input's gradient alone, the kernel needs only the shape of the images.
             images = form.images(rows) if of_weight else rows.new_empty_strided(*ctx.images_like, dtype=dtype)
             grad_images, grad_dense, _ = torch.ops.aten.convolution_backward(
                 form.results_grad(grad).to(dtype), images.to(dtype), weight.to(dtype), None, geometry.stride,
@@ -215,20 +214,20 @@ class _ImageConvolution(torch.autograd.Function):
 
 
 def _backward_dtype(rows: Tensor, groups: int, geometry: Geometry) -> torch.dtype:
-    """Float32 where bfloat16 is slow: on CPUs, depthwise with a stride, which takes 20 to 120 times as long.
+    """Returns the dtype of the backward pass: float32 for strided depthwise convolution in bfloat16 on CPUs.
 
-    Measured by `benchmarks/depthwise.py`, on an AMD EPYC (`results/depthwise.json`).
+    In bfloat16 it takes 20 to 120 times as long, measured on an AMD EPYC (`benchmarks/depthwise.py`,
+    `results/depthwise.json`).
     """
     slow = rows.device.type == "cpu" and rows.dtype == torch.bfloat16 and groups == rows.shape[1]
     return torch.float32 if slow and max(geometry.stride) > 1 else rows.dtype
 
 
 def _depthwise_weight_grad(rows: Tensor, grad: Tensor, patches: PatchLayout, geometry: Geometry) -> Tensor:
-    """Gradient `[C, 1, *kernel]` to a depthwise weight: `Σ rows[o · stride + t · dilation] · grad[o]` for tap `t`.
+    """Computes the gradient `[C, 1, *kernel]` of a depthwise weight: `Σ rows[o · stride + t · dilation] · grad[o]`.
 
-    Seen as a function of `t`, that is a depthwise convolution again: each patch's window is the image and its
-    gradient the kernel, with stride and dilation changing places. The CPU kernel of the ordinary backward takes
-    several times as long at 7×7.
+    As a function of the tap `t`, this is another depthwise convolution: the image is each patch's window, the kernel
+    its gradient, and stride and dilation are swapped. PyTorch's CPU backward takes several times as long at 7×7.
     """
     start, length = geometry.span
     table = _window_table(patches, geometry.block, start, length)  # [n, prod(length)]
@@ -251,18 +250,18 @@ def _depthwise_weight_grad(rows: Tensor, grad: Tensor, patches: PatchLayout, geo
 def image_convolution(
     rows: Tensor, weight: Tensor, patches: PatchLayout, geometry: Geometry, groups: int, bias: Tensor | None = None
 ) -> Tensor:
-    """Convolution over visible positions by the dense kernel: windows or whole maps, whichever is smaller.
+    """Convolves visible positions by the dense kernel, on windows or whole maps, whichever is smaller.
 
     Args:
-        rows: `[n · prod(block), C]`, the input map's rows.
-        weight: `[out, C / groups, *kernel]`; rounded to the rows' precision where it is used.
-        patches: the layout.
-        geometry: how the kernel slides.
-        groups: of channels.
-        bias: `[out]`, of the rows' precision.
+        rows: rows of the input map, `[n · prod(block), C]`.
+        weight: `[out, C / groups, *kernel]`. Cast to the rows' dtype where it is used.
+        patches: layout of the `n` visible patches.
+        geometry: of the sliding kernel.
+        groups: number of channel groups.
+        bias: `[out]`, in the rows' dtype.
 
     Returns:
-        `[n · prod(block / stride), out]`, the output map's rows.
+        Rows of the output map, `[n · prod(block / stride), out]`.
     """
     out: Tensor = _ImageConvolution.apply(rows, weight, bias, patches, geometry, groups)
     return out

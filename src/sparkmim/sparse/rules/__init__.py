@@ -1,25 +1,5 @@
-"""The rules of packed tensors, one small file per family of operations. Importing it registers them."""
+"""Rules of packed tensors, a file per family of operations. Importing this package registers them."""
 
-from sparkmim.sparse.rules import (
-    attention,
-    attributes,
-    convolution,
-    elementwise,
-    normalization,
-    pooling,
-    reduction,
-    resampling,
-    shape,
-)
+from sparkmim.sparse.rules import attention, kernels, pointwise, reduction, resampling, shape
 
-__all__ = [
-    "attention",
-    "attributes",
-    "convolution",
-    "elementwise",
-    "normalization",
-    "pooling",
-    "reduction",
-    "resampling",
-    "shape",
-]
+__all__ = ["attention", "kernels", "pointwise", "reduction", "resampling", "shape"]

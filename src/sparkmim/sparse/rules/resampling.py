@@ -1,4 +1,4 @@
-"""Padding, and operations that change a map's resolution without weights."""
+"""Padding, interpolation and pixel shuffling."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from sparkmim.sparse.packed import (
 def _pad(
     func: Callable[..., Any], x: PackedTensor, pad: Sequence[int], mode: str = "constant", value: float | None = None
 ) -> Tensor:
-    """Remembers the border for the operation that follows; what masked positions hold is zero there, as always."""
+    """Records the border for the operation that follows, which sees zeros at masked positions."""
     pairs = [(int(before), int(after)) for before, after in zip(pad[::2], pad[1::2], strict=True)]
     border = {x.ndim - 1 - place: pair for place, pair in enumerate(pairs) if any(pair)}  # by axis
     value = 0.0 if value is None else float(value)
@@ -55,7 +55,7 @@ def _interpolate(
     *args: Any,
     **kwargs: Any,
 ) -> Tensor:
-    """Nearest neighbours by a whole factor stay inside their patch; other ways see zeros at masked positions."""
+    """Interpolation: nearest by an integer factor stays within a patch; other modes see zeros at masked positions."""
     if x.axes == tuple(range(2, 2 + x.patches.rank)) and mode == "nearest" and func.__name__ != "upsample_bilinear":
         sizes = dense_shape(x)[2:]
         if size is not None:
@@ -68,7 +68,7 @@ def _interpolate(
         whole = size is not None or kwargs.get("recompute_scale_factor") or wanted == exact
         if whole and all(new % old == 0 or (old % new == 0 and block % (old // new) == 0) for new, old, block in pairs):
             return like(x, F.interpolate(x, size=[block * new // old for new, old, block in pairs], mode="nearest"))
-    # Contiguous: with `antialias`, PyTorch's result depends on the memory format of narrow maps.
+    # `contiguous`: with `antialias`, PyTorch's result depends on the memory format of narrow maps.
     return on_dense_map(
         x, func.__name__, lambda dense: func(dense.contiguous(), size, scale_factor, mode, *args, **kwargs)
     )
@@ -76,7 +76,7 @@ def _interpolate(
 
 @register_rule("pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "native_channel_shuffle")
 def _shuffle(func: Callable[..., Any], x: PackedTensor, *factors: int, **named: int) -> Tensor:
-    """Every position's channels, or every small block of positions, on its own."""
+    """Shuffles of the channels of a position, or of a small block of positions, within a patch."""
     (factor,) = (*factors, *named.values())  # upscale_factor, downscale_factor or groups
     if x.axes != tuple(range(2, 2 + x.patches.rank)) or (x.patches.rank == 1 and "pixel" in func.__name__):
         raise UnsupportedOperation(f"`{func.__name__}` of a masked map {list(dense_shape(x))} with channels not second")

@@ -1,4 +1,4 @@
-"""Operations that move, split and join axes: free to do anything but cut the batch or the map."""
+"""Operations that move, split, join and index axes, except those that cut the batch or the map."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from sparkmim.sparse.packed import (
     like,
     register_rule,
 )
-from sparkmim.sparse.rules.elementwise import align
+from sparkmim.sparse.rules.pointwise import align
 
 
 def _sizes(args: tuple[Any, ...]) -> list[int]:
-    """`(2, 3)` and `((2, 3),)` alike."""
+    """Returns sizes given as `f(2, 3)` or `f((2, 3))`."""
     return list(args[0]) if len(args) == 1 and isinstance(args[0], Sequence | torch.Size) else list(args)
 
 
@@ -36,7 +36,7 @@ def _refuse(func: Callable[..., Any], x: PackedTensor, what: str) -> Unsupported
 )
 def _permute(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     _refuse_in_place(func, x)
-    # An index-carrying twin tells where every axis goes, whatever the spelling.
+    # A twin with a different size on each axis shows where every axis goes, however the call is written.
     twin = func(torch.empty(tuple(range(2, 2 + x.ndim)), device="meta"), *args, **kwargs)
     order = [size - 2 for size in twin.shape]
     if isinstance(x, PendingTensor):
@@ -83,10 +83,10 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             raise _refuse_pending(func)
         return x.settled(unfold=True)
     if before[0] > 1 and after == [1, before[0] * before[1], *before[2:]] and x.axes == tuple(range(2, x.ndim)):
-        return PendingTensor.of(x, folded=1)  # for a convolution with weights of each sample's own
+        return PendingTensor.of(x, folded=1)  # for a convolution with separate weights per sample
 
-    stored: list[int] = []  # the sizes to store for `after`
-    axes: list[int] = []  # where the spatial axes come to stand
+    stored: list[int] = []  # stored sizes for `after`
+    axes: list[int] = []  # the spatial axes of the result
     for inputs, outputs in _matching_axes(before, after):
         special = [axis for axis in inputs if axis == 0 or axis in x.axes]
         wide_in = [axis for axis in inputs if axis in special or before[axis] > 1]
@@ -99,7 +99,7 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             stored.append(x.shape[0])
         elif 0 in special:
             raise _refuse(func, x, f"to {after} mixes the batch with other axes")
-        elif _splits_like_grid(x, inputs, [after[axis] for axis in outputs]):  # flattened before, and back again
+        elif _splits_like_grid(x, inputs, [after[axis] for axis in outputs]):  # unflattens the map
             axes += outputs
             stored += [after[axis] // cells for axis, cells in zip(outputs, x.patches.grid, strict=True)]
         elif wide_in == special and len(wide_out) == 1 and (len(special) == 1 or tuple(special) == x.axes):
@@ -112,7 +112,7 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             and wide_in[0] == special[0]
             and (len(wide_out) == 1 or (len(wide_in) == 1 and _divides_blocks(x, special[0], after[wide_out[0]])))
         ):
-            # The map's axis into coarser positions and the place within each (space to depth), or back.
+            # Splits a spatial axis into coarser positions and offsets within them (space to depth), or the reverse.
             cells = x.patches.grid[x.axes.index(special[0])]
             axes.append(wide_out[0])
             stored += [after[axis] // cells if axis == wide_out[0] else after[axis] for axis in outputs]
@@ -120,7 +120,7 @@ def _reshape(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: An
             raise _refuse(func, x, f"to {after} mixes part of the map with other axes")
     out = like(x, x.reshape(stored), tuple(axes))
     if len(axes) < x.patches.rank and len(x.axes) == x.patches.rank:
-        out.flat = block_of(x)  # to be split like that again
+        out.flat = block_of(x)  # to unflatten it later
     return out
 
 
@@ -134,13 +134,13 @@ def _splits_like_grid(x: PackedTensor, inputs: list[int], sizes: list[int]) -> b
 
 
 def _divides_blocks(x: PackedTensor, axis: int, size: int) -> bool:
-    """Whether `size` coarser positions along an axis are a whole number of every patch's positions."""
+    """Whether splitting an axis into `size` coarser positions cuts no patch."""
     cells = x.patches.grid[x.axes.index(axis)]
     return size % cells == 0 and x.shape[axis] % (size // cells) == 0
 
 
 def _matching_axes(before: list[int], after: list[int]) -> list[tuple[list[int], list[int]]]:
-    """Cuts two shapes of equally many elements into the smallest runs of axes with equal products.
+    """Splits two shapes with equally many elements into the shortest runs of axes with equal products.
 
     >>> _matching_axes([2, 12, 4, 4], [2, 3, 4, 16])
     [([0], [0]), ([1], [1, 2]), ([2, 3], [3])]
@@ -296,7 +296,7 @@ def _is_index(item: Any) -> bool:
 
 
 def _local_slice(func: Callable[..., Any], x: PackedTensor, item: Any, size: int, block: int) -> slice:
-    """A slice of a spatial axis that takes the same positions from every patch, such as `1::2`."""
+    """Returns the slice within a patch for a slice of the map that takes the same of every patch, such as `1::2`."""
     if isinstance(item, slice):
         start, stop, step = item.indices(size)
         if step > 0 and block % step == 0 and start < step and stop > size - step + start:

@@ -1,4 +1,4 @@
-"""Convolutions and linear maps over channels."""
+"""Operations with a kernel: convolution and pooling. Their windows see zeros at masked positions."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.sparse.gather import Geometry, gather_convolution, multiply_rows
@@ -17,25 +18,28 @@ from sparkmim.sparse.packed import (
     block_of,
     dense_shape,
     from_rows,
+    gather_patches,
     like,
     on_dense_map,
     register_rule,
     to_rows,
 )
-from sparkmim.sparse.rules.reduction import sum_by_sample
-from sparkmim.sparse.windows import image_convolution
+from sparkmim.sparse.windows import gather_windows, image_convolution
 
 _FEW_CHANNELS = 8
-"""Up to this many input channels, rows are too short to gather: windows of the map go to the dense kernel."""
+"""Up to this many input channels, the dense kernel beats the gather: rows are too short."""
+
+_MAX_POOLS: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVG_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """`3` or `(3,)` to `(3, 3)`."""
+def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """Repeats a single value for every axis: `3` or `(3,)` to `(3, 3)`."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * rank if len(values) == 1 else values
 
 
-def geometry_of(
+def _geometry(
     name: str,
     x: PackedTensor,
     kernel: Sequence[int],
@@ -45,11 +49,11 @@ def geometry_of(
     after: Sequence[int],
     ceil_mode: bool = False,
 ) -> Geometry:
-    """Checks that an operation maps patches to patches, and describes how its window slides.
+    """Returns the geometry of an operation, after checking that it maps patches to patches.
 
     Raises:
-        UnsupportedOperation: if its output is not the input's size divided by the stride, or if a patch
-            does not divide by the stride.
+        UnsupportedOperation: if the output size is not the input size divided by the stride, or the stride does not
+            divide a patch.
     """
     rank, block = x.patches.rank, block_of(x)
     if x.axes != tuple(range(2, 2 + rank)) or x.ndim != 2 + rank:
@@ -93,22 +97,22 @@ def _convolution(
         return _convolve_each(func, x, weight, bias, (stride, padding, dilation), groups)
     if int(name[4]) != rank:
         raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))}, which has {rank} spatial axes")
-    kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, rank), per_axis(dilation, rank)
+    kernel, stride, dilation = tuple(weight.shape[2:]), _per_axis(stride, rank), _per_axis(dilation, rank)
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if isinstance(padding, str):
         before = tuple(size // 2 if padding == "same" else 0 for size in total)
         after = tuple(size - size // 2 if padding == "same" else 0 for size in total)
     else:
-        before = after = per_axis(padding, rank)
+        before = after = _per_axis(padding, rank)
     if isinstance(x, PendingTensor):
         if not x.extends_by(0.0):
             return on_dense_map(x, name, lambda dense: func(dense, weight, bias, stride, padding, dilation, groups))
         before = tuple(size + extra for size, (extra, _) in zip(before, x.border, strict=True))
         after = tuple(size + extra for size, (_, extra) in zip(after, x.border, strict=True))
         x = x.settled()
-    geometry = geometry_of(name, x, kernel, stride, before, dilation, after)
+    geometry = _geometry(name, x, kernel, stride, before, dilation, after)
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # the gather is beyond autocast's sight
+        x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # autocast does not see the gather
     bias = None if bias is None else bias.to(x.dtype)
     patches = x.patches
     with torch.autocast(x.device.type, enabled=False):
@@ -130,11 +134,11 @@ def _convolve_each(
     settings: tuple[Any, Any, Any],
     groups: int,
 ) -> Tensor:
-    """Every sample by weights of its own: `[1, B · C, *S]` by `[B · out, C / groups, *kernel]`, in `B · groups`."""
+    """Convolves each sample by its own weights: `[1, B · C, *S]` by `[B · out, C / groups, *kernel]`."""
     samples, (stride, padding, dilation) = x.patches.batch_size, settings
     if x.folded != 1 or groups % samples or weight.shape[0] % samples:
         raise UnsupportedOperation(
-            f"`{func.__name__}` of a batch folded into the channels wants groups for each sample"
+            f"`{func.__name__}` of a batch folded into the channels needs groups for each sample"
         )
     stored = torch.split(x.settled(unfold=True), list(x.patches.counts))
     weights = weight.chunk(samples)
@@ -147,16 +151,8 @@ def _convolve_each(
 
 
 def _local(geometry: Geometry) -> bool:
-    """Whether windows do not overlap and stay inside their patch."""
+    """Whether windows tile the patch without overlap."""
     return geometry.kernel == geometry.stride and not any(geometry.padding) and set(geometry.dilation) == {1}
-
-
-@register_rule("linear")
-def _linear(func: Callable[..., Any], x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if not isinstance(x, PackedTensor) or x.ndim - 1 in x.axes or weight.ndim != 2:
-        raise UnsupportedOperation("`linear` needs channels last in a masked map, and a dense weight")
-    rows = multiply_rows(x.reshape(-1, x.shape[-1]), weight, bias)
-    return like(x, rows.view(*x.shape[:-1], -1))
 
 
 @register_rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", pending=True)
@@ -164,33 +160,90 @@ def _transposed_convolution(func: Callable[..., Any], x: PackedTensor, *args: An
     return on_dense_map(x, func.__name__, lambda dense: func(dense, *args, **kwargs))
 
 
-@register_rule("matmul", "rmatmul")
-def _matmul(func: Callable[..., Any], x: Tensor, other: Tensor) -> Tensor:
-    """Over channels, with one matrix for all or one per sample; or over all visible positions of each sample."""
-    if func.__name__ == "__rmatmul__":
-        x, other = other, x
-    left, right = (part if isinstance(part, PackedTensor) else None for part in (x, other))
-    if left is not None and right is not None:
-        over_positions = left.axes == (left.ndim - 1,) and right.axes == (right.ndim - 2,) and left.flat == right.flat
-        if over_positions and left.ndim == right.ndim and left.patches is right.patches:
-            return sum_by_sample(torch.matmul(left, right), left.patches)
-    elif left is not None and left.ndim - 1 not in left.axes:
-        if other.ndim == 2:
-            return like(left, torch.matmul(left, other))
-        if left.axes == (left.ndim - 2,) and _one_per_sample(other, left):
-            return like(left, torch.matmul(left, _for_patches(other, left)))
-    elif right is not None and right.axes == (right.ndim - 1,) and _one_per_sample(x, right):
-        return like(right, torch.matmul(_for_patches(x, right), right))
-    raise UnsupportedOperation(
-        "`matmul` of masked maps is defined over channels, or over all positions of flattened maps; this one compares "
-        "positions with each other, as attention does"
-    )
+def _rank_of(func: Callable[..., Any], x: PackedTensor) -> int:
+    """Returns the number of spatial axes of the map, checked against the function's name."""
+    rank = x.patches.rank
+    if int(func.__name__[-2]) != rank:
+        raise UnsupportedOperation(
+            f"`{func.__name__}` of a masked map {list(dense_shape(x))}: it must have {rank} spatial axes, after the "
+            "channels"
+        )
+    return rank
 
 
-def _one_per_sample(matrices: Tensor, x: PackedTensor) -> bool:
-    return matrices.ndim == x.ndim and matrices.shape[0] in (1, x.patches.batch_size)
+def _windows(x: PackedTensor, geometry: Geometry, outside: float) -> Tensor:
+    start, length = geometry.span
+    if not any(start) and length == geometry.block:
+        return x.values  # windows stay inside their patch
+    return gather_windows(to_rows(x), x.patches, geometry.block, start, length, outside)
 
 
-def _for_patches(matrices: Tensor, x: PackedTensor) -> Tensor:
-    """One matrix per sample to one per patch."""
-    return matrices if matrices.shape[0] == 1 else matrices.index_select(0, x.patches.sample)
+@register_rule("max_pool1d", "max_pool2d", "max_pool3d", pending=True)
+def _max_pool(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    dilation: int | Sequence[int] = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Tensor:
+    if return_indices:
+        raise UnsupportedOperation(f"`{func.__name__}` with return_indices: positions in a masked map have no rule")
+    rank = _rank_of(func, x)
+    kernel = _per_axis(kernel_size, rank)
+    steps = _per_axis(stride, rank) if stride else kernel
+    before, dilation = _per_axis(padding, rank), _per_axis(dilation, rank)
+    after, outside = before, -math.inf
+    if isinstance(x, PendingTensor):
+        if any(before) or ceil_mode or not x.extends_by(x.border_value):
+            return on_dense_map(
+                x, func.__name__, lambda dense: func(dense, kernel_size, stride, padding, dilation, ceil_mode)
+            )
+        before, after = (tuple(sizes) for sizes in zip(*x.border, strict=True))
+        outside, x = x.border_value, x.settled()
+    geometry = _geometry(func.__name__, x, kernel, steps, before, dilation, after, ceil_mode)
+    windows = _windows(x, geometry, outside)
+    return like(x, _MAX_POOLS[rank](windows, kernel, steps, 0, dilation))
+
+
+@register_rule("avg_pool1d", "avg_pool2d", "avg_pool3d", pending=True)
+def _avg_pool(
+    func: Callable[..., Any],
+    x: PackedTensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    padding: int | Sequence[int] = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Tensor:
+    """Average pooling, with the divisors of dense pooling."""
+    if isinstance(x, PendingTensor):
+        options = (stride, padding, ceil_mode, count_include_pad, *([divisor_override] if divisor_override else []))
+        return on_dense_map(x, func.__name__, lambda dense: func(dense, kernel_size, *options))
+    rank = _rank_of(func, x)
+    kernel = _per_axis(kernel_size, rank)
+    steps = _per_axis(stride, rank) if stride else kernel
+    padding = _per_axis(padding, rank)
+    geometry = _geometry(func.__name__, x, kernel, steps, padding, (1,) * rank, padding, ceil_mode)
+    means = _AVG_POOLS[rank](_windows(x, geometry, outside=0.0), kernel, steps)
+    if divisor_override:
+        return like(x, means * (math.prod(kernel) / divisor_override))
+    # Windows over the border divide by fewer positions: pooling a map of ones tells by how many.
+    ones = x.new_ones(1, 1, *dense_shape(x)[2:])
+    pooled = _AVG_POOLS[rank](ones, kernel, steps, padding, ceil_mode, count_include_pad)
+    outer = [
+        (before, max(0, (out - 1) * step + size - before - extent))
+        for before, out, step, size, extent in zip(
+            padding, pooled.shape[2:], steps, kernel, ones.shape[2:], strict=True
+        )
+    ]
+    inside = _AVG_POOLS[rank](F.pad(ones, [size for pair in reversed(outer) for size in pair]), kernel, steps)
+    for axis, size in enumerate(pooled.shape[2:], start=2):
+        inside = inside.narrow(axis, 0, size)
+    if torch.equal(pooled, inside):
+        return like(x, means)
+    scale = (pooled / inside).expand(x.patches.batch_size, *(-1,) * (rank + 1))  # [B, 1, *S]
+    return like(x, means * gather_patches(scale, x.patches))
