@@ -11,8 +11,8 @@ from small_networks import PlainCNN, signal_network, volume_network
 from torch import Tensor, nn
 
 from sparkmim.models import SparK, create_encoder
-from sparkmim.models.patches import from_patches, patch_statistics, reconstruction_loss, to_patches
-from sparkmim.models.spark import encoder_norm
+from sparkmim.models.decoder import from_patches, to_patches
+from sparkmim.models.spark import encoder_norm, patch_statistics, reconstruction_loss
 
 CASES: dict[str, tuple[Callable[[], SparK], tuple[int, ...], tuple[int, ...]]] = {
     "square": (lambda: SparK(PlainCNN(), 32, decoder_width=16), (3, 32, 32), (4, 4)),

@@ -14,7 +14,7 @@ from torch import nn
 import sparkmim
 from sparkmim.cli import main
 from sparkmim.data.source import images_source
-from sparkmim.models.patches import reconstruction_loss
+from sparkmim.models.spark import reconstruction_loss
 from sparkmim.visualize.reconstruct import Reconstructor
 
 

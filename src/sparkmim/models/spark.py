@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
-from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, initialise
+from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, from_patches, initialise, to_patches
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.hierarchy import Hierarchy, rank_of
 from sparkmim.models.masking import check_visible, patch_grid, random_visible, visible_per_sample
-from sparkmim.models.patches import from_patches, patch_statistics, reconstruction_loss, to_patches
 from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
 
 DecoderKind = Literal["spark", "fcmae"]
@@ -186,6 +185,32 @@ class SparK(nn.Module):
             prediction = self.decoder([densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)])
         loss = reconstruction_loss(prediction, images, visible, self.patch_size)
         return SparKOutput(loss, visible, prediction, images)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and `sqrt(variance + 1e-6)` of every patch, the variance unbiased: `[B, patches, 1]` each."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def reconstruction_loss(prediction: Tensor, images: Tensor, visible: Tensor, patch_size: int) -> Tensor:
+    """Squared error to patches normalised one by one, averaged over the masked patches of the batch.
+
+    Args:
+        prediction: `[B, C, *S]`.
+        images: `[B, C, *S]`.
+        visible: bool `[B, *grid]`.
+        patch_size: pixels per side.
+    """
+    block = [patch_size] * (images.ndim - 2)
+    masked = ~visible.flatten(1)  # [B, patches]
+    # In float32 at least: half precision would lose the digits that training is about.
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    target = to_patches(images.to(dtype), block)[masked]  # [masked, C · p²]
+    mean, deviation = patch_statistics(target)
+    error = to_patches(prediction.to(dtype), block)[masked] - (target - mean) / deviation
+    # The original implementation guards its division like this; dropping it moves the ninth digit.
+    return error.square().mean(1).sum() / (error.shape[0] + 1e-8)
 
 
 def encoder_norm(encoder: nn.Module) -> NormKind:
