@@ -1,4 +1,4 @@
-"""Which patches of a batch are visible, and which neighbours each of them has."""
+"""Visible patches of a batch and the neighbours of each."""
 
 from __future__ import annotations
 
@@ -17,15 +17,25 @@ Taps = tuple[tuple[int, ...], ...]
 
 
 class PatchLayout:
-    """The visible patches of a batch of images, and index tables that tell who stands beside whom.
+    """The visible patches of a batch of images, with index tables of their neighbours.
 
     All visible patches of the batch are numbered `0 … n-1`, sample by sample and in row-major order
     within a sample. Everything here depends on the mask alone: a layout is built once per step, and
-    all layers of a network share its tables, which are built when first asked for and then kept.
+    all layers of a network share its tables, which are built on first use and kept.
+
+    The mask is read where it lies: one on the CPU costs a GPU no synchronisation.
 
     Args:
         visible: bool `[B, *grid]`, true where a patch is visible. The number of grid axes is the
             spatial rank: 1 for signals, 2 for images, 3 for volumes.
+        device: of the index tensors and thus of the images; None for that of `visible`.
+
+    Attributes:
+        visible: bool `[B, *grid]` on `device`.
+        counts: number of visible patches of each sample.
+        sample: long `[n]`, the sample of each visible patch.
+        index: `sample` and the patch's grid cell along each axis, `[n]` each, to index a tensor `[B, *grid, …]`.
+        hidden: long `[B · patches - n]`, row-major numbers of the hidden patches in the batch.
 
     Raises:
         ValueError: if `visible` is not boolean, has no grid axis, or hides a whole sample.
@@ -36,24 +46,29 @@ class PatchLayout:
         ((2, 2), 2, (2,))
     """
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Tensor, device: torch.device | str | None = None) -> None:
         if visible.dtype != torch.bool:
             raise UserError(f"visible must be a boolean mask, not {visible.dtype}")
         if visible.ndim < 2:
             raise UserError(f"visible must have the shape [batch, *grid], not {list(visible.shape)}")
-        self.visible = visible
+        self._given = visible
         self.batch_size = visible.shape[0]
         self.grid = tuple(visible.shape[1:])
         self.counts: tuple[int, ...] = tuple(visible.flatten(1).sum(1).tolist())
         if min(self.counts) == 0:
             raise UserError(f"sample {self.counts.index(0)} has no visible patch; show at least one")
         index = visible.nonzero()  # [n, 1 + rank], sorted by sample
+        hidden = (~visible).flatten().nonzero().squeeze(1)
+        device = visible.device if device is None else device
+        # The other way, from a GPU to the CPU, a copy that nobody waits for would be read too early.
+        self.visible, index, self.hidden = (
+            tensor.to(device, non_blocking=visible.is_cpu) for tensor in (visible, index, hidden)
+        )
         self.num_visible = index.shape[0]
-        self.sample = index[:, 0]  # [n]
-        self.position = index[:, 1:]  # [n, rank]
-        self.index = index.unbind(1)  # indexes a tensor [B, *grid, …]
-        self._slot = visible.new_full(visible.shape, self.num_visible, dtype=torch.long)  # [B, *grid]
-        self._slot[self.index] = torch.arange(self.num_visible, device=visible.device)
+        self.index = index.unbind(1)
+        self.sample = self.index[0]
+        self._slot = index.new_full(visible.shape, self.num_visible)  # [B, *grid]
+        self._slot[self.index] = torch.arange(self.num_visible, device=index.device)
         self._neighbours: dict[tuple[int, ...], Tensor] = {}
         self._tables: dict[tuple[tuple[int, ...], tuple[int, ...], Taps], Tensor] = {}
 
@@ -64,8 +79,8 @@ class PatchLayout:
 
     @functools.cached_property
     def samples(self) -> tuple[PatchLayout, ...]:
-        """A layout for each sample alone."""
-        return tuple(PatchLayout(visible) for visible in torch.split(self.visible, 1))
+        """One layout per sample."""
+        return tuple(PatchLayout(visible, self.visible.device) for visible in torch.split(self._given, 1))
 
     @property
     def uniform(self) -> bool:
@@ -84,16 +99,19 @@ class PatchLayout:
         return mask
 
     def neighbours(self, delta: tuple[int, ...]) -> Tensor:
-        """The patch that stands `delta` grid cells away from each visible patch: long `[n]`.
+        """Number of the patch `delta` grid cells away from each visible patch: long `[n]`.
 
-        `n` stands for a masked patch, `n + 1` for a place outside the image.
+        `n` stands for a hidden patch, `n + 1` for a cell outside the image.
         """
         if delta not in self._neighbours:
-            grid = self.position.new_tensor(self.grid)
-            target = self.position + self.position.new_tensor(delta)  # [n, rank]
-            inside = ((target >= 0) & (target < grid)).all(1)
-            clamped = torch.minimum(target.clamp(min=0), grid - 1)
-            slot = self._slot[(self.sample, *clamped.unbind(1))]
+            inside = torch.ones_like(self.sample, dtype=torch.bool)
+            cells: list[Tensor] = []
+            for axis, step, count in zip(self.index[1:], delta, self.grid, strict=True):
+                cell = axis + step
+                clamped = cell.clamp(0, count - 1)
+                inside &= cell == clamped
+                cells.append(clamped)
+            slot = self._slot[(self.sample, *cells)]
             self._neighbours[delta] = torch.where(inside, slot, self.num_visible + 1)
         return self._neighbours[delta]
 
@@ -116,7 +134,7 @@ class PatchLayout:
         around = torch.stack([self.neighbours(delta) for delta in itertools.product(*reach)], 1)  # [n, cells]
         patch = around.to(torch.int32)[:, which]  # [n, out · taps]
         inputs = math.prod(block)
-        special = self.num_visible * inputs - self.num_visible  # from the number of no patch to that of no row
+        special = self.num_visible * inputs - self.num_visible  # maps patch n to row R, n + 1 to R + 1
         table = torch.where(patch < self.num_visible, patch * inputs + where, patch + special)
         outputs = math.prod(size // step for size, step in zip(block, stride, strict=True))
         return table.view(self.num_visible * outputs, -1)
@@ -126,11 +144,11 @@ class PatchLayout:
 def _pattern(
     block: tuple[int, ...], stride: tuple[int, ...], taps: Taps, device: torch.device
 ) -> tuple[list[range], Tensor, Tensor]:
-    """Where the taps of one patch read, which is the same for every patch of every layout.
+    """Where the taps of one patch read, the same for every patch of every layout.
 
     Returns:
-        Along each axis, how many cells away the patches stand that are read; and for each output position and
-        tap, row-major: which of these patches is read (long), and which position in it (int32), `[out · taps]`.
+        The range of grid offsets that are read along each axis; and for each output position and tap, row-major
+        `[out · taps]`: which of these patches is read (long), and which position in it (int32).
     """
     rank = len(block)
     reads = [
