@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any, get_args
 
 import pytest
 import timm
@@ -9,10 +10,13 @@ import torch
 import torchvision
 from small_networks import PlainCNN, signal_network, volume_network
 from torch import Tensor, nn
+from torch._C import DisableTorchFunctionSubclass
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparkmim.models import SparK, create_encoder
-from sparkmim.models.patches import from_patches, patch_statistics, reconstruction_loss, to_patches
-from sparkmim.models.spark import encoder_norm
+from sparkmim.models.decoder import from_patches, to_patches
+from sparkmim.models.spark import DecoderKind, encoder_norm, patch_statistics, reconstruction_loss
+from sparkmim.sparse import PatchLayout
 
 CASES: dict[str, tuple[Callable[[], SparK], tuple[int, ...], tuple[int, ...]]] = {
     "square": (lambda: SparK(PlainCNN(), 32, decoder_width=16), (3, 32, 32), (4, 4)),
@@ -99,13 +103,12 @@ def test_patches_round_trip() -> None:
 
 
 def test_the_loss_is_computed_in_full_precision() -> None:
-    visible = torch.tensor([[[True, False]]])
+    patches = PatchLayout(torch.tensor([[[True, False]]]))
     images, prediction = torch.randn(1, 3, 4, 8), torch.randn(1, 3, 4, 8)
-    half = reconstruction_loss(prediction.bfloat16(), images, visible, 4)
+    half = reconstruction_loss(prediction.bfloat16(), images, patches)
     assert half.dtype == torch.float32
-    assert half.item() == pytest.approx(
-        reconstruction_loss(prediction.bfloat16().float(), images, visible, 4).item(), rel=1e-6
-    )
+    full = reconstruction_loss(prediction.bfloat16().float(), images, patches)
+    assert half.item() == pytest.approx(full.item(), rel=1e-6)
 
 
 def test_a_uniform_patch_is_no_trouble() -> None:
@@ -154,6 +157,43 @@ def test_given_and_drawn_masks() -> None:
     first = model(images).visible
     torch.manual_seed(5)
     assert torch.equal(model(images).visible, first)
+
+
+class SynchronisationCounter(TorchDispatchMode):
+    """Counts operations for which a CPU would wait for a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[str] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        by_mask = name in ("index", "index_put", "index_put_") and any(
+            index is not None and index.dtype == torch.bool for index in args[1]
+        )
+        if by_mask or name in ("_local_scalar_dense", "nonzero", "equal", "masked_select"):
+            self.calls.append(name)
+        with DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("decoder", get_args(DecoderKind))
+def test_a_step_reads_nothing_back(decoder: DecoderKind, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once the layout is built, no operation makes a CPU wait for a GPU."""
+    pools = nn.Sequential(nn.AvgPool2d(3, 2, 1, count_include_pad=False), nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1))
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), pools, nn.Conv2d(8, 8, 3, 2, 1, groups=8))
+    model = SparK(network, 32, decoder=decoder, decoder_width=16)
+    images, visible = torch.randn(2, 3, 32, 32), model.draw_visible(2)
+    model(images, visible).loss.backward()  # tables that all layouts share are made on the CPU once
+    with SynchronisationCounter() as counter:
+        layout = PatchLayout(visible)
+    assert counter.calls == ["nonzero", "nonzero"]
+    monkeypatch.setattr("sparkmim.models.spark.PatchLayout", lambda *_: layout)
+    with SynchronisationCounter() as counter:
+        model(images, visible).loss.backward()
+    assert not counter.calls
 
 
 def test_masked_pixels_do_not_matter() -> None:

@@ -19,7 +19,9 @@ def test_patches_are_numbered_row_major(visible: Tensor) -> None:
     layout = PatchLayout(visible)
     cells = [(b, *c) for b in range(visible.shape[0]) for c in itertools.product(*map(range, visible.shape[1:]))]
     expected = [cell for cell in cells if visible[cell]]
-    assert [(int(b), *c) for b, c in zip(layout.sample, layout.position.tolist(), strict=True)] == expected
+    assert list(zip(*(index.tolist() for index in layout.index), strict=True)) == expected
+    hidden = [number for number, cell in enumerate(cells) if not visible[cell]]
+    assert layout.hidden.tolist() == hidden
     assert layout.num_visible == len(expected) == sum(layout.counts)
     assert layout.counts == tuple(sum(cell[0] == b for cell in expected) for b in range(visible.shape[0]))
     assert layout.uniform == (len(set(layout.counts)) == 1)

@@ -14,7 +14,8 @@ from torch import nn
 import sparkmim
 from sparkmim.cli import main
 from sparkmim.data.source import images_source
-from sparkmim.models.patches import reconstruction_loss
+from sparkmim.models.spark import reconstruction_loss
+from sparkmim.sparse import PatchLayout
 from sparkmim.visualize.reconstruct import Reconstructor
 
 
@@ -54,7 +55,7 @@ def test_losses_are_those_of_training(run: Path, photos: Path) -> None:
     output = reconstructor.model(images, visible)
     assert result.losses.mean() == pytest.approx(output.loss.item(), rel=1e-5)
     assert output.loss.item() == pytest.approx(
-        reconstruction_loss(output.prediction, images, visible, 8).item(), rel=1e-6
+        reconstruction_loss(output.prediction, images, PatchLayout(visible)).item(), rel=1e-6
     )
 
 

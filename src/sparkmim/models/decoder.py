@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from sparkmim.errors import UserError
-from sparkmim.models.patches import from_patches
 from sparkmim.sparse import PackedTensor, unpack
 
 NormKind = Literal["batch", "layer", "none"]
@@ -243,3 +242,23 @@ def initialise(module: nn.Module) -> None:
             nn.init.trunc_normal_(part.mask_token, std=0.02, a=-0.02, b=0.02)
         if isinstance(getattr(part, "bias", None), nn.Parameter):
             nn.init.zeros_(part.bias)  # type: ignore[arg-type]
+
+
+def to_patches(images: Tensor, block: Sequence[int]) -> Tensor:
+    """Cuts `[B, C, *S]` into `[B, patches, C · prod(block)]`."""
+    rank = len(block)
+    for axis, size in reversed(list(enumerate(block, start=2))):
+        images = torch.unflatten(images, axis, (-1, size))  # [B, C, grid_1, block_1, …]
+    grid_axes, block_axes = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
+    return images.permute(0, *grid_axes, 1, *block_axes).flatten(1 + rank).flatten(1, rank)
+
+
+def from_patches(patches: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Puts `[B, patches, C · prod(block)]` together to `[B, C, *S]`."""
+    rank = len(block)
+    x = patches.view(patches.shape[0], *grid, -1, *block)  # [B, *grid, C, *block]
+    order = [0, 1 + rank]
+    for axis in range(rank):
+        order += [1 + axis, 2 + rank + axis]
+    x = x.permute(order)  # [B, C, grid_1, block_1, …]
+    return x.reshape(*x.shape[:2], *(cells * size for cells, size in zip(grid, block, strict=True)))

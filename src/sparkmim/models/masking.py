@@ -28,23 +28,20 @@ def visible_per_sample(grid: Sequence[int], mask_ratio: float) -> int:
 
 
 def random_visible(
-    batch_size: int,
-    grid: Sequence[int],
-    mask_ratio: float,
-    generator: torch.Generator | None = None,
-    device: torch.device | str | None = None,
+    batch_size: int, grid: Sequence[int], mask_ratio: float, generator: torch.Generator | None = None
 ) -> Tensor:
-    """Draws which patches are visible, uniformly and for each sample on its own.
+    """Draws masks uniformly at random, independently for each sample.
 
     Returns:
-        bool `[batch_size, *grid]`, with equally many true values in each sample.
+        bool `[batch_size, *grid]`, true where visible, with equally many true values in each sample; on the
+        generator's device, the CPU without one.
     """
     count = visible_per_sample(grid, mask_ratio)
-    source = generator.device if generator is not None else device
-    noise = torch.rand(batch_size, int(torch.Size(grid).numel()), generator=generator, device=source)
+    device = "cpu" if generator is None else generator.device
+    noise = torch.rand(batch_size, math.prod(grid), generator=generator, device=device)
     visible = torch.zeros_like(noise, dtype=torch.bool)
     visible.scatter_(1, noise.argsort(1)[:, :count], True)
-    return visible.view(batch_size, *grid).to(device)
+    return visible.view(batch_size, *grid)
 
 
 def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple[int, ...]:

@@ -12,11 +12,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
-from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, initialise
+from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, from_patches, initialise, to_patches
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.hierarchy import Hierarchy, rank_of
 from sparkmim.models.masking import check_visible, patch_grid, random_visible, visible_per_sample
-from sparkmim.models.patches import from_patches, patch_statistics, reconstruction_loss, to_patches
 from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
 
 DecoderKind = Literal["spark", "fcmae"]
@@ -140,17 +139,16 @@ class SparK(nn.Module):
         return tuple(f"encoder.{name}" for name in self.hierarchy.unreached)
 
     def draw_visible(self, batch_size: int, generator: torch.Generator | None = None) -> Tensor:
-        """A random mask: bool `[batch_size, *grid]`, true where visible."""
-        device = next(self.decoder.parameters()).device
-        return random_visible(batch_size, self.grid, self.mask_ratio, generator, device)
+        """Draws a mask, on the CPU or the generator's device: bool `[batch_size, *grid]`, true where visible."""
+        return random_visible(batch_size, self.grid, self.mask_ratio, generator)
 
     def encode_packed(self, images: Tensor, visible: Tensor) -> list[PackedTensor]:
-        """Feature maps of the visible patches, shallow to deep, as packed tensors `[B, C_i, *(S / s_i)]`."""
+        """Packed feature maps `[B, C_i, *(S / s_i)]` of the visible patches, shallow to deep."""
         if list(images.shape[2:]) != list(self.image_size):
             expected, got = ("×".join(map(str, size)) for size in (self.image_size, images.shape[2:]))
             raise UserError(f"images are {got}, but this model was built for {expected}")
         check_visible(visible, images.shape[0], self.grid)
-        packed = pack(images, PatchLayout(visible))
+        packed = pack(images, PatchLayout(visible, images.device))
         with naming_modules(self.encoder):
             maps: list[PackedTensor] = self.hierarchy(packed)
         return maps
@@ -160,32 +158,61 @@ class SparK(nn.Module):
 
         Args:
             images: `[B, C, *S]`.
-            visible: bool `[B, *grid]`.
+            visible: bool `[B, *grid]`, on any device; on the CPU, it costs a GPU no synchronisation.
         """
         return [unpack(map_) for map_ in self.encode_packed(images, visible)]
 
     def forward(
         self, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
     ) -> SparKOutput:
-        """Hides patches, rebuilds them, and compares.
+        """Hides patches, predicts them, and computes the loss.
 
         Args:
             images: `[B, C, *S]`, normalised.
-            visible: bool `[B, *grid]`, true where visible; drawn when None.
-            generator: to draw the mask with.
+            visible: bool `[B, *grid]`, true where visible, on any device; on the CPU, it costs a GPU no
+                synchronisation. None draws it by `draw_visible`.
+            generator: draws the mask.
 
         Raises:
             ValueError: if sizes differ from those the model was built for, or the mask hides all or nothing.
         """
         if visible is None:
-            visible = self.draw_visible(images.shape[0], generator).to(images.device)
+            visible = self.draw_visible(images.shape[0], generator)
         maps = self.encode_packed(images, visible)
         if isinstance(self.decoder, FCMAEDecoder):
             prediction = self.decoder(maps)
         else:
             prediction = self.decoder([densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)])
-        loss = reconstruction_loss(prediction, images, visible, self.patch_size)
-        return SparKOutput(loss, visible, prediction, images)
+        patches = maps[0].patches
+        loss = reconstruction_loss(prediction, images, patches)
+        return SparKOutput(loss, patches.visible, prediction, images)
+
+
+def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and `sqrt(variance + 1e-6)` of every patch, the variance unbiased: `[B, patches, 1]` each."""
+    variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
+    return mean, (variance + 1e-6).sqrt()
+
+
+def reconstruction_loss(prediction: Tensor, images: Tensor, patches: PatchLayout) -> Tensor:
+    """Mean squared error to the hidden patches of the batch, each normalised by its own mean and deviation.
+
+    Args:
+        prediction: `[B, C, *S]`.
+        images: `[B, C, *S]`.
+        patches: the layout of the mask.
+    """
+    block = [size // cells for size, cells in zip(images.shape[2:], patches.grid, strict=True)]
+    # In float32 at least: half precision would lose the digits that training is about.
+    dtype = torch.promote_types(prediction.dtype, torch.float32)
+    target, predicted = (
+        to_patches(x.to(dtype), block).flatten(0, 1).index_select(0, patches.hidden)  # [hidden, C · p²]
+        for x in (images, prediction)
+    )
+    mean, deviation = patch_statistics(target)
+    error = predicted - (target - mean) / deviation
+    # The original implementation guards its division like this; dropping it moves the ninth digit.
+    return error.square().mean(1).sum() / (error.shape[0] + 1e-8)
 
 
 def encoder_norm(encoder: nn.Module) -> NormKind:

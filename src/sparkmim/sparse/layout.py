@@ -1,4 +1,4 @@
-"""Layout of the visible patches of a batch: their positions, neighbours and index tables."""
+"""Visible patches of a batch and the neighbours of each."""
 
 from __future__ import annotations
 
@@ -13,19 +13,29 @@ from torch import Tensor
 from sparkmim.errors import UserError
 
 Taps = tuple[tuple[int, ...], ...]
-"""Offsets at which an operation reads along each spatial axis, relative to `stride · output position`."""
+"""Per spatial axis, the offsets at which an operation reads, relative to `stride * output position`."""
 
 
 class PatchLayout:
-    """Visible patches of a batch of images, with index tables of their neighbours.
+    """The visible patches of a batch of images, with index tables of their neighbours.
 
-    The visible patches of the batch are numbered `0 … n-1`, sample by sample and in row-major order
-    within a sample. A layout depends on the mask alone: it is built once per step and shared by all
-    layers of a network. Tables are built on first use and cached.
+    All visible patches of the batch are numbered `0 … n-1`, sample by sample and in row-major order
+    within a sample. Everything here depends on the mask alone: a layout is built once per step, and
+    all layers of a network share its tables, which are built on first use and kept.
+
+    The mask is read where it lies: one on the CPU costs a GPU no synchronisation.
 
     Args:
-        visible: bool `[B, *grid]`, true for visible patches. The grid has 1 axis for signals,
-            2 for images, 3 for volumes.
+        visible: bool `[B, *grid]`, true where a patch is visible. The number of grid axes is the
+            spatial rank: 1 for signals, 2 for images, 3 for volumes.
+        device: of the index tensors and thus of the images; None for that of `visible`.
+
+    Attributes:
+        visible: bool `[B, *grid]` on `device`.
+        counts: number of visible patches of each sample.
+        sample: long `[n]`, the sample of each visible patch.
+        index: `sample` and the patch's grid cell along each axis, `[n]` each, to index a tensor `[B, *grid, …]`.
+        hidden: long `[B · patches - n]`, row-major numbers of the hidden patches in the batch.
 
     Raises:
         ValueError: if `visible` is not boolean, has no grid axis, or hides a whole sample.
@@ -36,24 +46,29 @@ class PatchLayout:
         ((2, 2), 2, (2,))
     """
 
-    def __init__(self, visible: Tensor) -> None:
+    def __init__(self, visible: Tensor, device: torch.device | str | None = None) -> None:
         if visible.dtype != torch.bool:
             raise UserError(f"visible must be a boolean mask, not {visible.dtype}")
         if visible.ndim < 2:
             raise UserError(f"visible must have the shape [batch, *grid], not {list(visible.shape)}")
-        self.visible = visible
+        self._given = visible
         self.batch_size = visible.shape[0]
         self.grid = tuple(visible.shape[1:])
         self.counts: tuple[int, ...] = tuple(visible.flatten(1).sum(1).tolist())
         if min(self.counts) == 0:
             raise UserError(f"sample {self.counts.index(0)} has no visible patch; show at least one")
         index = visible.nonzero()  # [n, 1 + rank], sorted by sample
+        hidden = (~visible).flatten().nonzero().squeeze(1)
+        device = visible.device if device is None else device
+        # The other way, from a GPU to the CPU, a copy that nobody waits for would be read too early.
+        self.visible, index, self.hidden = (
+            tensor.to(device, non_blocking=visible.is_cpu) for tensor in (visible, index, hidden)
+        )
         self.num_visible = index.shape[0]
-        self.sample = index[:, 0]  # [n]
-        self.position = index[:, 1:]  # [n, rank]
-        self.index = index.unbind(1)  # indexes a tensor [B, *grid, …]
-        self._slot = visible.new_full(visible.shape, self.num_visible, dtype=torch.long)  # [B, *grid]
-        self._slot[self.index] = torch.arange(self.num_visible, device=visible.device)
+        self.index = index.unbind(1)
+        self.sample = self.index[0]
+        self._slot = index.new_full(visible.shape, self.num_visible)  # [B, *grid]
+        self._slot[self.index] = torch.arange(self.num_visible, device=index.device)
         self._neighbours: dict[tuple[int, ...], Tensor] = {}
         self._tables: dict[tuple[tuple[int, ...], tuple[int, ...], Taps], Tensor] = {}
 
@@ -64,8 +79,8 @@ class PatchLayout:
 
     @functools.cached_property
     def samples(self) -> tuple[PatchLayout, ...]:
-        """A separate layout for each sample."""
-        return tuple(PatchLayout(visible) for visible in torch.split(self.visible, 1))
+        """One layout per sample."""
+        return tuple(PatchLayout(visible, self.visible.device) for visible in torch.split(self._given, 1))
 
     @property
     def uniform(self) -> bool:
@@ -77,23 +92,26 @@ class PatchLayout:
         return f"PatchLayout(batch_size={self.batch_size}, grid={self.grid}, visible={shown})"
 
     def upsampled(self, block: Sequence[int]) -> Tensor:
-        """Returns the mask with `block` positions per patch: bool `[B, *(grid · block)]`."""
+        """The mask at a resolution of `block` positions per patch: bool `[B, *(grid · block)]`."""
         mask = self.visible
         for axis, size in enumerate(block, start=1):
             mask = mask.repeat_interleave(size, dim=axis)
         return mask
 
     def neighbours(self, delta: tuple[int, ...]) -> Tensor:
-        """Returns the number of the patch `delta` grid cells away from each visible patch: long `[n]`.
+        """Number of the patch `delta` grid cells away from each visible patch: long `[n]`.
 
-        The number is `n` for a masked patch and `n + 1` outside the image.
+        `n` stands for a hidden patch, `n + 1` for a cell outside the image.
         """
         if delta not in self._neighbours:
-            grid = self.position.new_tensor(self.grid)
-            target = self.position + self.position.new_tensor(delta)  # [n, rank]
-            inside = ((target >= 0) & (target < grid)).all(1)
-            clamped = torch.minimum(target.clamp(min=0), grid - 1)
-            slot = self._slot[(self.sample, *clamped.unbind(1))]
+            inside = torch.ones_like(self.sample, dtype=torch.bool)
+            cells: list[Tensor] = []
+            for axis, step, count in zip(self.index[1:], delta, self.grid, strict=True):
+                cell = axis + step
+                clamped = cell.clamp(0, count - 1)
+                inside &= cell == clamped
+                cells.append(clamped)
+            slot = self._slot[(self.sample, *cells)]
             self._neighbours[delta] = torch.where(inside, slot, self.num_visible + 1)
         return self._neighbours[delta]
 
@@ -101,10 +119,10 @@ class PatchLayout:
         """Which input row every tap of every output row reads: int32 `[n · prod(block/stride), prod(taps)]`.
 
         The rows of a packed map are its positions in memory order: patch, then position in the
-        patch, row-major. Along each axis, output position `o` of a patch reads the input positions
-        `o · stride + t` for each `t` in `taps`, counted from the patch's first position; positions
-        beyond the patch belong to its neighbours. With `R = n · prod(block)` input rows, row `R`
-        stands for a masked position and row `R + 1` for one outside the image.
+        patch, row-major. Output position `o` of a patch reads, along each axis, the input positions
+        `o · stride + t` for `t` in that axis's `taps`, counted from the patch's own first position;
+        those beyond the patch belong to its neighbours. With `R = n · prod(block)` input rows, row
+        `R` stands for a masked position and row `R + 1` for one outside the image.
         """
         key = (block, stride, taps)
         if key not in self._tables:
@@ -116,7 +134,7 @@ class PatchLayout:
         around = torch.stack([self.neighbours(delta) for delta in itertools.product(*reach)], 1)  # [n, cells]
         patch = around.to(torch.int32)[:, which]  # [n, out · taps]
         inputs = math.prod(block)
-        special = self.num_visible * inputs - self.num_visible  # patch number n to row number R
+        special = self.num_visible * inputs - self.num_visible  # maps patch n to row R, n + 1 to R + 1
         table = torch.where(patch < self.num_visible, patch * inputs + where, patch + special)
         outputs = math.prod(size // step for size, step in zip(block, stride, strict=True))
         return table.view(self.num_visible * outputs, -1)
@@ -126,11 +144,11 @@ class PatchLayout:
 def _pattern(
     block: tuple[int, ...], stride: tuple[int, ...], taps: Taps, device: torch.device
 ) -> tuple[list[range], Tensor, Tensor]:
-    """Computes where the taps of one patch read; the same for every patch of every layout.
+    """Where the taps of one patch read, the same for every patch of every layout.
 
     Returns:
-        The offsets in grid cells of the patches read, per axis; and, for each output position and tap in row-major
-        order, which of these patches is read (long `[out · taps]`) and at which position (int32 `[out · taps]`).
+        The range of grid offsets that are read along each axis; and for each output position and tap, row-major
+        `[out · taps]`: which of these patches is read (long), and which position in it (int32).
     """
     rank = len(block)
     reads = [

@@ -19,9 +19,10 @@ from sparkmim.errors import UserError
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import SparK
+from sparkmim.models.decoder import from_patches, to_patches
 from sparkmim.models.encoders import own_module
 from sparkmim.models.masking import random_visible
-from sparkmim.models.patches import from_patches, patch_statistics, to_patches
+from sparkmim.models.spark import patch_statistics
 from sparkmim.results import ReconstructResult
 from sparkmim.visualize.inputs import InputImages, read_images
 from sparkmim.visualize.masks import mask_given, patches_given

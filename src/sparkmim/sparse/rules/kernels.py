@@ -231,19 +231,16 @@ def _avg_pool(
     means = _AVG_POOLS[rank](_windows(x, geometry, outside=0.0), kernel, steps)
     if divisor_override:
         return like(x, means * (math.prod(kernel) / divisor_override))
-    # Windows over the border divide by fewer positions: pooling a map of ones tells by how many.
-    ones = x.new_ones(1, 1, *dense_shape(x)[2:])
-    pooled = _AVG_POOLS[rank](ones, kernel, steps, padding, ceil_mode, count_include_pad)
-    outer = [
-        (before, max(0, (out - 1) * step + size - before - extent))
-        for before, out, step, size, extent in zip(
-            padding, pooled.shape[2:], steps, kernel, ones.shape[2:], strict=True
-        )
-    ]
-    inside = _AVG_POOLS[rank](F.pad(ones, [size for pair in reversed(outer) for size in pair]), kernel, steps)
-    for axis, size in enumerate(pooled.shape[2:], start=2):
-        inside = inside.narrow(axis, 0, size)
-    if torch.equal(pooled, inside):
+    # Windows at the border divide by fewer positions. Counted on the CPU, so that nothing waits for a GPU.
+    scales: list[list[float]] = []
+    for extent, size, step, before in zip(dense_shape(x)[2:], kernel, steps, padding, strict=True):
+        starts = range(-before, extent - before, step)
+        low, high = (-before, extent + before) if count_include_pad else (0, extent)
+        scales.append([size / (min(start + size, high) - max(start, low)) for start in starts])
+    if all(ratio == 1 for axis in scales for ratio in axis):
         return like(x, means)
-    scale = (pooled / inside).expand(x.patches.batch_size, *(-1,) * (rank + 1))  # [B, 1, *S]
+    scale = torch.ones((), dtype=torch.float64, device="cpu")
+    for axis in scales:
+        scale = scale[..., None] * torch.tensor(axis, dtype=torch.float64, device="cpu")
+    scale = scale.to(x.device, x.dtype, non_blocking=True).expand(x.patches.batch_size, 1, *scale.shape)  # [B, 1, *S]
     return like(x, means * gather_patches(scale, x.patches))
