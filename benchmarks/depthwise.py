@@ -2,7 +2,7 @@
 
     python benchmarks/depthwise.py --json benchmarks/results/depthwise.json
 
-Why `sparkmim.sparse.images` computes it in float32. Best of five, 8 maps each.
+Why `sparkmim.sparse.windows` computes it in float32. Best of five, 8 maps each.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def test_commands_are_understood(page: Path) -> None:
     for command in (line.split("#")[0] for line in lines):
         words = shlex.split(command)
         if "sparkmim" in words:
-            build_parser().parse_args(_spelled_as_arguments(words[words.index("sparkmim") + 1 :]))
+            arguments = [word for word in words[words.index("sparkmim") + 1 :] if word != "--print_config"]  # exits
+            build_parser().parse_args(_spelled_as_arguments(arguments))
 
 
 @pytest.mark.parametrize(
@@ -67,3 +69,8 @@ def test_every_page_is_linked() -> None:
     text = " ".join(page.read_text(encoding="utf-8") for page in PAGES)
     for page in PAGES[1:]:
         assert page.name in text, f"nothing links to {page.name}"
+
+
+def test_recipes_page_is_current() -> None:
+    page = runpy.run_path(str(ROOT / "docs" / "recipes.py"))["page"]()
+    assert (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8") == page, "run `python docs/recipes.py`"
