@@ -182,6 +182,11 @@ class PretrainModule(ScheduledModule):
         groups: list[dict[str, Any]] = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=spared)
         return groups
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves the mask on the CPU, where reading it keeps no GPU waiting."""
+        visible = batch["visible"]
+        return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "visible": visible}
+
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         loss: Tensor = self.model(batch["image"], batch["visible"]).loss
         self.step_losses.append(loss.detach())
