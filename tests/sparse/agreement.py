@@ -1,4 +1,4 @@
-"""What the tests of the engine share: random masks, and the comparison of a packed run with the definition."""
+"""Random masks, and the comparison of packed results with the definition."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ TOLERANCE = 1e-10
 
 
 def examples(count: int) -> settings:
-    """Hypothesis settings: `count` examples, the same ones in every run."""
+    """Returns Hypothesis settings with `count` examples, the same in every run."""
     return settings(max_examples=count, deadline=None, derandomize=True, database=None)
 
 
 @st.composite
 def masks(draw: st.DrawFn, rank: int | None = None, max_cells: int = 3, ragged: bool | None = None) -> Tensor:
-    """bool `[B, *grid]` with at least one visible patch in every sample; equally many in each unless `ragged`."""
+    """Draws a mask, bool `[B, *grid]`, with 1 or more visible patches per sample; equally many unless `ragged`."""
     rank = draw(st.integers(1, 3)) if rank is None else rank
     grid = draw(st.lists(st.integers(1, max_cells if rank < 3 else 2), min_size=rank, max_size=rank))
     batch = draw(st.integers(1, 3))
@@ -34,7 +34,7 @@ def masks(draw: st.DrawFn, rank: int | None = None, max_cells: int = 3, ragged: 
 
 
 def random_mask(batch: int, grid: Sequence[int], ragged: bool = False, seed: int = 0) -> Tensor:
-    """bool `[batch, *grid]`: a random mask, with equally many visible patches per sample unless `ragged`."""
+    """Returns a random mask, bool `[batch, *grid]`, with equally many visible patches per sample unless `ragged`."""
     generator = torch.Generator().manual_seed(seed)
     cells = int(torch.Size(grid).numel())
     counts = torch.randint(1, cells + 1, (batch,), generator=generator)
@@ -46,7 +46,7 @@ def random_mask(batch: int, grid: Sequence[int], ragged: bool = False, seed: int
 
 
 def upsample(visible: Tensor, block: Sequence[int]) -> Tensor:
-    """The mask at `block` positions per patch, by its definition."""
+    """Returns the mask with `block` positions per patch."""
     sizes = [cells * extent for cells, extent in zip(visible.shape[1:], block, strict=True)]
     index = torch.meshgrid(
         *(torch.arange(size) // extent for size, extent in zip(sizes, block, strict=True)), indexing="ij"
@@ -55,10 +55,9 @@ def upsample(visible: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def dense_of(x: Any, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
-    """The dense tensor that a result stands for, zero where masked, and the mask of what it says anything about.
+    """Returns the dense tensor of a result, zero where masked, and the mask of its defined values.
 
-    Written with loops, so that nothing of the engine vouches for itself. `block` is needed for maps whose spatial
-    axes have been flattened into one.
+    Written with loops, to be independent of the engine. `block` is needed for maps with flattened spatial axes.
     """
     if not isinstance(x, PackedTensor):
         return x, torch.ones((), dtype=torch.bool)
@@ -85,7 +84,7 @@ def dense_of(x: Any, block: Sequence[int] | None = None) -> tuple[Tensor, Tensor
 
 
 def randomised(module: nn.Module) -> nn.Module:
-    """In float64, with nothing left at ones and zeros."""
+    """Converts a module to float64 and randomises its parameters and buffers."""
     module = module.double()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -96,7 +95,7 @@ def randomised(module: nn.Module) -> nn.Module:
 
 
 def assert_close(ours: Tensor, theirs: Tensor, what: str, tolerance: float = TOLERANCE) -> None:
-    """Equal up to `tolerance`, relative to the largest value or absolute, whichever allows more."""
+    """Asserts equality up to `tolerance`, relative to the largest value or absolute, whichever is larger."""
     assert ours.shape == theirs.shape, f"{what}: shape {list(ours.shape)}, expected {list(theirs.shape)}"
     if not ours.numel():
         return
@@ -118,11 +117,11 @@ def agree(
     reference: Callable[[Tensor], Any] | None = None,
     tolerance: float = TOLERANCE,
 ) -> None:
-    """Asserts that `function` means on packed tensors what it means by the definition, forward and backward.
+    """Asserts that `function` agrees on packed tensors with the definition, forward and backward.
 
-    Twice: under `visible` against `reference` (by default `function` itself) run by the definition, `MaskedDense`;
-    and with every patch visible against plain PyTorch. Compared are all outputs, the gradients to the input and to
-    the parameters, and the buffers, if `function` is a module.
+    Runs twice: under `visible`, against `reference` (by default `function`) in `MaskedDense`; and with every patch
+    visible, against plain PyTorch. Compares all outputs, the gradients of the input and of the parameters, and the
+    buffers if `function` is a module.
     """
     for mask, kind in ((visible, "under the mask"), (torch.ones_like(visible), "all visible")):
         packed = _run(function, mask, block, channels, seed)
@@ -157,8 +156,8 @@ def _run(
     oracle: AbstractContextManager[Any] | None = None,
     shown: list[Tensor] | None = None,
 ) -> _Run:
-    """Packed without an `oracle`, dense within it; masks of the outputs come from the packed run."""
-    function = copy.deepcopy(function)  # running statistics start alike
+    """Runs `function` packed without an `oracle`, dense within it; output masks come from the packed run."""
+    function = copy.deepcopy(function)  # equal running statistics
     module = function if isinstance(function, nn.Module) else None
     generator = torch.Generator().manual_seed(seed)
     sizes = [cells * extent for cells, extent in zip(visible.shape[1:], block, strict=True)]

@@ -1,4 +1,4 @@
-"""What compares positions of a sample, over its visible positions alone."""
+"""Attention and matrix products over the visible positions of each sample."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NORMS = ["EvoNorm2dB0", "EvoNorm2dB1", "EvoNorm2dS0", "EvoNorm2dS1", "FilterResp
 
 
 def heads(x: Tensor) -> Tensor:
-    """`[B, 6, H, W]` to `[B, 2, H · W, 3]`."""
+    """Splits a map into heads: `[B, 6, H, W]` to `[B, 2, H · W, 3]`."""
     return x.reshape(x.shape[0], 2, 3, -1).transpose(2, 3)
 
 
@@ -48,7 +48,7 @@ def test_softmax_and_normalisation_over_positions(visible: Tensor) -> None:
 
 @BOTH
 def test_sums_over_positions(visible: Tensor) -> None:
-    """Channels against channels, and back to every position: linear attention."""
+    """Linear attention multiplies channels by channels, then the result by every position."""
 
     def covariance(x: Tensor) -> Tensor:
         tokens = x.flatten(2)

@@ -1,4 +1,4 @@
-"""The packed tensor among PyTorch's own machinery: copies, checkpoints, autocast, threads, processes."""
+"""Packed tensors with features of PyTorch: copies, checkpointing, autocast, threads, processes."""
 
 import copy
 import threading
@@ -31,7 +31,7 @@ def small_network(seed: int = 0) -> nn.Sequential:
 
 
 def run(network: nn.Module, seed: int = 0, visible: Tensor = VISIBLE) -> tuple[Tensor, dict[str, Tensor]]:
-    """Dense output, and gradients by name."""
+    """Returns the dense output, and the gradients by name."""
     network.zero_grad()
     dtype = next(network.parameters()).dtype
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(seed), dtype=dtype)
@@ -85,7 +85,7 @@ def test_gradient_checkpointing(reentrant: bool) -> None:
             x = self.stem(x)
             if not self.training:
                 return self.network(x)
-            # The batch norm would count each batch twice, here as on dense images: keep its statistics out.
+            # Batch norm counts each batch twice, as on dense images: leave its statistics out.
             return checkpoint(self.network, x, use_reentrant=reentrant)
 
     model = Checkpointed()
@@ -138,7 +138,7 @@ def test_an_encoder_may_be_checkpointed_already() -> None:
 
 
 def test_autocast() -> None:
-    """Types come out as on dense images, values near."""
+    """Outputs have the dtypes of dense images, and similar values."""
     types: dict[bool, list[torch.dtype]] = {True: [], False: []}
     maps: dict[bool, list[Tensor]] = {True: [], False: []}
     network = small_network()
@@ -177,7 +177,7 @@ def test_autocast_gradients() -> None:
 
 @pytest.mark.parametrize("stride", [1, 2])
 def test_depthwise_gradients_in_half_precision(stride: int) -> None:
-    """As those in float32, up to the rounding of the inputs; on CPUs some are computed in float32."""
+    """They match float32 up to the rounding of the inputs; on CPUs some are computed in float32."""
     conv = nn.Conv2d(6, 6, 3, stride, padding=1, groups=6)
     images = torch.randn(2, 6, 16, 16)
     layout = PatchLayout(random_mask(2, (2, 2), seed=3))
@@ -250,7 +250,7 @@ def test_sync_batch_norm_outside_of_a_group() -> None:
 @pytest.mark.usefixtures("_one_process")
 @pytest.mark.parametrize("visible", [VISIBLE, random_mask(2, (2, 2), ragged=True, seed=9)])
 def test_sync_batch_norm_in_a_group(monkeypatch: pytest.MonkeyPatch, visible: Tensor) -> None:
-    """Its autograd function, with CUDA's five kernels written in plain PyTorch: the same as BatchNorm."""
+    """With CUDA's five kernels written in PyTorch, its autograd function gives the same as BatchNorm."""
     for name, kernel in SYNC_KERNELS.items():
         monkeypatch.setattr(torch, name, dispatching(name, kernel))
 
@@ -274,7 +274,7 @@ def test_sync_batch_norm_in_a_group(monkeypatch: pytest.MonkeyPatch, visible: Te
 
 
 def dispatching(name: str, kernel: Any) -> Any:
-    """A function that dispatches on its arguments' types, as PyTorch's own do."""
+    """Makes a function dispatch on its arguments' types, as PyTorch functions do."""
 
     def function(*args: Any) -> Any:
         if has_torch_function(args):
@@ -341,11 +341,11 @@ SYNC_KERNELS = {
 }
 
 
-# Functions of the user's own
+# Custom autograd functions
 
 
 class SwishFunction(torch.autograd.Function):
-    """As timm's memory-efficient activations once were."""
+    """Activation like the memory-efficient ones of older timm versions."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The layout against brute force: neighbours, upsampled masks, and the tables that every gather reads."""
+"""Layouts against brute force: neighbours, upsampled masks and index tables."""
 
 import itertools
 import math

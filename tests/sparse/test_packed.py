@@ -1,4 +1,4 @@
-"""Packing, unpacking and the gathers: values, and gradients by finite differences."""
+"""Packing, unpacking and gathering: values, and gradients by finite differences."""
 
 import itertools
 import math
@@ -78,7 +78,7 @@ def geometries(draw: st.DrawFn) -> tuple[Tensor, Geometry]:
 
 
 def dense_convolution(dense: Tensor, weight: Tensor, geometry: Geometry) -> Tensor:
-    """Pads so much that the output is the input's size divided by the stride."""
+    """Convolves a dense map, padded so that the output size is the input size divided by the stride."""
     axes = list(zip(geometry.kernel, geometry.stride, geometry.padding, geometry.dilation, strict=True))
     pads = [(before, max(0, d * (k - 1) + 1 - s - before)) for k, s, before, d in axes]
     padded = F.pad(dense, [size for pair in reversed(pads) for size in pair])
@@ -113,7 +113,7 @@ def test_gradients_of_gather_convolution(case: tuple[Tensor, Geometry]) -> None:
 
 
 def test_gather_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Large maps are multiplied piece by piece, which changes nothing."""
+    """Large maps are multiplied in chunks, with the same result."""
     visible = random_mask(2, (3, 3))
     layout = PatchLayout(visible)
     geometry = Geometry((8, 8), (3, 3), (1, 1), (1, 1), (1, 1))
@@ -130,7 +130,7 @@ def test_gather_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_depthwise_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    """So is the gradient of a depthwise weight."""
+    """The gradient of a depthwise weight is computed in chunks, with the same result."""
     layout = PatchLayout(random_mask(2, (3, 3)))
     geometry = Geometry((4, 4), (5, 5), (2, 2), (2, 2), (1, 1))
     rows = torch.randn(layout.num_visible * 16, 3, dtype=torch.float64)
@@ -145,7 +145,7 @@ def test_depthwise_convolution_in_pieces(monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_product_of_any_strides(dtype: torch.dtype) -> None:
-    """Operands may be transposed, or parts of something larger; the fast kernels get what they can take."""
+    """Operands may be transposed or slices of larger tensors."""
     a, b, bias = torch.randn(12, 14).to(dtype), torch.randn(14, 10).to(dtype), torch.randn(10).to(dtype)
     for rows in (a, a.t().contiguous().t(), torch.cat([a, a], 1)[:, ::2].expand(12, 14)):
         for matrix in (b, b.t().contiguous().t(), torch.stack([b, b], 1)[:, 0]):
@@ -216,7 +216,7 @@ def test_attributes_are_those_of_the_dense_map() -> None:
     assert x.device == images.device
     assert x.is_floating_point()
     assert not x.requires_grad
-    assert x.numel() == 3 * 4 * int(visible.sum())  # what normalisation code counts
+    assert x.numel() == 3 * 4 * int(visible.sum())  # visible elements, as normalisation code needs
     assert repr(x) == f"PackedTensor(shape=[2, 3, 4, 4], dtype=torch.float32, {x.patches!r}, block=2×2)"
     assert str(x) == f"{x}" == repr(x)
     assert x.double().dtype == x.to(torch.float64).dtype == x.type(torch.float64).dtype == torch.float64
@@ -245,7 +245,7 @@ def test_what_is_pending_cannot_be_unpacked() -> None:
 
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_second_derivatives_are_refused(kernel: int) -> None:
-    """They would be wrong: the kernels are beyond autograd's sight."""
+    """They would be wrong, as autograd does not see the kernels."""
     x = torch.randn(1, 2, 4, 4, requires_grad=True)
     weight = torch.randn(2, 16, kernel, kernel, requires_grad=True)
     packed = pack(x.repeat(1, 8, 1, 1), PatchLayout(torch.ones(1, 2, 2, dtype=torch.bool)))
@@ -262,13 +262,13 @@ def test_a_rule_can_be_added(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedOperation, match=r"`(fft_)?fft2` has no rule .*register_rule\('(fft_)?fft2'\)"):
         torch.fft.fft2(x)
     for name in ("fft2", "fft_fft2"):
-        monkeypatch.setitem(RULES, name, None)  # so that it is forgotten afterwards
+        monkeypatch.setitem(RULES, name, None)  # removed after the test
         register_rule(name)(lambda func, x: x)
     assert torch.fft.fft2(x) is x
 
 
 def test_nothing_is_copied() -> None:
-    """Wrapping keeps the memory, and so do views of it; patches of channels-last maps are rows already."""
+    """Wrapping and views share memory; patches of channels-last maps are rows without a copy."""
     visible = random_mask(2, (2, 2))
     x = pack(torch.randn(2, 4, 4, 3).movedim(-1, 1), PatchLayout(visible))
     address = x.data_ptr()

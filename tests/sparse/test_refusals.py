@@ -1,4 +1,4 @@
-"""What has no exact meaning on visible patches is refused, in words that tell what to do."""
+"""Operations not defined on visible patches are refused with advice."""
 
 import re
 from collections.abc import Callable
@@ -147,7 +147,7 @@ def test_refused(case: str) -> None:
 
 
 def test_the_advice_helps() -> None:
-    """The padding that the message names is the one that works."""
+    """The padding advised by the message works."""
     for kernel, dilation in ((3, 1), (5, 1), (3, 2), (7, 1)):
         with pytest.raises(UnsupportedOperation) as refusal:
             nn.Conv2d(3, 4, kernel, dilation=dilation)(packed())

@@ -1,4 +1,4 @@
-"""Padding as an operation of its own, and changes of resolution."""
+"""Padding, interpolation and pixel shuffling."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Padded(nn.Module):
 def test_zeros_before_a_convolution(
     visible: Tensor, kernel: int, stride: int, groups: int, data: st.DataObject
 ) -> None:
-    """Any split of the padding, before and after the map, dense and depthwise."""
+    """Padding may be split in any way before and after the map; dense and depthwise convolution."""
     total = max(kernel - stride, 0)
     first = [data.draw(st.integers(0, total)) for _ in range(2)]
     pad = (first[1], total - first[1], first[0], total - first[0])
@@ -53,7 +53,7 @@ def test_shape_tells_of_the_border() -> None:
 
 @pytest.mark.parametrize("mode", ["reflect", "replicate", "circular"])
 def test_other_borders(mode: str) -> None:
-    """They repeat what is visible near the border, and zero where it is masked."""
+    """They repeat visible values near the border, and zeros where it is masked."""
     for kernel, block in ((3, (4, 4)), (3, (1, 1)), (5, (2, 1))):
         conv = nn.Conv2d(3, 4, kernel, padding=kernel // 2, padding_mode=mode)
         agree(randomised(conv), random_mask(2, (3, 3), ragged=True, seed=2), block)
@@ -82,14 +82,14 @@ def test_padded_pooling() -> None:
 
 
 def test_padded_pooling_rounded_up() -> None:
-    """What lies past the padded map is ignored, unlike the border."""
+    """Positions beyond the padded map are ignored, unlike the border."""
     agree(lambda x: F.max_pool2d(F.pad(x - 9, (1, 0, 0, 0)), 3, 2, ceil_mode=True), RAGGED, (4, 4))
     agree(lambda x: F.max_pool2d(F.pad(x - 9, (1, 0, 1, 0)), 4, 2, ceil_mode=True), RAGGED, (4, 4))
 
 
 @pytest.mark.parametrize(("factor", "size"), [(0.6, 5), (3.2, 5), (4.1, 10)])
 def test_nearest_neighbours_by_uneven_factors(factor: float, size: int) -> None:
-    """PyTorch finds positions by the factor that was given, even where the sizes would give other ones."""
+    """PyTorch computes positions from the given factor, even where the sizes imply another."""
     visible = random_mask(2, (1, 2), seed=1)
     agree(lambda x: F.interpolate(x, scale_factor=factor), visible, (size, size))
 

@@ -1,4 +1,4 @@
-"""Every rule against the definition of its operation, on random masks, in one, two and three dimensions."""
+"""Every rule against the definition, on random masks, in 1, 2 and 3 dimensions."""
 
 import math
 from collections.abc import Callable
@@ -26,7 +26,7 @@ BOTH = pytest.mark.parametrize("visible", [RAGGED, UNIFORM], ids=["ragged", "uni
 
 
 class Apply(nn.Module):
-    """A function of modules, so that their parameters and buffers are compared too."""
+    """Module from a function of modules, so that their parameters and buffers are compared too."""
 
     def __init__(self, function: Callable[..., Any], *parts: nn.Module) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Apply(nn.Module):
 
 @st.composite
 def convolutions(draw: st.DrawFn, rank: int) -> tuple[Tensor, list[int], nn.Module, int]:
-    """A mask, a block, and a convolution that keeps size (or divides it by the stride)."""
+    """Draws a mask, a block, and a convolution that divides the size by its stride."""
     visible = draw(masks(rank))
     largest = {1: 7, 2: 7, 3: 3}[rank]
     kernel, stride, dilation, padding, block = [], [], [], [], []
@@ -98,12 +98,12 @@ def test_convolution(rank: int) -> None:
 def test_same_padding(kernel: int, dilation: int, channels: int, groups: int) -> None:
     module = nn.Conv2d(channels, 6, kernel, padding="same", dilation=dilation, groups=groups).double()
     agree(module, RAGGED, (2, 2), channels)
-    # With the smallest patches windows are larger than the map, which goes through the dense kernel instead.
+    # With the smallest patches, windows are larger than the map, so the dense kernel runs on the map.
     agree(module, torch.ones(2, 3, 3, dtype=torch.bool), (1, 1), channels)
 
 
 def test_all_four_ways_to_convolve(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plain rows, rows by index, windows of patches, the whole map: the cases above reach each of them."""
+    """Rows, gathered rows, windows and whole maps are each used for the cases above."""
     called = []
     for place, name in (
         (kernels, "multiply_rows"),
@@ -157,7 +157,7 @@ def test_linear_and_matmul() -> None:
     ids=str,
 )
 def test_float32(module: nn.Module) -> None:
-    """In single precision other kernels are at work, and agree with the dense convolution, forward and backward."""
+    """Float32 has its own kernels, which agree with the dense convolution, forward and backward."""
     visible = random_mask(2, (4, 4), seed=5)
     dense = torch.randn(2, 16, 64, 64)
     inputs = [dense.clone().requires_grad_() for _ in range(2)]
@@ -196,7 +196,7 @@ def pools(draw: st.DrawFn, rank: int, dilated: bool) -> tuple[Tensor, list[int],
             out = -(-span // s) + 1 if ceil_mode else span // s + 1
             if ceil_mode and (out - 1) * s >= size + p:
                 out -= 1
-            # PyTorch itself reads and writes out of bounds where a window lies in the padding altogether.
+            # PyTorch reads and writes out of bounds where a window lies entirely in the padding.
             somewhere = all(any(0 <= o * s - p + t * d < size for t in range(k)) for o in range(out))
             return out == size // s and somewhere
 
@@ -205,7 +205,7 @@ def pools(draw: st.DrawFn, rank: int, dilated: bool) -> tuple[Tensor, list[int],
         for name, value in zip(settings, (k, s, draw(st.sampled_from(fitting)), d), strict=True):
             settings[name].append(value)
         block.append(b)
-        assume(rank < 3 or dilated or size >= k)  # avg_pool3d wants maps as large as its kernel
+        assume(rank < 3 or dilated or size >= k)  # avg_pool3d needs maps as large as its kernel
     if not dilated:
         del settings["dilation"]
     return visible, block, {**settings, "ceil_mode": ceil_mode}
@@ -254,7 +254,7 @@ def test_pooling_by_default_steps_by_its_kernel() -> None:
 @pytest.mark.parametrize("groups", [1, 3])
 @pytest.mark.parametrize("padding", ["", "same"])
 def test_conditional_convolution(visible: Tensor, groups: int, padding: str) -> None:
-    """Every sample has weights of its own; timm folds the batch into the channels for it."""
+    """Every sample has separate weights, for which timm folds the batch into the channels."""
 
     class Conditional(nn.Module):
         def __init__(self) -> None:
@@ -304,7 +304,7 @@ def test_layer_norm(visible: Tensor) -> None:
 
 @BOTH
 def test_contiguous_is_a_copy_of_a_part(visible: Tensor) -> None:
-    """In-place operations on it leave the whole alone, as on dense maps."""
+    """In-place operations on the copy do not change the whole map."""
 
     def function(x: Tensor) -> Tensor:
         y = x * 2
@@ -342,7 +342,7 @@ def test_instance_norm(rank: int) -> None:
 
 @BOTH
 def test_instance_norm_running_statistics(visible: Tensor) -> None:
-    """They are averaged over the samples: of each, mean and unbiased variance of what is visible."""
+    """They average the mean and unbiased variance of each sample's visible positions."""
     norm = randomised(nn.InstanceNorm2d(3, affine=True, track_running_stats=True))
     mean, var = norm.running_mean.clone(), norm.running_var.clone()
     images = torch.randn(visible.shape[0], 3, 2 * visible.shape[1], 2 * visible.shape[2], dtype=torch.float64)
@@ -354,7 +354,7 @@ def test_instance_norm_running_statistics(visible: Tensor) -> None:
     assert_close(norm.running_mean, expected_mean, "the running mean")
     assert_close(norm.running_var, expected_var, "the running variance")
     agree(norm.eval(), visible, (2, 2))
-    # All visible, they are PyTorch's own.
+    # With every patch visible, they are those of PyTorch.
     twin = nn.InstanceNorm2d(3, affine=True, track_running_stats=True).double()
     ours = nn.InstanceNorm2d(3, affine=True, track_running_stats=True).double()
     twin(images)
@@ -472,7 +472,7 @@ SPELLINGS: dict[str, tuple[Callable[[Tensor], Any], Callable[[Tensor], Any]]] = 
 @BOTH
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_spellings_of_arguments(spelling: str, visible: Tensor) -> None:
-    """By place, as they were once, and by name."""
+    """Arguments may be positional, in an old signature, or named."""
     function, reference = SPELLINGS[spelling]
     agree(function, visible, (2, 2), reference=reference)
 
@@ -577,7 +577,7 @@ def test_attention_modules_of_timm(module: Callable[[], nn.Module], visible: Ten
 
 @BOTH
 def test_squeeze_and_excite_channels_last(visible: Tensor) -> None:
-    """timm's pools with `keepdims=`, as NumPy spells it."""
+    """timm pools with `keepdims=`, the name that NumPy uses."""
 
     def by_hand(se: Any, x: Tensor) -> Tensor:
         x = x.permute(0, 2, 3, 1)
@@ -587,7 +587,7 @@ def test_squeeze_and_excite_channels_last(visible: Tensor) -> None:
     agree(Apply(lambda se, x: se(x.permute(0, 2, 3, 1)), se), visible, (2, 2), 8, reference=Apply(by_hand, se))
 
 
-# What is drawn per sample
+# Random draws per sample
 
 
 @pytest.mark.parametrize("kind", ["timm", "timm module", "torchvision", "dropout2d", "dropout1d", "dropout3d"])
@@ -729,7 +729,7 @@ AXES: dict[str, Callable[[Tensor], Any]] = {
 
 
 def coordinates(x: Tensor) -> Tensor:
-    """A dense map, different for every sample and position."""
+    """Returns a dense map that differs for every sample and position."""
     shape = (x.shape[0], 1, *x.shape[2:])
     return torch.arange(math.prod(shape), dtype=torch.float64).view(shape)
 
@@ -876,7 +876,7 @@ IN_PLACE: dict[str, Callable[[Tensor], Any]] = {
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place_returns_and_changes(name: str) -> None:
-    """The result is the very tensor, and whoever holds it sees the change."""
+    """The result is the operand itself, and its aliases see the change."""
 
     def network(x: Tensor) -> Any:
         y = x * 1.5
@@ -955,7 +955,7 @@ def test_in_place_keeps_memory() -> None:
     ids=str,
 )  # fmt: skip
 def test_in_place_after_any_layer(layer: nn.Module, visible: Tensor, dtype: torch.dtype) -> None:
-    """What a rule returns can be changed in place, as PyTorch's own results can."""
+    """Results of rules can be changed in place."""
     channels = getattr(layer, "in_channels", 16)
     images = torch.randn(visible.shape[0], channels, 32, 32, dtype=dtype, requires_grad=True)
     layer = layer.to(dtype)
@@ -968,7 +968,7 @@ def test_in_place_after_any_layer(layer: nn.Module, visible: Tensor, dtype: torc
     assert_close(grads[0], grads[1], "the gradient", 1e-4)
 
 
-# Networks of many rules
+# Networks that use many rules
 
 
 @BOTH
