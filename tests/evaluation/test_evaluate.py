@@ -145,7 +145,7 @@ def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
         ({"crop": 2.0}, r"crop is 2.0; it must be between 0 and 1"),
         ({"image_size": [16, 16, 16, 16]}, r"image_size is \[16, 16, 16, 16\]; it must have 1 to 3 values"),
         ({"accelerator": "tpu"}, r"accelerator is 'tpu'; choose auto, cpu or cuda"),
-        ({"model": 3}, r"model is a int; pass a name or a torch.nn.Module"),
+        ({"model": 3}, r"model is of type int; pass a name or a torch.nn.Module"),
         ({"workers": -1}, r"workers is -1"),
     ],
 )

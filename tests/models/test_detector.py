@@ -151,9 +151,9 @@ def test_channels_and_their_statistics() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"classes": 0}, "0 classes"),
-        ({"channels": 4}, "4 channels need their mean"),
-        ({"mean": [0.5]}, "mean has 1 numbers for images of 3 channels"),
+        ({"classes": 0}, "classes is 0"),
+        ({"channels": 4}, "channels is 4, which has no default mean"),
+        ({"mean": [0.5]}, "mean has length 1, but channels is 3"),
         ({"box_head": "3fc"}, "no box head '3fc'; choose 4conv1fc or 2fc"),
         ({"norm": "group"}, "no norm 'group'"),
     ],

@@ -82,8 +82,8 @@ def test_grids() -> None:
         ((225, 225), 32, 32, "image_size 225×225 is no multiple of the patch size 32; use 224×224 or 256×256$"),
         ((224, 250), 32, 32, "image_size 224×250 is no multiple of the patch size 32; use 224×224 or 224×256$"),
         ((20, 80), 32, 32, "image_size 20×80 is no multiple of the patch size 32; use 32×96$"),
-        ((32, 32), 32, 32, "image_size 32×32 holds a single patch of 32: .* use images of 64 or more$"),
-        ((64, 64), 64, 32, "holds a single patch of 64: .* use images of 128 or more, or a patch_size of 32$"),
+        ((32, 32), 32, 32, "image_size 32×32 holds a single patch of 32, .* use images of 64 or more$"),
+        ((64, 64), 64, 32, "holds a single patch of 64, .* use images of 128 or more, or a patch_size of 32$"),
     ],
 )
 def test_sizes_that_do_not_fit(size: tuple[int, ...], patch: int, stride: int, message: str) -> None:

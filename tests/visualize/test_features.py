@@ -268,7 +268,7 @@ def test_volumes(volumes: dict[str, Any], tmp_path: Path) -> None:
         ({"image_size": 0}, r"image_size is 0; it must be above 0"),
         ({"out": "features.gif"}, r"the name of a picture ends in .png"),
         ({"out": "."}, r"ends in|is a folder"),
-        ({"model": 3}, r"model is a int; pass a name or a torch.nn.Module"),
+        ({"model": 3}, r"model is of type int; pass a name or a torch.nn.Module"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(

@@ -227,7 +227,7 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
         ({"image_size": 30}, r"image_size 30×30 is no multiple of the patch size 4; use 28×28 or 32×32"),
         ({"image_size": [32, 32, 32]}, r"image_size \[32, 32, 32\] is for 3 spatial axes, but .* images of two"),
         ({"model": "resnet18x"}, r"timm has no model named 'resnet18x'"),
-        ({"model": 3}, r"model is a int; pass a name or a torch.nn.Module"),
+        ({"model": 3}, r"model is of type int; pass a name or a torch.nn.Module"),
         ({"model": nn.Conv3d(1, 4, 3, 2, 1)}, r"Conv3d is for 3 spatial axes, but .* images of two"),
         ({"weights": "nowhere"}, r"nowhere does not exist"),
         ({"weights": "volumes.safetensors"}, r"volumes.safetensors is for 3 spatial axes, but .* images of two"),

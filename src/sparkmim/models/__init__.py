@@ -1,4 +1,4 @@
-"""SparK and what it is made of: feature hierarchies, masks, the decoder."""
+"""Networks: encoders, feature hierarchies, SparK, classifiers, detectors and segmenters."""
 
 from sparkmim.models.classifier import PooledClassifier, create_classifier
 from sparkmim.models.encoders import create_encoder

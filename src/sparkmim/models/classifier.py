@@ -1,4 +1,4 @@
-"""A classifier of any network: its own head where it can be given one, else a linear one on its deepest map."""
+"""Classifiers on any encoder: with its own head if it has one, else a linear layer on its deepest map."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from sparkmim.models.encoders import create_encoder, factory_of
 from sparkmim.models.hierarchy import Hierarchy, rank_of
 
 ENCODER_PREFIX = "encoder."
-"""What stands before the names of a network inside a `PooledClassifier`."""
+"""Prefix of the encoder's parameters inside a `PooledClassifier`."""
 
 
 class PooledClassifier(nn.Module):
-    """A network's deepest feature map, averaged over positions, and a linear layer.
+    """A linear layer on the average of an encoder's deepest feature map.
 
     Args:
         encoder: any network with a feature hierarchy; the module itself is used.
-        classes: how many.
+        classes: number of classes.
         channels: image channels.
-        image_size: of the images, for networks that take one size only.
+        image_size: size per axis, for networks that take one size only.
         feature_modules: names of the modules whose outputs are the maps; None to find them.
 
     Raises:
-        ValueError: if the network has no hierarchy.
+        ValueError: if the encoder has no feature hierarchy.
     """
 
     def __init__(
@@ -41,14 +41,14 @@ class PooledClassifier(nn.Module):
         rank = len(image_size) if image_size else rank_of(encoder)
         hierarchy = Hierarchy(encoder, channels, rank, image_size, feature_modules=feature_modules)
         self.encoder = encoder
-        self._hierarchy = [hierarchy]  # in a list: its parameters are the encoder's
+        self._hierarchy = [hierarchy]  # a list keeps the encoder from being registered twice
         self.head = nn.Linear(hierarchy.channels[-1], classes)
         nn.init.trunc_normal_(self.head.weight, std=0.02)
         nn.init.zeros_(self.head.bias)
 
     @property
     def hierarchy(self) -> Hierarchy:
-        """How the encoder's feature maps are found."""
+        """The encoder's feature hierarchy."""
         return self._hierarchy[0]
 
     def forward(self, images: Tensor) -> Tensor:
@@ -68,20 +68,19 @@ def create_classifier(
 ) -> nn.Module:
     """Builds a network with a classifier, randomly initialised.
 
-    Networks of timm and torchvision, and factories that take `num_classes`, get their own head, so that weights load
-    strictly where the network comes from; others a `PooledClassifier`. A module from Python is used as it is if
-    it has timm's `reset_classifier`.
+    Networks of timm and torchvision, and factories that take `num_classes`, keep their own head, so that their library
+    loads the weights strictly; so does a module with timm's `reset_classifier`. Others become a `PooledClassifier`.
 
     Args:
-        model: a name for `create_encoder`, or a module.
-        classes: how many.
+        model: a name for `create_encoder`, or a module, which is used itself.
+        classes: number of classes.
         channels: image channels.
-        drop_path: stochastic depth rate; None for the network's own.
-        image_size: of the images, for networks that take one size only.
+        drop_path: stochastic depth rate; None for the network's default.
+        image_size: size per axis, for networks that take one size only.
         feature_modules: as for `PooledClassifier`.
 
     Raises:
-        ValueError: if there is no such network, or it cannot be built so.
+        ValueError: if there is no such network, or it does not take these arguments.
     """
     if classes < 2:
         raise UserError(f"there is {classes} class; a classifier needs 2 or more")
@@ -98,15 +97,15 @@ def create_classifier(
 
 
 def encoder_of(classifier: nn.Module) -> nn.Module:
-    """The network that maps images to features: the classifier itself, or what a `PooledClassifier` holds."""
+    """Returns the encoder of a classifier: that of a `PooledClassifier`, otherwise the classifier itself."""
     return classifier.encoder if isinstance(classifier, PooledClassifier) else classifier
 
 
 def head_of(classifier: nn.Module) -> tuple[str, ...]:
-    """Names of the parameters of the last layer, that which maps features to classes.
+    """Returns the names of the parameters of the last layer, which maps features to classes.
 
     Raises:
-        ValueError: if it is not known.
+        ValueError: if the network names no classifier and has no linear layer.
     """
     if isinstance(classifier, PooledClassifier):
         prefixes: tuple[str, ...] = ("head.",)

@@ -1,4 +1,4 @@
-"""From sparse feature maps to an image: SparK's hierarchical decoder, and the single block of FCMAE."""
+"""Decoders from packed feature maps to images: SparK's hierarchical one, and the single block of FCMAE."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ class ChannelLayerNorm(nn.LayerNorm):
 
 
 class Densify(nn.Module):
-    """Turns one sparse feature map into a dense one of the decoder's width.
+    """Turns a packed feature map into a dense one of the decoder's width.
 
     Normalises the visible positions, puts a learned token at the masked ones, and projects.
 
     Args:
         channels: channels `C` of the map.
         width: channels of the decoder at this stride.
-        norm: kind of normalisation, that of the encoder.
-        deepest: the deepest map projects position by position (not at all if the widths agree), the
-            others with a 3×3 convolution.
+        norm: the encoder's kind of normalisation.
+        deepest: whether this is the deepest map, projected by a 1×1 convolution, or not at all if the widths
+            agree; the others are projected by a 3×3 convolution.
         rank: number of spatial axes.
     """
 
@@ -68,10 +68,10 @@ class DecoderBlock(nn.Module):
     """Multiplies the resolution and halves the channels.
 
     Args:
-        channels: `c` of the input.
+        channels: input channels `c`.
         rank: number of spatial axes.
-        factor: of the resolution. At 2, the transposed convolution is the paper's: kernel 4, padding 1; others
-            overlap as far on both sides.
+        factor: upsampling factor `f`. The transposed convolution has kernel `f + 2 · (f // 2)`, stride `f` and
+            padding `f // 2`; at 2 it is the paper's.
     """
 
     def __init__(self, channels: int, rank: int = 2, factor: int = 2) -> None:
@@ -94,18 +94,18 @@ class DecoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Rebuilds the image from densified maps: a light UNet-like decoder (paper, section 3.3).
+    """Predicts the image from densified maps: a light UNet-like decoder (paper, section 3.3).
 
-    One block per doubling of the resolution; where strides are no powers of two, one per prime factor.
+    One block per doubling of the resolution; where strides are not powers of two, one per prime factor.
 
     Args:
-        width: channels at the deepest map; halves with each block.
-        strides: strides of the maps it is given, ascending, each a multiple of the one before.
+        width: channels at the deepest map, halved by each block.
+        strides: strides of the maps, ascending, each a multiple of the one before.
         channels: image channels.
         rank: number of spatial axes.
 
     Raises:
-        ValueError: if strides do not divide each other, or the width does not halve that often.
+        ValueError: if strides do not divide each other, or the width cannot be halved once per block.
     """
 
     def __init__(self, width: int, strides: Sequence[int], channels: int = 3, rank: int = 2) -> None:
@@ -123,12 +123,12 @@ class Decoder(nn.Module):
         self.block_strides = tuple(strides[-1] // math.prod(factors[:i]) for i in range(depth))
 
     def width_at(self, stride: int) -> int:
-        """Channels of the map that is added at a stride."""
+        """Returns the channels of the map to add at a stride."""
         width: int = self.blocks[self.block_strides.index(stride)].upsample.in_channels  # type: ignore[union-attr, assignment]
         return width
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Dense maps, shallow to deep, each of the width at its stride, to an image `[B, C, *S]`."""
+        """Dense maps `[B, width_at(s_i), *(S / s_i)]`, shallow to deep, to an image `[B, C, *S]`."""
         at_stride = dict(zip(self.strides, maps, strict=True))
         x = at_stride.pop(self.strides[-1])
         for stride, block in zip(self.block_strides, self.blocks, strict=True):
@@ -139,7 +139,7 @@ class Decoder(nn.Module):
 
 
 def upsampling_factors(strides: Sequence[int]) -> list[int]:
-    """By how much each block multiplies the resolution, from the deepest map to the image.
+    """Returns the upsampling factor of each block, from the deepest map to the image.
 
     >>> upsampling_factors([4, 8, 16, 32])
     [2, 2, 2, 2, 2]
@@ -166,7 +166,7 @@ def upsampling_factors(strides: Sequence[int]) -> list[int]:
 
 
 class ResponseNorm(nn.Module):
-    """Global response normalisation over the map (ConvNeXt V2, section 3.2): `[B, *S, C]` to the same."""
+    """Global response normalisation of `[B, *S, C]` (ConvNeXt V2, section 3.2)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -180,7 +180,7 @@ class ResponseNorm(nn.Module):
 
 
 class ConvNeXtBlock(nn.Module):
-    """The block of ConvNeXt V2, of any rank: depthwise 7×7, LayerNorm, and an MLP with response normalisation."""
+    """The ConvNeXt V2 block for any rank: depthwise 7×7, LayerNorm, and an MLP with response normalisation."""
 
     def __init__(self, channels: int, rank: int = 2) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class ConvNeXtBlock(nn.Module):
         self.reduce = nn.Linear(4 * channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, *S]` to the same."""
+        """`[B, C, *S]` to `[B, C, *S]`."""
         out = self.norm(self.depthwise(x).movedim(1, -1))  # [B, *S, C]
         out = self.reduce(self.response(self.act(self.expand(out))))
         result: Tensor = x + out.movedim(-1, 1)
@@ -206,9 +206,9 @@ class FCMAEDecoder(nn.Module):
     pixels of each position linearly.
 
     Args:
-        width: channels of the block; the paper's is 512.
-        channels_in: of the deepest map.
-        stride: of the deepest map.
+        width: channels of the block; 512 in the paper.
+        channels_in: channels of the deepest map.
+        stride: stride of the deepest map.
         channels: image channels.
         rank: number of spatial axes.
     """
@@ -224,7 +224,7 @@ class FCMAEDecoder(nn.Module):
         self.head = _CONV[rank](width, channels * stride**rank, 1)
 
     def forward(self, maps: Sequence[PackedTensor]) -> Tensor:
-        """Packed maps, of which the deepest counts, to an image `[B, C, *S]`."""
+        """Packed maps, of which only the deepest is used, to an image `[B, C, *S]`."""
         projected: PackedTensor = self.project(maps[-1])
         x = self.head(self.block(unpack(projected, fill=self.mask_token)))  # [B, C · stride^rank, *(S / stride)]
         patches = x.flatten(2).transpose(1, 2)  # [B, positions, C · stride^rank]
@@ -232,7 +232,7 @@ class FCMAEDecoder(nn.Module):
 
 
 def initialise(module: nn.Module) -> None:
-    """The paper's initialisation of everything but the encoder."""
+    """Initialises a decoder, or a list of `Densify`, as the paper does."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             nn.init.trunc_normal_(part.weight, std=0.02)
@@ -254,7 +254,7 @@ def to_patches(images: Tensor, block: Sequence[int]) -> Tensor:
 
 
 def from_patches(patches: Tensor, grid: Sequence[int], block: Sequence[int]) -> Tensor:
-    """Puts `[B, patches, C · prod(block)]` together to `[B, C, *S]`."""
+    """Joins `[B, patches, C · prod(block)]` to `[B, C, *S]`."""
     rank = len(block)
     x = patches.view(patches.shape[0], *grid, -1, *block)  # [B, *grid, C, *block]
     order = [0, 1 + rank]

@@ -1,4 +1,4 @@
-"""Faster R-CNN and Mask R-CNN of torchvision, on any encoder."""
+"""torchvision's Faster R-CNN and Mask R-CNN on any encoder."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from sparkmim.models.pyramid import WIDTH, PyramidBackbone, PyramidNorm, norm_la
 BoxHead = Literal["4conv1fc", "2fc"]
 
 _ANCHOR = 8
-"""Side of an anchor in steps of its level: 32 pixels at stride 4, 64 at stride 8 and so on (Lin et al. 2017)."""
+"""Side of an anchor as a multiple of its level's stride: 32 pixels at stride 4 (Lin et al. 2017)."""
 
 _BOX_SIDE, _MASK_SIDE = 7, 14
-"""Points per axis that a region is sampled at, for boxes and for masks (He et al. 2017)."""
+"""Sampling points per axis of a region, for boxes and for masks (He et al. 2017)."""
 
 _HEAD_WIDTH = 1024
 
@@ -44,42 +44,42 @@ def create_detector(
 ) -> nn.Module:
     """Builds a detector on an encoder: feature pyramid, region proposals, boxes, and masks (He et al. 2017).
 
-    It takes and returns what torchvision's detectors do: a list of images `[C, H, W]` in 0…1, each of its own size,
-    and in training a list of targets (`boxes` `[N, 4]` as left, top, right, bottom in pixels, `labels` `[N]` in
-    1…classes, `masks` `[N, H, W]`) for a dictionary of losses; in evaluation a list of `boxes`, `labels`, `scores`
-    and `masks` `[N, 1, H, W]` in 0…1. In training images keep their size, since the data set varies it; in evaluation
-    they are resized, and what is found is mapped back.
+    It is called as torchvision's detectors are, with a list of images `[C, H, W]` in 0…1 of any sizes. In training it
+    also takes a list of targets (`boxes` `[N, 4]` as left, top, right, bottom in pixels, `labels` `[N]` in 1…classes,
+    `masks` `[N, H, W]`), and returns a dictionary of losses; in evaluation it returns a dictionary of `boxes`,
+    `labels`, `scores` and `masks` `[N, 1, H, W]` in 0…1 per image. Images keep their size in training, where the data
+    set resizes them; in evaluation they are resized, and detections are mapped back.
 
-    The encoder's tensors stand under `backbone.encoder.` and their own names. All of it is trained, BatchNorm included,
-    but for parameters that no feature map depends on.
+    The encoder's parameters have the prefix `backbone.encoder.`. All are trained, BatchNorm included, except those that
+    no feature map depends on.
 
     Args:
         encoder: any 2-D network with a feature hierarchy, with its weights loaded; the module itself is used.
-        classes: kinds of objects, without the background.
-        masks: whether to segment the objects found (Mask R-CNN), or to box them only (Faster R-CNN).
+        classes: number of classes, without the background.
+        masks: whether to predict masks (Mask R-CNN) or boxes only (Faster R-CNN).
         channels: image channels.
-        mean: of each channel, as the encoder's weights know it; None for ImageNet's.
-        std: of each channel; None for ImageNet's.
-        box_head: four 3×3 convolutions and a linear layer, or two linear layers.
-        norm: in the pyramid and between the convolutions of the heads: `batch` or `none`.
-        short_side: of images in evaluation, unless the longer side would exceed `long_side`.
-        long_side: of images in evaluation at most.
+        mean: per channel, that of the encoder's pretraining; None for ImageNet's.
+        std: per channel; None for ImageNet's.
+        box_head: `4conv1fc`, four 3×3 convolutions and a linear layer; or `2fc`, two linear layers.
+        norm: norm of the pyramid's and the heads' convolutions, `batch` or `none`.
+        short_side: shorter side of images in evaluation, smaller if the longer side would exceed `long_side`.
+        long_side: maximum longer side of images in evaluation.
         image_size: as for `Hierarchy`.
         feature_modules: as for `Hierarchy`.
         settings: further arguments of torchvision's `FasterRCNN`, such as `rpn_post_nms_top_n_train`.
 
     Raises:
-        ValueError: if the network has no hierarchy, or an argument does not fit it.
+        ValueError: if the encoder has no feature hierarchy, or an argument does not fit it.
     """
     if classes < 1:
-        raise UserError(f"there are {classes} classes; a detector needs at least one kind of object")
+        raise UserError(f"classes is {classes}; a detector needs 1 or more, without the background")
     if box_head not in ("4conv1fc", "2fc"):
         raise UserError(f"there is no box head {box_head!r}; choose 4conv1fc or 2fc")
     for name, values in (("mean", mean), ("std", std)):
         if values is None and channels != 3:
-            raise UserError(f"images of {channels} channels need their {name}; give one number per channel")
+            raise UserError(f"channels is {channels}, which has no default {name}; give one number per channel")
         if values is not None and len(values) != channels:
-            raise UserError(f"{name} has {len(values)} numbers for images of {channels} channels; give one each")
+            raise UserError(f"{name} has length {len(values)}, but channels is {channels}; give one number per channel")
     backbone = PyramidBackbone(encoder, channels, norm, True, image_size, feature_modules)
     norm_layer = norm_layer_of(norm)
     if box_head == "2fc":
@@ -98,7 +98,7 @@ def create_detector(
         "min_size": short_side,
         "max_size": long_side,
         "size_divisible": backbone.size_divisible,
-        "_skip_resize": True,  # in training
+        "_skip_resize": True,  # in training only
         **settings,
     }
     if masks:
@@ -110,9 +110,9 @@ def create_detector(
 
 
 def _roi_align(side: int, strides: Sequence[int]) -> Any:
-    """RoIAlign on the levels "0", "1", … of these strides.
+    """Builds RoIAlign on the levels "0", "1", … with the given strides.
 
-    torchvision would read the strides off the first batch, which fails for images much smaller than their padding and
+    torchvision derives strides from the first batch, which fails for images much smaller than their padded size and
     for strides that do not double.
     """
     align = MultiScaleRoIAlign([str(level) for level in range(len(strides))], side, sampling_ratio=2)
@@ -122,7 +122,7 @@ def _roi_align(side: int, strides: Sequence[int]) -> Any:
 
 
 class _LevelOfBox:
-    """The level to read a box from: that of stride 16 for one of 224², finer for smaller ones (Lin et al. 2017, eq. 1).
+    """Assigns boxes to levels by size: one of 224² to stride 16, smaller ones to finer levels (Lin et al. 2017, eq. 1).
 
     Example:
         >>> boxes = torch.tensor([[0.0, 0.0, 30, 30], [0, 0, 112, 112], [0, 0, 224, 224], [0, 0, 900, 900]])
@@ -131,9 +131,9 @@ class _LevelOfBox:
     """
 
     def __init__(self, strides: Sequence[int]) -> None:
-        self.least = [side * 224 / 16 for side in strides[1:]]  # pixels; smaller boxes are for a finer level
+        self.least = [side * 224 / 16 for side in strides[1:]]  # pixels; smaller boxes go to a finer level
 
     def __call__(self, boxes: Sequence[Tensor]) -> Tensor:
-        """Boxes `[N_i, 4]` of each image to level numbers `[ΣN_i]`."""
+        """Boxes `[N_i, 4]` of each image to levels `[ΣN_i]`."""
         sizes = torch.cat([(box[:, 2:] - box[:, :2]).prod(1).sqrt() for box in boxes])  # [ΣN_i]
         return torch.bucketize(sizes, torch.tensor(self.least, device=sizes.device, dtype=sizes.dtype), right=True)

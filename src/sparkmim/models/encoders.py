@@ -24,14 +24,14 @@ def create_encoder(
     """Builds a network, randomly initialised and without a classifier where it can be left out.
 
     Args:
-        name: a timm name (`"resnet50"`), `"torchvision/NAME"`, or `"path/to/file.py:factory"`, a function of
-            no required argument that returns a module.
+        name: a timm name (`"resnet50"`), `"torchvision/NAME"`, or `"path/to/file.py:factory"`, a function
+            without required arguments that returns a module.
         channels: image channels.
-        drop_path: stochastic depth rate, for networks that have one; None keeps the network's default.
-        classes: of its classifier, if it is to have one; a factory must take them as `num_classes`.
+        drop_path: stochastic depth rate; None for the network's default.
+        classes: number of classes of its classifier, which a factory takes as `num_classes`; None for no classifier.
 
     Raises:
-        ValueError: if there is no such network, or it cannot be built with these settings.
+        ValueError: if there is no such network, or it does not take these arguments.
     """
     if ".py:" in name:
         return _from_file(name, channels, classes)
@@ -54,7 +54,7 @@ def _from_timm(name: str, channels: int, drop_path: float | None, classes: int |
         model: nn.Module = timm.create_model(name, **settings)
     except TypeError as error:
         if "drop_path_rate" in str(error):
-            if not drop_path:  # a recipe's value is given up so
+            if not drop_path:  # 0 asks for no drop path, which this network does not have anyway
                 return _from_timm(name, channels, None, classes)
             raise UserError(f"{name} has no drop path; use --drop-path 0") from error
         raise
@@ -85,10 +85,10 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None, classes
 
 
 def factory_of(name: str) -> Callable[..., Any]:
-    """The function that `path/to/file.py:factory` names.
+    """Returns the function that `path/to/file.py:factory` names.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the file or the function does not exist.
     """
     file, _, factory_name = name.rpartition(":")
     path = Path(file)
@@ -101,10 +101,10 @@ def factory_of(name: str) -> Callable[..., Any]:
 
 
 def _module_of(path: Path) -> ModuleType:
-    """The module in a file; run once, and again after the file has changed.
+    """Imports a file; again only after it has changed.
 
-    It is entered in `sys.modules`, where dataclasses and timm's `register_model` look for it, under a name that
-    hides no other module.
+    The module is entered in `sys.modules`, where dataclasses and timm's `register_model` look for it, under a
+    name that hides no other module.
     """
     name = f"{path.stem}_{zlib.crc32(str(path.resolve()).encode()):08x}"
     written = path.stat().st_mtime_ns
@@ -125,7 +125,7 @@ def _module_of(path: Path) -> ModuleType:
 
 
 def factory_settings(name: str, channels: int, classes: int | None = None) -> dict[str, int]:
-    """What a factory is called with: image channels if it takes `in_chans`, and classes if there are any."""
+    """Returns the arguments of a factory: `in_chans` if it takes them, `num_classes` if classes are given."""
     given = {"in_chans": channels} if "in_chans" in inspect.signature(factory_of(name)).parameters else {}
     return {**given, "num_classes": classes} if classes else given
 
@@ -138,7 +138,7 @@ def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
 
 
 def own_module(model: Any) -> Any:
-    """A copy of a module of the user's, which is not changed."""
+    """Returns a copy of a user's module; names and None as they are."""
     if model is not None and not isinstance(model, (str, nn.Module)):
-        raise UserError(f"model is a {type(model).__name__}; pass a name or a torch.nn.Module")
+        raise UserError(f"model is of type {type(model).__name__}; pass a name or a torch.nn.Module")
     return copy.deepcopy(model) if isinstance(model, nn.Module) else model

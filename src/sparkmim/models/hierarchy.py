@@ -1,4 +1,4 @@
-"""The feature hierarchy of any convolutional network: its last map at each stride, shallow to deep."""
+"""The feature hierarchy of any convolutional network: its last feature map at each stride, shallow to deep."""
 
 from __future__ import annotations
 
@@ -17,33 +17,32 @@ from torch.nn.modules.conv import _ConvNd
 from sparkmim.errors import UserError
 
 MAX_MAPS = 4
-"""The method decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
+"""SparK decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
 
 _PROBE_SIZES = {1: (4096, 3360), 2: (256, 224), 3: (128, 112)}
-"""Image sizes, by rank, at which strides are read off, until one divides.
+"""Image sizes to find the maps with, by rank: the first that all strides divide is used.
 
-On the meta device, where nothing is computed, unless an operation of the network does not work there.
+The network runs on the meta device, where nothing is computed, or on the CPU if an operation does not support that.
 """
 
 _SHOWN_CANDIDATES = 12
 
 
 class NoHierarchy(UserError):
-    """A network whose feature maps cannot be found, or do not divide the image."""
+    """No feature maps were found, or they do not divide the image."""
 
 
 class Hierarchy(nn.Module):
-    """Runs an encoder as it is, and returns its feature maps.
+    """Runs an unmodified encoder and returns its feature maps.
 
-    The encoder is never rewritten: the maps come from timm's `forward_intermediates` where the network
-    has it, and from its own modules' outputs otherwise.
+    The maps come from timm's `forward_intermediates` if the network has it, otherwise from its modules' outputs.
 
     Args:
-        encoder: a module that maps images `[B, C, *S]` to anything, through feature maps.
+        encoder: a module that computes feature maps from images `[B, C, *S]`; its output may be anything.
         channels: image channels `C`.
         rank: number of spatial axes.
-        image_size: one more size to try, for networks that take images of one size only; timm's know theirs.
-        stages: how many of the maps to return, from the shallowest on; None for all (four at most).
+        image_size: size per axis of networks that take one size only; timm's networks declare theirs.
+        stages: number of feature maps to return, from the shallowest; None for all (at most four).
         feature_modules: names of the modules whose outputs are the maps, shallow to deep; None to find them.
 
     Attributes:
@@ -52,7 +51,7 @@ class Hierarchy(nn.Module):
         unreached: names of the encoder's parameters that no map depends on, such as a classifier's.
 
     Raises:
-        NoHierarchy: if no hierarchy of maps is found, or more than one could be meant; it is a ValueError.
+        NoHierarchy: if no hierarchy is found, or it is ambiguous; it is a ValueError.
         ValueError: if the encoder does not run on such images, or an argument does not fit it.
     """
 
@@ -93,12 +92,12 @@ class Hierarchy(nn.Module):
                 except UserError as refusal:
                     refusals.append(refusal)
             if not any("meta" in str(refusal).lower() for refusal in refusals):
-                break  # else an operation of the network cannot do without values
-        # A network that runs, and has no maps, says more than one that does not take the size.
+                break  # values would not help: no operation was missing on the meta device
+        # An error about the maps tells more than one about an image size that the network does not take.
         raise next((refusal for refusal in refusals if isinstance(refusal, NoHierarchy)), refusals[-1])
 
     def _find_maps(self, shape: tuple[int, ...]) -> None:
-        """Decides what the maps are, from a run on images of one shape."""
+        """Chooses the maps by running the encoder on images of one shape."""
         self._indices: list[int] | None = None
         self._names: list[str] | None = None
         self._coarsest = 1
@@ -134,16 +133,16 @@ class Hierarchy(nn.Module):
 
     @property
     def stride(self) -> int:
-        """Total stride of the encoder: that of its deepest map."""
+        """Total stride of the encoder, that of its deepest map."""
         return self.strides[-1]
 
     @property
     def patch_unit(self) -> int:
-        """What patch sizes must be multiples of: the stride, or that of a coarser map inside the network."""
+        """Number that patch sizes must be multiples of: the stride, or that of a coarser map inside the network."""
         return math.lcm(self.stride, self._coarsest)
 
     def forward(self, images: Tensor) -> list[Tensor]:
-        """Feature maps `[B, C_i, *(S / s_i)]` of images `[B, C, *S]`, shallow to deep."""
+        """Images `[B, C, *S]` to feature maps `[B, C_i, *(S / s_i)]`, shallow to deep."""
         if self._names is not None:
             return _run_until(self.encoder, images, self._names)
         extra: dict[str, Any] = {} if self._indices is None else {"indices": self._indices, "stop_early": True}
@@ -152,7 +151,7 @@ class Hierarchy(nn.Module):
         return maps
 
     def _probe(self, shape: tuple[int, ...], train: bool) -> list[Tensor]:
-        """Feature maps of zeros; with `train`, finds what is unreached."""
+        """Returns the feature maps of a zero image; with `train`, sets `unreached`."""
         twins = _twins(self, self._device, train)
         tensors = {name: twins[name] for name, _ in self.named_parameters()}
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
@@ -182,10 +181,10 @@ class Hierarchy(nn.Module):
         return hook
 
     def _trace(self, shape: tuple[int, ...]) -> list[str]:
-        """Names of the modules whose outputs are the hierarchy.
+        """Returns the names of the modules whose outputs are the maps.
 
         Raises:
-            NoHierarchy: if there is none, or if maps get finer again, so that the last at a stride may not be meant.
+            NoHierarchy: if there are none, or if maps get finer again, so that it is unclear which ones to use.
         """
         calls = _traced_calls(self.encoder, shape, self._device)
         found = sorted((calls[name].done, name) for name in _units(self.encoder, calls))
@@ -219,7 +218,7 @@ class Hierarchy(nn.Module):
 
 
 def rank_of(encoder: nn.Module) -> int:
-    """The number of spatial axes of a network's images, by its first convolution; 2 without one."""
+    """Returns the spatial axes of a network's images: those of its first convolution, 2 without one."""
     convolutions = (module for module in encoder.modules() if isinstance(module, _ConvNd))
     return next((len(module.kernel_size) for module in convolutions), 2)
 
@@ -238,9 +237,9 @@ def _existing(encoder: nn.Module, names: Sequence[str]) -> list[str]:
 
 
 class _Probe(nn.Module):
-    """A forward pass, and a backward pass that tells which of `tensors` the maps depend on.
+    """Runs a hierarchy forward, and backward to find which of `tensors` the maps depend on.
 
-    Both happen inside one call: an encoder with gradient checkpointing computes again in the second.
+    Both in one call, since gradient checkpointing runs the encoder again in the backward pass.
     """
 
     def __init__(self, hierarchy: Hierarchy, tensors: list[Tensor]) -> None:
@@ -257,9 +256,9 @@ class _Probe(nn.Module):
 
 
 def _twins(root: nn.Module, device: str, train: bool) -> dict[str, Tensor]:
-    """A tensor of zeros for every parameter and buffer, under one name for each module that holds it.
+    """Returns a zero tensor for each parameter and buffer, shared under all its names.
 
-    `functional_call` would itself tie what is shared, but does not put modules back that have two names.
+    `functional_call` can tie shared tensors itself, but does not restore modules registered under two names.
     """
     by_tensor: dict[int, Tensor] = {}
     twins: dict[str, Tensor] = {}
@@ -275,7 +274,7 @@ def _twins(root: nn.Module, device: str, train: bool) -> dict[str, Tensor]:
 
 @contextmanager
 def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
-    """Says what was being done when the network would not run."""
+    """Reports errors of the network as a `UserError` that names the image size."""
     try:
         yield
     except NoHierarchy:
@@ -288,7 +287,7 @@ def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
 
 
 def _stride(image: Sequence[int], map_: Sequence[int]) -> int | None:
-    """The stride of a map `[B, C, *S]`, or None if it has none: uneven, pooled to a point, or no map at all."""
+    """Returns the stride of a map `[B, C, *S]`; None if it is uneven, pooled to a point, or not a map."""
     if len(map_) != len(image) or all(size == 1 for size in map_[2:]):
         return None
     strides = {size / extent for size, extent in zip(image[2:], map_[2:], strict=True)}
@@ -297,20 +296,28 @@ def _stride(image: Sequence[int], map_: Sequence[int]) -> int | None:
 
 
 def _deepest(found: Sequence[tuple[int | None, Any]]) -> list[tuple[int, Any]]:
-    """The last entry at each of the largest strides, ascending; entries come in order of execution."""
+    """Returns the last entry, in order of execution, at each of the largest strides, ascending."""
     last: dict[int, Any] = {}
     for stride, entry in found:
-        if stride is not None and stride > 1:  # at full resolution no decoder block is left to take a map
+        if stride is not None and stride > 1:  # no decoder block follows at full resolution
             last[stride] = entry
     return sorted(last.items())[-MAX_MAPS:]
 
 
 @dataclass
 class _Call:
-    """What a traced module made of its input, and when it was done."""
+    """Call of a traced module.
 
-    input: int | None  # stride
-    stride: int | None  # of the output
+    Attributes:
+        input: stride of the input.
+        stride: stride of the output.
+        shape: shape of the output.
+        done: position in the order in which modules finished.
+        times: number of calls so far.
+    """
+
+    input: int | None
+    stride: int | None
     shape: Sequence[int]
     done: int
     times: int
@@ -345,7 +352,7 @@ def _traced_calls(encoder: nn.Module, shape: tuple[int, ...], device: str) -> di
 
 
 def _units(module: nn.Module, calls: dict[str, _Call], prefix: str = "") -> list[str]:
-    """Cuts a module into parts that change the stride by one level at most."""
+    """Returns the names of submodules that change the stride by a factor of at most 2, or have no children."""
     names = []
     for child_name, child in module.named_children():
         name = f"{prefix}{child_name}"
@@ -359,11 +366,11 @@ def _units(module: nn.Module, calls: dict[str, _Call], prefix: str = "") -> list
 
 
 class _Done(Exception):
-    """All maps are there; what follows in the network is not needed."""
+    """Raised once all maps are there, to skip the rest of the network."""
 
 
 def _run_until(encoder: nn.Module, images: Tensor, names: list[str]) -> list[Tensor]:
-    """Runs an encoder until the named modules have all answered, and returns their outputs."""
+    """Runs an encoder until all named modules have run, and returns their outputs."""
     maps: dict[str, Tensor] = {}
 
     def keep(name: str) -> Any:

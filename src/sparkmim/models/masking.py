@@ -1,4 +1,4 @@
-"""Random masks, and the checks that a mask and an image must pass."""
+"""Random masks, and checks of masks and image sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparkmim.errors import UserError
 
 
 def visible_per_sample(grid: Sequence[int], mask_ratio: float) -> int:
-    """How many patches of a sample stay visible: `round(patches · (1 - mask_ratio))`, at least 1, at most all but one.
+    """Returns the visible patches per sample: `round(patches · (1 - mask_ratio))`, at least 1, at most all but one.
 
     Raises:
         ValueError: if there are fewer than two patches, or the ratio is not between 0 and 1.
@@ -45,11 +45,11 @@ def random_visible(
 
 
 def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple[int, ...]:
-    """The grid of patches of an image.
+    """Returns the number of patches along each axis.
 
     Raises:
-        ValueError: if the patch size is no multiple of the encoder's stride, the image size none of the patch
-            size, or the image holds fewer than two patches; names the nearest sizes that would do.
+        ValueError: if the patch size is not a multiple of the encoder's stride, the image size not one of the
+            patch size, or the image has fewer than two patches; the message names the nearest valid sizes.
     """
     if patch_size <= 0 or patch_size % stride:
         lower, upper = patch_size // stride * stride, (patch_size // stride + 1) * stride
@@ -58,7 +58,7 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
     if any(size <= 0 or size % patch_size for size in image_size):
         below = [size // patch_size * patch_size for size in image_size]
         above = [max(1, -(-size // patch_size)) * patch_size for size in image_size]
-        if math.prod(above) == patch_size ** len(above):  # a single patch would be nothing to hide
+        if math.prod(above) == patch_size ** len(above):  # a single patch leaves nothing to hide
             above = [2 * patch_size] * len(above)
         enough = math.prod(below) >= 2 * patch_size ** len(below)
         near = " or ".join("×".join(map(str, sizes)) for sizes in ([below, above] if enough else [above]))
@@ -68,7 +68,7 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
     if int(torch.Size(grid).numel()) < 2:
         shown = "×".join(map(str, image_size))
         raise UserError(
-            f"image_size {shown} holds a single patch of {patch_size}: nothing could be hidden; use images of "
+            f"image_size {shown} holds a single patch of {patch_size}, which leaves nothing to hide; use images of "
             f"{2 * patch_size} or more"
             + (f", or a patch_size of {stride}" if patch_size > stride and min(image_size) >= 2 * stride else "")
         )
@@ -76,10 +76,10 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
 
 
 def check_visible(visible: Tensor, batch_size: int, grid: Sequence[int]) -> None:
-    """Checks a mask that was given.
+    """Checks a mask.
 
     Raises:
-        ValueError: if its shape or type is wrong, or it hides all or nothing of a sample.
+        ValueError: if its shape or type is wrong, or it hides all or none of a sample's patches.
     """
     if visible.dtype != torch.bool or list(visible.shape) != [batch_size, *grid]:
         raise UserError(

@@ -1,4 +1,4 @@
-"""A feature pyramid on the maps of any encoder: what detection and segmentation stand on."""
+"""Feature pyramid on any encoder, for detection and segmentation."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from sparkmim.models.spark import encoder_norm
 PyramidNorm = Literal["batch", "none"]
 
 WIDTH = 256
-"""Channels of every level."""
+"""Channels of each level."""
 
 _FINEST = 4
-"""Maps of smaller stride are left out where there are coarser ones: they cost more than all others together."""
+"""Maps of smaller stride are left out if there are coarser ones: they cost more than all others together."""
 
 
 class PyramidBackbone(nn.Module):
     """An encoder and a feature pyramid network on its maps (Lin et al. 2017), for images of any size.
 
-    The maps of a LayerNorm network are normalised first, as in ConvNeXt's own detectors: its stages hand on a residual
-    stream that nothing bounds. Parameters that no map depends on, such as a classifier's, are set not to be trained.
+    The maps of a LayerNorm network are normalised first, as in ConvNeXt's own detectors, since its residual stream
+    is unbounded. Parameters that no map depends on, such as a classifier's, get `requires_grad=False`.
 
     Args:
         encoder: any 2-D network with a feature hierarchy; the module itself is used.
         channels: image channels.
-        norm: after the convolutions of the pyramid: `batch` or `none`.
+        norm: norm after the pyramid's convolutions, `batch` or `none`.
         pooled: whether to add a level at twice the deepest stride.
-        image_size: one more size to try in finding the maps, for networks that ask for it.
-        feature_modules: names of the modules whose outputs are the maps; None to find them.
+        image_size: as for `Hierarchy`.
+        feature_modules: as for `Hierarchy`.
 
     Attributes:
-        strides: of the levels, ascending.
-        out_channels: channels of every level, the name that torchvision's detectors look for.
-        low_precision: whether this part computes in bfloat16, whatever surrounds it; what stands on it gets float32,
-            for boxes are too fine for that.
-        size_divisible: what the sizes of images must be multiples of.
+        strides: strides of the levels, ascending.
+        out_channels: channels of each level, under the name that torchvision's detectors expect.
+        low_precision: whether encoder and pyramid compute in bfloat16. The levels are float32 all the same: heads
+            need that precision for boxes.
+        size_divisible: number that image sizes must be multiples of.
 
     Raises:
-        ValueError: if the network has no hierarchy.
+        ValueError: if the encoder has no feature hierarchy.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class PyramidBackbone(nn.Module):
         )
         hierarchy = self._hierarchy_of(encoder)
         self.encoder = encoder
-        self._hierarchy = [hierarchy]  # in a list: its parameters are the encoder's
+        self._hierarchy = [hierarchy]  # a list keeps the encoder from being registered twice
         self._frozen: list[nn.Module] = []
         for name in hierarchy.unreached:
             encoder.get_parameter(name).requires_grad_(False)
@@ -86,20 +86,19 @@ class PyramidBackbone(nn.Module):
 
     @property
     def hierarchy(self) -> Hierarchy:
-        """How the encoder's feature maps are found."""
+        """The encoder's feature hierarchy."""
         return self._hierarchy[0]
 
     def freeze(self, stages: int) -> None:
-        """Keeps the encoder as it is up to its feature map of this number, counted from 1 at the shallowest.
+        """Freezes the encoder's first stages: parameters and BatchNorm statistics.
 
-        Its parameters are not trained from then on, and statistics of BatchNorm not updated. Of a ResNet, 1 is the stem
-        and the first stage: what Detectron2 calls `FREEZE_AT: 2`.
+        For a ResNet, 1 freezes the stem and the first stage, as `FREEZE_AT: 2` of Detectron2.
 
         Args:
-            stages: how many maps; 0 for none.
+            stages: freeze the part up to this feature map, counted from 1 at the shallowest; 0 for none.
 
         Raises:
-            ValueError: if there are fewer.
+            ValueError: if the encoder has fewer feature maps.
         """
         count = len(self.hierarchy.strides)
         if not 0 <= stages <= count:
@@ -118,14 +117,14 @@ class PyramidBackbone(nn.Module):
         self.train(self.training)
 
     def train(self, mode: bool = True) -> PyramidBackbone:
-        """As usual; what is frozen stays in evaluation mode."""
+        """Sets the mode of all modules but the frozen ones, which stay in evaluation mode."""
         super().train(mode)
         for module in self._frozen:
-            module.eval()  # with all in it, stochastic depth too
+            module.eval()  # turns off their stochastic depth too
         return self
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Levels `[B, 256, H / s_i, W / s_i]` of images `[B, C, H, W]`, fine to coarse, by name: "0", "1", … "pool"."""
+        """Images `[B, C, H, W]` to levels `[B, 256, H / s_i, W / s_i]`, fine to coarse, named "0", "1", … "pool"."""
         low = torch.autocast(images.device.type, torch.bfloat16) if self.low_precision else nullcontext()
         with low:
             maps = self.hierarchy(images)[self._first :]  # [B, C_i, H / s_i, W / s_i]
@@ -135,20 +134,20 @@ class PyramidBackbone(nn.Module):
 
 
 class RegionBatchNorm(nn.BatchNorm2d):
-    """BatchNorm over regions of images, of which a batch may have none: its statistics then stay as they are."""
+    """BatchNorm over regions of images; a batch without regions leaves its statistics as they are."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[N, C, h, w]`, N possibly 0."""
+        """`[N, C, h, w]` to the same shape; N may be 0."""
         if len(x):
             return super().forward(x)
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
 
 
 def norm_layer_of(norm: PyramidNorm) -> type[nn.Module] | None:
-    """The layer to put after convolutions of pyramids and heads, or None; a BatchNorm that SyncBatchNorm can replace.
+    """Returns the norm layer of pyramids and heads, None for `none`; SyncBatchNorm conversion replaces it.
 
     Raises:
-        ValueError: if there is no such norm.
+        ValueError: if `norm` is neither `batch` nor `none`.
     """
     if norm not in ("batch", "none"):
         raise UserError(f"there is no norm {norm!r} for pyramids and heads; choose batch or none")

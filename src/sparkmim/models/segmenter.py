@@ -1,4 +1,4 @@
-"""Semantic segmentation on any encoder, by the light head of Panoptic FPN."""
+"""Semantic segmentation on any encoder with the head of Panoptic FPN."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _GROUPS = 32
 
 
 class Segmenter(nn.Module):
-    """A feature pyramid whose levels are brought to the finest one's size, summed, and classified at each position.
+    """A feature pyramid whose levels are upsampled to the finest, summed, and classified per position.
 
-    From each level a branch leads up: a 3×3 convolution, GroupNorm, ReLU and a bilinear doubling for each doubling of
-    the resolution (Kirillov et al. 2019, section 3.1).
+    Each level is upsampled by 3×3 convolution, GroupNorm, ReLU and bilinear doubling, as often as the resolution
+    doubles (Kirillov et al. 2019, section 3.1).
 
     Args:
         backbone: a pyramid without pooled level.
-        classes: how many; the background, if there is one, is a class.
+        classes: number of classes; the background counts as one.
     """
 
     def __init__(self, backbone: PyramidBackbone, classes: int) -> None:
@@ -60,28 +60,26 @@ def create_segmenter(
     image_size: Sequence[int] | None = None,
     feature_modules: Sequence[str] | None = None,
 ) -> Segmenter:
-    """Builds a network that tells the class of each pixel.
-
-    The encoder's tensors stand under `backbone.encoder.` and their own names, as in a detector.
+    """Builds a segmentation network on an encoder, whose parameters get the prefix `backbone.encoder.`.
 
     Args:
         encoder: any 2-D network with a feature hierarchy, with its weights loaded; the module itself is used.
-        classes: how many, with the background.
+        classes: number of classes, with the background.
         channels: image channels.
-        norm: in the pyramid: `batch` or `none`.
+        norm: norm of the pyramid, `batch` or `none`.
         image_size: as for `Hierarchy`.
         feature_modules: as for `Hierarchy`.
 
     Raises:
-        ValueError: if the network has no hierarchy, or there are fewer than two classes.
+        ValueError: if the encoder has no feature hierarchy, or there are fewer than two classes.
     """
     if classes < 2:
-        raise UserError(f"classes is {classes}; segmentation needs 2 or more, the background being one")
+        raise UserError(f"classes is {classes}; segmentation needs 2 or more, with the background")
     return Segmenter(PyramidBackbone(encoder, channels, norm, False, image_size, feature_modules), classes)
 
 
 def _branch(ratio: float) -> nn.Sequential:
-    """From a level that is `ratio` times coarser than the finest one to (nearly) the finest one's size."""
+    """Builds the branch of a level `ratio` times as coarse as the finest: it doubles the size `log2(ratio)` times."""
     doublings = round(math.log2(ratio))
     layers: list[nn.Module] = []
     width = WIDTH
@@ -98,7 +96,7 @@ def _branch(ratio: float) -> nn.Sequential:
 
 
 def _resize(map_: Tensor, size: Sequence[int]) -> Tensor:
-    """`[B, C, *]` to `[B, C, *size]`, bilinearly; as it is if it has that size."""
+    """Resizes `[B, C, *S]` to `[B, C, *size]` bilinearly."""
     if map_.shape[2:] == tuple(size):
         return map_
     return F.interpolate(map_, size=list(size), mode="bilinear", align_corners=False)

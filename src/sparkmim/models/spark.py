@@ -21,16 +21,16 @@ from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unp
 DecoderKind = Literal["spark", "fcmae"]
 
 DECODER_WIDTH: dict[DecoderKind, int] = {"spark": 768, "fcmae": 512}
-"""Widths of the papers."""
+"""Decoder widths of the papers."""
 
 
 @dataclass
 class SparKOutput:
-    """What one forward pass gives.
+    """Result of a forward pass, on the images' device.
 
     Attributes:
         loss: scalar.
-        visible: bool `[B, *grid]`, the mask that was used.
+        visible: bool `[B, *grid]`, the mask.
         prediction: `[B, C, *S]`, the decoder's output: patches normalised by their own mean and deviation.
         images: `[B, C, *S]`, the input.
     """
@@ -42,7 +42,7 @@ class SparKOutput:
 
     @property
     def reconstruction(self) -> Tensor:
-        """`[B, C, *S]` in the input's units: predicted where masked, the input's pixels where visible."""
+        """`[B, C, *S]` in the input's units: hidden patches predicted, visible ones copied from the input."""
         block = [size // cells for size, cells in zip(self.images.shape[2:], self.visible.shape[1:], strict=True)]
         with torch.no_grad():
             mean, deviation = patch_statistics(to_patches(self.images, block))
@@ -54,25 +54,24 @@ class SparKOutput:
 
 
 class SparK(nn.Module):
-    """A convolutional encoder with what pretraining adds to it.
+    """A convolutional encoder with the decoder that pretrains it.
 
     Args:
-        encoder: any convolutional network; a string is a name for `create_encoder`. The module is used as
-            it is: same parameters, same `state_dict`, usable on dense images at any moment.
-        image_size: of the images to come, one size per axis; a single number for a square, or a cube if the
-            encoder convolves in 3-D.
-        mask_ratio: share of the patches that is hidden.
-        patch_size: side of a patch in pixels, a multiple of the encoder's stride; None for the stride itself, or
-            the least multiple that its inner maps allow.
+        encoder: any convolutional network, or a name for `create_encoder`. The module itself is used: same
+            parameters, same `state_dict`, usable on dense images at any time.
+        image_size: one size per axis; a single number for a square, or for a cube if the encoder convolves in 3-D.
+        mask_ratio: share of hidden patches.
+        patch_size: side of a patch in pixels, a multiple of the encoder's stride; None for the stride, or the
+            smallest multiple that its inner maps allow.
         decoder_width: channels of the decoder at the deepest map; None for the paper's, 768 (FCMAE: 512).
         channels: image channels.
-        decoder: `spark`, the hierarchical one; or `fcmae`, the single block of ConvNeXt V2 on the deepest map.
-        stages: how many of the encoder's maps to use, from the shallowest on; None for all four. With fewer, the
-            stride is smaller, and so patches may be.
+        decoder: `spark`, hierarchical; or `fcmae`, the single block of ConvNeXt V2 on the deepest map.
+        stages: number of feature maps to use, from the shallowest; None for all (at most four). Fewer give a
+            smaller stride and allow smaller patches.
         feature_modules: names of the encoder's modules whose outputs are the maps, shallow to deep; None to find them.
 
     Raises:
-        ValueError: if sizes do not divide, or the encoder has no usable hierarchy.
+        ValueError: if sizes do not divide, or the encoder has no feature hierarchy.
 
     Example:
         >>> model = SparK("resnet18", image_size=64, decoder_width=64)
@@ -101,7 +100,7 @@ class SparK(nn.Module):
         size = (image_size,) * rank_of(encoder) if isinstance(image_size, int) else tuple(image_size)
         rank = len(size)
         self.encoder = encoder
-        # In a list: its parameters are the encoder's.
+        # A list keeps the encoder from being registered twice.
         self._hierarchy = [Hierarchy(encoder, channels, rank, size, stages, feature_modules)]
         hierarchy = self.hierarchy
         self.image_size = size
@@ -126,12 +125,12 @@ class SparK(nn.Module):
 
     @property
     def hierarchy(self) -> Hierarchy:
-        """How the encoder's feature maps are found; its `strides`, `channels` and `unreached` parameters."""
+        """The encoder's feature hierarchy, with its `strides`, `channels` and `unreached` parameters."""
         return self._hierarchy[0]
 
     @property
     def unreached_parameters(self) -> tuple[str, ...]:
-        """Names of the parameters that pretraining never reaches, such as a classifier's.
+        """Names of the parameters without a gradient in pretraining, such as a classifier's.
 
         Keep them out of the optimiser, and set their `requires_grad` to False under
         `DistributedDataParallel`; `sparkmim.pretrain` does both.
@@ -174,7 +173,7 @@ class SparK(nn.Module):
             generator: draws the mask.
 
         Raises:
-            ValueError: if sizes differ from those the model was built for, or the mask hides all or nothing.
+            ValueError: if the image size is not the model's, or the mask hides all or none of a sample's patches.
         """
         if visible is None:
             visible = self.draw_visible(images.shape[0], generator)
@@ -189,7 +188,7 @@ class SparK(nn.Module):
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and `sqrt(variance + 1e-6)` of every patch, the variance unbiased: `[B, patches, 1]` each."""
+    """Returns mean and `sqrt(unbiased variance + 1e-6)` of each patch: `[…, C · p²]` to `[…, 1]` each."""
     variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
     return mean, (variance + 1e-6).sqrt()
 
@@ -203,7 +202,7 @@ def reconstruction_loss(prediction: Tensor, images: Tensor, patches: PatchLayout
         patches: the layout of the mask.
     """
     block = [size // cells for size, cells in zip(images.shape[2:], patches.grid, strict=True)]
-    # In float32 at least: half precision would lose the digits that training is about.
+    # At least float32: half precision would lose the digits that training improves.
     dtype = torch.promote_types(prediction.dtype, torch.float32)
     target, predicted = (
         to_patches(x.to(dtype), block).flatten(0, 1).index_select(0, patches.hidden)  # [hidden, C · p²]
@@ -211,12 +210,12 @@ def reconstruction_loss(prediction: Tensor, images: Tensor, patches: PatchLayout
     )
     mean, deviation = patch_statistics(target)
     error = predicted - (target - mean) / deviation
-    # The original implementation guards its division like this; dropping it moves the ninth digit.
+    # 1e-8 as in the original implementation; without it, the ninth digit differs.
     return error.square().mean(1).sum() / (error.shape[0] + 1e-8)
 
 
 def encoder_norm(encoder: nn.Module) -> NormKind:
-    """What normalises the encoder: the kind of norm that it has most of."""
+    """Returns the most frequent kind of norm in an encoder."""
     kinds: Counter[NormKind] = Counter()
     for module in encoder.modules():
         if isinstance(module, _BatchNorm):

@@ -1,4 +1,4 @@
-"""Verification of encoders by name or instance. The public function is `sparkmim.verify`."""
+"""Verification of encoders by name or instance, behind `sparkmim.verify`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from sparkmim.models.masking import patch_grid
 from sparkmim.sparse.verify import MASKS, TOLERANCE, VerifyReport, verify_packed
 
 _ROUND_OFF = 1e-2
-"""A relative error that round-off in float64 can reach at worst."""
+"""Largest relative error that round-off in float64 can reach."""
 
 
 def verify_encoder(
@@ -26,18 +26,18 @@ def verify_encoder(
     feature_modules: Sequence[str] | None = None,
     masks: Sequence[str] = MASKS,
 ) -> VerifyReport:
-    """Runs a network on visible patches, and against its dense self and the method's definition.
+    """Compares a network on visible patches with its dense self and with the definition of a masked network.
 
-    Forward and backward, in float64, with all patches visible and with partial masks. The encoder is not changed.
+    Runs forward and backward in float64, with all patches visible and with partial masks. The encoder is not changed.
 
     Args:
         encoder: a network, or a name for `create_encoder`.
         image_size: `S` or one size per axis; None for three patches along each axis.
         patch_size: side of a patch; None for the network's total stride.
         channels: image channels.
-        stages: how many of the encoder's maps to use; None for all.
+        stages: number of feature maps to use, from the shallowest; None for all.
         feature_modules: names of the modules whose outputs are the maps; None to find them.
-        masks: which comparisons to make, of `MASKS`.
+        masks: comparisons to make, a selection of `MASKS`.
 
     Raises:
         ValueError: if sizes do not divide, or no hierarchy is found.
@@ -53,8 +53,8 @@ def verify_encoder(
     grid = patch_grid(size, patch, hierarchy.patch_unit)
     report = verify_packed(hierarchy, (2, channels, *size), grid, masks=masks)
     if _ROUND_OFF > report.error > TOLERANCE and patch_size is None and given is None:
-        # BatchNorm over a handful of positions, layer after layer, can amplify round-off as far. With four times the
-        # positions it does not, while a true difference remains.
+        # BatchNorm over few positions, layer after layer, can amplify round-off this far. Over four times as many it
+        # does not, while a true difference remains.
         report = verify_packed(hierarchy, (2, channels, *(2 * extent for extent in size)), grid, masks=masks)
     # Name modules as the user's network does.
     module = None if report.module is None else report.module.removeprefix("encoder.")
