@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -71,11 +72,7 @@ def _read_nifti(path: Path) -> Array:
 
 
 def channels_first(array: Array, channels: int, rank: int) -> Array:
-    """Brings `[C, *S]`, `[*S, C]` or, for one channel, `[*S]` to `[C, *S]`, without a copy.
-
-    Raises:
-        UserError: if the array is of another shape, or its values are no numbers.
-    """
+    """Brings `[C, *S]`, `[*S, C]` or, for one channel, `[*S]` to `[C, *S]`, without a copy."""
     if array.dtype.kind not in "biuf":
         raise UserError(f"holds {array.dtype} values; integers or floats are needed")
     if array.size == 0:
@@ -96,11 +93,7 @@ def channels_first(array: Array, channels: int, rank: int) -> Array:
 def to_array(item: Any, channels: int, rank: int, name: str = "item") -> Array:
     """Returns the array in an item of a data set, `[C, *S]` in its own units.
 
-    Args:
-        item: a path, an array, a tensor, or a tuple, list or dict with one of these first, or as `image`.
-        channels: number of channels.
-        rank: number of spatial axes.
-        name: name of the item in errors.
+    Items are as for `to_image`, without PIL images.
 
     Raises:
         TypeError: if the item holds no array.
@@ -139,35 +132,33 @@ def array_transform(
 ) -> Callable[[Array], Tensor]:
     """Makes a transform that crops at random, resizes linearly, mirrors along the last axis, and normalises.
 
-    The counterpart of `pretrain_transform` for any number of spatial axes. Of a mapped file, only the crop is read.
-
-    Args:
-        image_size: size of the result, per axis.
-        mean: mean per channel, in the data's units.
-        std: standard deviation per channel.
-        crop_scale: smallest and largest share of the array that a crop covers; with more than one axis, its sides
-            deviate from the array's proportions by up to 4:3.
-        flip: probability of mirroring.
-
-    Returns:
-        A function from `[C, *S]` to float32 `[C, *image_size]`. It raises `UnreadableImage` if values are not finite.
-
-    Raises:
-        UserError: if an argument is out of range.
+    The counterpart of `pretrain_transform`, from `[C, *S]` in the data's units to float32 `[C, *image_size]`. With more
+    than one axis, the crop's sides deviate from the array's proportions by up to 4:3. Of a mapped file, only the crop
+    is read. The transform raises `UnreadableImage` if values are not finite.
     """
     check_crop_and_flip(crop_scale, flip)
-    return CroppedArray(image_size, mean, std, crop_scale, flip)
+    return functools.partial(_cropped, WholeArray(image_size, mean, std), crop_scale, flip)
+
+
+def _cropped(whole: WholeArray, crop_scale: tuple[float, float], flip: float, array: Array) -> Tensor:
+    rank = len(whole.size)
+    low, high = crop_scale
+    side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
+    stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
+    sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
+    where = [slice(None)]
+    for extent, share in zip(array.shape[1:], sides, strict=True):
+        length = max(1, round(extent * share))
+        start = int(torch.randint(extent - length + 1, ()))
+        where.append(slice(start, start + length))
+    x = whole(array[tuple(where)])
+    return x.flip(-1) if torch.rand(()) < flip else x
 
 
 class WholeArray:
     """Transform of an array `[C, *S]`, without anything random: resized linearly and normalised.
 
     The counterpart of `eval_transform`. It raises `UnreadableImage` if values are not finite.
-
-    Args:
-        image_size: size of the result, per axis.
-        mean: mean per channel, in the data's units.
-        std: standard deviation per channel.
     """
 
     def __init__(self, image_size: Sequence[int], mean: Sequence[float], std: Sequence[float]) -> None:
@@ -181,36 +172,6 @@ class WholeArray:
         if not bool(torch.isfinite(x).all()):
             raise UnreadableImage("", "holds values that are not finite")
         return (x - self.mean) / self.std
-
-
-class CroppedArray(WholeArray):
-    """Transform that `array_transform` makes."""
-
-    def __init__(
-        self,
-        image_size: Sequence[int],
-        mean: Sequence[float],
-        std: Sequence[float],
-        crop_scale: tuple[float, float],
-        flip: float,
-    ) -> None:
-        super().__init__(image_size, mean, std)
-        self.crop_scale = crop_scale
-        self.flip = flip
-
-    def __call__(self, array: Array) -> Tensor:
-        rank = len(self.size)
-        low, high = self.crop_scale
-        side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
-        stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
-        sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
-        where = [slice(None)]
-        for extent, share in zip(array.shape[1:], sides, strict=True):
-            length = max(1, round(extent * share))
-            start = int(torch.randint(extent - length + 1, ()))
-            where.append(slice(start, start + length))
-        x = super().__call__(array[tuple(where)])
-        return x.flip(-1) if torch.rand(()) < self.flip else x
 
 
 def resized(x: Tensor, size: tuple[int, ...]) -> Tensor:

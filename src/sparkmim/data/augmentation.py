@@ -42,16 +42,8 @@ def pretrain_transform(
 ) -> Transform:
     """Makes the paper's augmentation: a random crop, resized with bicubic filtering, and a horizontal flip.
 
-    Args:
-        image_size: height and width of the result.
-        mean: mean per channel, of values in [0, 1].
-        std: standard deviation per channel.
-        crop_scale: smallest and largest share of the image's area that a crop covers; its aspect ratio lies
-            between 3:4 and 4:3.
-        flip: probability of mirroring.
-
-    Raises:
-        UserError: if `crop_scale` or `flip` is out of range, or mean and std differ in length.
+    The crop covers `crop_scale` of the image's area; its aspect ratio lies between 3:4 and 4:3. Mean and std are those
+    of values in [0, 1].
     """
     transform: Transform = v2.Compose([*_crop_and_flip(image_size, crop_scale, flip), *_to_float(mean, std)])
     return transform
@@ -88,19 +80,7 @@ def classify_transform(
     """Makes the paper's augmentation for fine-tuning: that of timm's ImageNet recipes, with TrivialAugment.
 
     A random crop, resized with bicubic filtering, a flip, TrivialAugment (Müller and Hutter, ICCV 2021, torchvision's)
-    or AutoAugment's policy for ImageNet, and random erasing with noise (timm's).
-
-    Args:
-        image_size: height and width of the result.
-        mean: mean per channel, of values in [0, 1].
-        std: standard deviation per channel.
-        crop_scale: smallest and largest share of the image's area that a crop covers.
-        flip: probability of mirroring.
-        augment: `trivial`, `auto`, or `none`.
-        erase: probability of erasing a part.
-
-    Raises:
-        UserError: if an argument is out of range.
+    or AutoAugment's policy for ImageNet, and random erasing with noise (timm's), with probability `erase`.
     """
     if augment not in get_args(Augment):
         raise UserError(f"there is no augmentation {augment!r}; choose trivial, auto or none")
@@ -128,25 +108,15 @@ def eval_transform(
 ) -> Transform:
     """Makes a transform without anything random: resizes the shorter side, and crops the centre.
 
-    Args:
-        image_size: height and width of the result.
-        mean: mean per channel, of values in [0, 1].
-        std: standard deviation per channel.
-        crop: longer side of the result, as a share of the resized shorter side: 224 of 256 by default; None to
-            resize the whole image to `image_size`, whatever its shape.
-
-    Raises:
-        UserError: if `crop` is out of range, or mean and std differ in length.
+    The longer side of the result is the share `crop` of the resized shorter side: 224 of 256 by default. With None, the
+    whole image is resized to `image_size`, whatever its shape.
     """
-    if crop is None:
-        whole = v2.Resize(image_size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-        stretched: Transform = v2.Compose([whole, *_to_float(mean, std)])
-        return stretched
-    if not 0 < crop <= 1:
+    if crop is not None and not 0 < crop <= 1:
         raise UserError(f"crop is {crop}; it is a share, above 0 and at most 1")
-    shorter = int(max(image_size) / crop)  # rounded down, as in timm
-    resize = v2.Resize(shorter, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    transform: Transform = v2.Compose([resize, v2.CenterCrop(image_size), *_to_float(mean, std)])
+    size = image_size if crop is None else int(max(image_size) / crop)  # rounded down, as in timm
+    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
+    cropped = [] if crop is None else [v2.CenterCrop(image_size)]
+    transform: Transform = v2.Compose([resize, *cropped, *_to_float(mean, std)])
     return transform
 
 

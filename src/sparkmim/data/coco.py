@@ -26,7 +26,7 @@ from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.dataset import SharedPaths
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
-from sparkmim.data.problems import Problems, counted, few
+from sparkmim.data.problems import Problems, counted, few, repeated, report
 from sparkmim.errors import MissingPath, UserError
 
 Target = dict[str, Any]
@@ -38,11 +38,7 @@ HEADERS_READ = 100
 
 
 def coco_tools(part: str) -> Any:
-    """Imports a module of pycocotools: `mask`, `coco` or `cocoeval`.
-
-    Raises:
-        MissingPackage: if it is not installed.
-    """
+    """Imports a module of pycocotools: `mask`, `coco` or `cocoeval`."""
     try:
         return importlib.import_module(f"pycocotools.{part}")
     except ImportError as error:
@@ -75,21 +71,14 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
     - a folder per part that holds a JSON file and the images: `train/_annotations.coco.json`.
 
     Names of the part to validate on are `val`, `valid`, `validation` and `test`, in this order.
-
-    Raises:
-        MissingPath: if there is no such folder, no annotation file of this part, or no images for it.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
         raise MissingPath(f"there is no folder {root}")
     for name in PART_NAMES[part]:
-        found = [
-            file
-            for folder in (root / "annotations", root)
-            for pattern in (f"instances_{name}[0-9]*.json", f"instances_{name}.json", f"{name}[0-9]*.json",
-                            f"{name}.json", f"{name}_coco.json")
-            for file in sorted(folder.glob(pattern))
-        ]  # fmt: skip
+        stems = f"instances_{name}[0-9]*", f"instances_{name}", f"{name}[0-9]*", name, f"{name}_coco"
+        patterns = [f"{folder}{stem}.json" for folder in ("annotations/", "") for stem in stems]
+        found = [file for pattern in patterns for file in sorted(root.glob(pattern))]
         if found:
             file = found[0]
             stem = file.stem.removeprefix("instances_").removesuffix("_coco")
@@ -141,25 +130,14 @@ def mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Any:
 
 
 def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
-    """Returns names by category id, in the order of ids; equal names get the id appended.
-
-    Example:
-        >>> category_names([{"id": 7, "name": "cat"}, {"id": 2, "name": "dog"}])
-        {2: 'dog', 7: 'cat'}
-    """
+    """Returns names by category id, in the order of ids; equal names get the id appended."""
     named = {int(category["id"]): str(category.get("name", category["id"])) for category in categories}
-    often = Counter(named.values())
-    return {place: name if often[name] == 1 else f"{name} ({place})" for place, name in sorted(named.items())}
+    often = repeated(named.values())
+    return {place: f"{name} ({place})" if name in often else name for place, name in sorted(named.items())}
 
 
 def read_coco(file: str | Path) -> dict[str, Any]:
-    """Reads an annotation file.
-
-    Raises:
-        MissingPath: if there is no such file.
-        UserError: if it is not in COCO's format: lists `images`, `annotations` and `categories` with integer ids, the
-            first and last not empty.
-    """
+    """Reads an annotation file: lists `images`, `annotations` and `categories`, of which only the second may be empty."""
     file = Path(file)
     if not file.is_file():
         raise MissingPath(f"there is no annotation file {file}")
@@ -201,24 +179,14 @@ class CocoImages(Dataset[Any]):
     out. Boxes that reach beyond the image are clipped to it. For the orientation of images, see `decode_annotated`.
 
     Attributes:
-        annotations: the annotation file.
-        images: the folder of images.
         image_ids: ids in the file, by item.
         file_names: paths of the images, relative to the folder.
         sizes: long `[images, 2]`, height and width in the file.
         category_ids: ids in the file, ascending: label 1 is the first of them.
-        classes: names of the categories.
-        has_masks: whether targets have masks.
         problems: problems of the annotation file; `check_coco` adds those of the image files.
     """
 
-    def __init__(
-        self,
-        annotations: Path,
-        images: Path,
-        content: Mapping[str, Any],
-        masks: bool | None = None,
-    ) -> None:
+    def __init__(self, annotations: Path, images: Path, content: Mapping[str, Any], masks: bool | None = None) -> None:
         self.annotations, self.images = annotations, images
         self.problems = Problems()
         names = category_names(content["categories"])
@@ -226,7 +194,10 @@ class CocoImages(Dataset[Any]):
         records = content["images"]
         self.image_ids = np.array([record["id"] for record in records], np.int64)
         self._names = SharedPaths(record["file_name"] for record in records)
-        self.sizes = np.array([[_whole(record.get(side)) for side in ("height", "width")] for record in records])
+        sides = [[record.get(side) for side in ("height", "width")] for record in records]
+        self.sizes = np.array(
+            [[int(x) if isinstance(x, int | float) and x >= 1 else 0 for x in pair] for pair in sides]
+        )
         self._check_records(content)
         self._take(content["annotations"], masks)
 
@@ -257,24 +228,14 @@ class CocoImages(Dataset[Any]):
         return image, target
 
     def read(self, place: int) -> Tensor:
-        """Reads an image as uint8 `[3, H, W]`.
-
-        Raises:
-            UnreadableImage: if it cannot be decoded, or is of another size than in the annotations.
-        """
+        """Reads an image as uint8 `[3, H, W]`, which is unreadable if of another size than in the annotations."""
         height, width = self.sizes[place].tolist()
         return decode_annotated(self.path(place), (height, width), self.annotations.name)
 
     def take_categories(self, category_ids: Sequence[int], classes: Sequence[str], of: str | Path) -> None:
-        """Takes over the labels of another data set or a detector, which may have more categories.
+        """Takes over the labels of `of`, another data set or a detector, which may have more categories.
 
-        Args:
-            category_ids: their ids, ascending; label 1 becomes the first of them.
-            classes: their names.
-            of: name of the other data set or detector in errors.
-
-        Raises:
-            UserError: if one of the own categories is missing there, or has another name.
+        `category_ids` ascend; label 1 becomes the first of them.
         """
         known = dict(zip(category_ids, classes, strict=True))
         own = list(zip(self.category_ids, self.classes, strict=True))
@@ -307,23 +268,17 @@ class CocoImages(Dataset[Any]):
 
     def _check_records(self, content: Mapping[str, Any]) -> None:
         fatal, notes = self.problems.fatal, self.problems.notes
-        for kind, found in (
-            ("image", self.image_ids.tolist()),
-            ("category", [category["id"] for category in content["categories"]]),
-        ):
-            twice = [place for place, count in Counter(found).items() if count > 1]
-            if twice:
-                fatal.append(f"{counted(len(twice), f'{kind} id')} given more than once: {few(twice)}")
-        ids = [annotation.get("id") for annotation in content["annotations"]]
-        twice = [place for place, count in Counter(ids).items() if count > 1 and place is not None]
+        for kind, records in (("image", content["images"]), ("category", content["categories"])):
+            report(fatal, repeated(record["id"] for record in records), "given more than once", f"{kind} id")
+        twice = [
+            number for number in repeated(record.get("id") for record in content["annotations"]) if number is not None
+        ]
         if twice:
             notes.append(f"{counted(len(twice), 'annotation id')} given more than once: {few(twice)}; all are used")
         sizeless = self.image_ids[(self.sizes < 1).any(1)].tolist()
         if sizeless:
             fatal.append(f"{counted(len(sizeless), 'image')} without height and width: id {few(sizeless)}")
-        names = [name for name, count in Counter(self.file_names).items() if count > 1]
-        if names:
-            notes.append(f"{counted(len(names), 'file')} named by several images: {few(names)}")
+        report(notes, repeated(self.file_names), "named by several images", "file")
         if self.category_ids != list(range(1, len(self.category_ids) + 1)):
             first, last = self.category_ids[0], self.category_ids[-1]
             number = counted(len(self.classes), "class", "classes")
@@ -342,9 +297,8 @@ class CocoImages(Dataset[Any]):
         crowd = np.array([bool(record.get("iscrowd", 0)) for record in records], bool)
         given = np.array([box_of(record) for record in records], np.float64).reshape(-1, 4)
 
-        left_out = "; left out"
         keep = places >= 0
-        _note(notes, ~keep, "annotation", "of images that are not in the file" + left_out)
+        _note(notes, ~keep, "annotation", "of images that are not in the file; left out")
         unknown = sorted({str(records[place].get("category_id")) for place in np.flatnonzero(labels == 0).tolist()})
         if unknown:
             fatal.append(f"{counted(int((labels == 0).sum()), 'annotation')} of unknown categories: {few(unknown)}")
@@ -353,31 +307,29 @@ class CocoImages(Dataset[Any]):
         keep &= ~crowd
 
         known = np.isfinite(given).all(1)  # NaN where there is no box
-        _note(notes, keep & ~known, "annotation", "without a box of four numbers" + left_out)
+        _note(notes, keep & ~known, "annotation", "without a box of four numbers; left out")
         keep &= known
         flat = (given[:, 2:] <= 0).any(1)
-        _note(notes, keep & flat, "box", "of zero area" + left_out, "boxes")
+        _note(notes, keep & flat, "box", "of zero area; left out", "boxes")
         keep &= ~flat
         limits = self.sizes[places][:, [1, 0, 1, 0]] if len(records) else given  # width, height, twice
         corners = np.concatenate([given[:, :2], given[:, :2] + given[:, 2:]], 1)
         clipped = np.clip(corners, 0, limits)
         outside = (clipped[:, 2:] <= clipped[:, :2]).any(1)
-        _note(notes, keep & outside, "box", "wholly outside the image" + left_out, "boxes")
+        _note(notes, keep & outside, "box", "wholly outside the image; left out", "boxes")
         keep &= ~outside
         # Annotation tools round to about a tenth of a pixel
         _note(notes, keep & (np.abs(corners - clipped) > 1).any(1), "box", "partly outside the image; clipped", "boxes")
 
         segmentations: list[Any] = [None] * len(records)
         if masks is None or masks:
+            short = np.zeros(len(records), bool)
             for number in np.flatnonzero(keep).tolist():
-                segmentations[number] = mask_of(records[number], *self.sizes[places[number]].tolist())
-            short = sum(
-                isinstance(record.get("segmentation"), list) and len(record["segmentation"]) != len(polygons or [])
-                for kept, record, polygons in zip(keep, records, segmentations, strict=True)
-                if kept
-            )
-            if short:
-                notes.append(f"{counted(short, 'annotation')} with polygons of fewer than three points; those left out")
+                given_mask = records[number].get("segmentation")
+                polygons = mask_of(records[number], *self.sizes[places[number]].tolist())
+                segmentations[number] = polygons
+                short[number] = isinstance(given_mask, list) and len(given_mask) != len(polygons or [])
+            _note(notes, short, "annotation", "with polygons of fewer than three points; those left out")
         bare = np.array([segmentation is None for segmentation in segmentations], bool)
         self.has_masks = not bare.all()
         if self.has_masks:
@@ -400,27 +352,15 @@ class CocoImages(Dataset[Any]):
             return
         counts = np.bincount(self._labels, minlength=len(self.classes) + 1)[1:]
         without = [self.classes[place] for place in np.flatnonzero(counts == 0)]
-        if without:
-            notes.append(f"{counted(len(without), 'class', 'classes')} without annotations: {few(without)}")
+        report(notes, without, "without annotations", "class", "classes")
         _note(notes, np.diff(self._starts) == 0, "image", "without annotations; kept as background")
 
 
-def open_coco(
-    annotations: str | Path,
-    images: str | Path,
-    masks: bool | None = None,
-) -> CocoImages:
+def open_coco(annotations: str | Path, images: str | Path, masks: bool | None = None) -> CocoImages:
     """Opens a data set in COCO's format. `check_coco` reports problems with it.
 
-    Args:
-        annotations: JSON file, with masks as polygons, or run-length encodings of either form.
-        images: folder that file names are relative to.
-        masks: whether targets have masks; None if they have them whenever the file does.
-
-    Raises:
-        MissingPath: if there is no such file or folder.
-        UserError: if the file is not in COCO's format.
-        MissingPackage: if pycocotools is not installed.
+    Masks are polygons, or run-length encodings of either form. File names are relative to `images`. Targets have masks
+    if `masks`; None if they have them whenever the file does.
     """
     coco_tools("mask")
     annotations, images = Path(annotations).expanduser().absolute(), Path(images).expanduser().absolute()
@@ -430,24 +370,17 @@ def open_coco(
 
 
 def check_coco(data: CocoImages) -> list[str]:
-    """Checks a data set, without decoding an image.
+    """Checks a data set, without decoding an image; returns notes, and raises an error that lists all problems.
 
     Fatal are missing image files; images or categories with equal ids; annotations of unknown categories; images
     without height and width, or, among a hundred whose headers are read, of other ones; no annotation to train on.
     Other faulty annotations are left out or corrected, as the notes say.
-
-    Returns:
-        Notes, a line each.
-
-    Raises:
-        UserError: if a problem is fatal; lists all problems.
     """
     fatal, notes = list(data.problems.fatal), list(data.problems.notes)
     missing = _missing(data)
     if missing:
-        fatal.insert(
-            0, f"{counted(len(missing), 'image file')} missing of {len(data):,} in {data.images}: {few(missing)}"
-        )
+        number = counted(len(missing), "image file")
+        fatal.insert(0, f"{number} missing of {len(data):,} in {data.images}: {few(missing)}")
     names, absent = data.file_names, set(missing)
     looked, wrong, unreadable = 0, [], []
     for place in np.unique(np.linspace(0, len(data) - 1, HEADERS_READ).astype(int)).tolist():
@@ -463,11 +396,8 @@ def check_coco(data: CocoImages) -> list[str]:
         size = tuple(data.sizes[place].tolist())
         if size != found and not (turned and size == found[::-1]):
             wrong.append(f"{name} is {size_text(found)}, not {size_text(size)}")
-    if unreadable:
-        number = counted(len(unreadable), "file")
-        notes.append(f"{number} without a readable image, among {looked} checked: {few(unreadable)}")
-    if wrong:
-        fatal.append(f"{counted(len(wrong), 'image')} of another size than in the annotations: {few(wrong)}")
+    report(notes, unreadable, f"without a readable image, among {looked} checked", "file")
+    report(fatal, wrong, "of another size than in the annotations", "image")
     return Problems(fatal, notes).check(data.annotations)
 
 
@@ -487,11 +417,6 @@ def _missing(data: CocoImages) -> list[str]:
     return missing
 
 
-def _whole(value: Any) -> int:
-    return int(value) if isinstance(value, int | float) and value >= 1 else 0
-
-
 def _note(notes: list[str], which: npt.NDArray[np.bool_], word: str, what: str, words: str | None = None) -> None:
-    number = int(which.sum())
-    if number:
+    if number := int(which.sum()):
         notes.append(f"{counted(number, word, words)} {what}")

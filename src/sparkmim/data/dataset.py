@@ -63,20 +63,16 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     - `unreadable`: path and reason of each of them.
 
     A stand-in is cropped as the requested image would have been, so it differs from its own sample in the same epoch.
+    Reading a sample raises `UnusableData` if 50 images in a row are unreadable.
 
     Args:
         source: paths of images, or a map-style dataset. For its items see `to_image`.
         transform: from uint8 `[C, H, W]` to float `[C, *image_size]`. It may draw from the generators of torch
             (on CPU), numpy and Python, which are seeded for it and restored afterwards.
         seed: seed of all random numbers.
-        channels: image channels. Files and PIL images are converted to it (1 or 3), tensors and arrays must have it.
+        channels: as for `to_image`.
         read: called as `read(item, name=...)`, returns what `transform` takes; None for `to_image`. It raises
             `UnreadableImage` for items to skip. Loader workers that are not forked need it and `transform` to pickle.
-
-    Raises:
-        TypeError: if the source is of no accepted kind. Reading a sample, if an item is.
-        UserError: if the source is empty. Reading a sample, if an image has the wrong shape or range.
-        UnusableData: reading a sample, if 50 images in a row are unreadable.
     """
 
     def __init__(
@@ -110,12 +106,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
         epoch, index, *repeat = key
         image, unreadable = self._read(index, counted_seed(self.seed, epoch, index, "image", *repeat))
-        return {
-            "image": image,
-            "index": index,
-            "skipped": len(unreadable),
-            "unreadable": unreadable,
-        }
+        return {"image": image, "index": index, "skipped": len(unreadable), "unreadable": unreadable}
 
     def _read(self, index: int, seed: int) -> tuple[Any, list[str]]:
         """Returns the first readable image from `index` on, transformed, and the errors of those before."""
@@ -143,14 +134,6 @@ class PretrainDataset(AugmentedDataset):
 
     Adds `visible` to its samples: bool `[*grid]`, true where a patch is visible. It depends neither on the transform
     nor on whether another image stands in.
-
-    Args:
-        grid: patches along each axis.
-        mask_ratio: share of hidden patches.
-        source, transform, seed, channels, read: as for `AugmentedDataset`.
-
-    Raises:
-        UserError: if the mask is impossible; also whatever `AugmentedDataset` raises.
     """
 
     def __init__(
@@ -175,12 +158,7 @@ class PretrainDataset(AugmentedDataset):
 
 
 class LabelledDataset(AugmentedDataset):
-    """`AugmentedDataset` with `label` in its samples: that of the image shown, if another stands in.
-
-    Args:
-        images: images with their labels.
-        transform, seed, channels, read: as for `AugmentedDataset`.
-    """
+    """`AugmentedDataset` with `label` in its samples: that of the image shown, if another stands in."""
 
     def __init__(
         self,
@@ -201,12 +179,9 @@ class LabelledDataset(AugmentedDataset):
 
 
 class TargetDataset(AugmentedDataset):
-    """`AugmentedDataset` of images with boxes or label maps, in its samples as `target`: that of the image shown.
+    """`AugmentedDataset` of pairs of image and target, in its samples as `image` and `target`: that of the image shown.
 
-    Args:
-        images: data set of pairs of image and target.
-        transform: from such a pair to another.
-        seed: seed of all random numbers.
+    `transform` maps such a pair to another.
     """
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any], seed: int = 0) -> None:
@@ -238,24 +213,14 @@ def _seeded(seed: int) -> Iterator[None]:
             np.random.set_state(numpy)  # noqa: NPY002
 
 
-def collate(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Makes a batch of samples: `image`, `visible`, `index` and `skipped` are stacked, `unreadable` is one list."""
-    batch: dict[str, Any] = default_collate(
-        [{key: value for key, value in sample.items() if key != "unreadable"} for sample in samples]
-    )
-    batch["unreadable"] = [complaint for sample in samples for complaint in sample["unreadable"]]
-    return batch
+def collate(samples: Sequence[Mapping[str, Any]], lists: Sequence[str] = ()) -> dict[str, Any]:
+    """Makes a batch of samples: `unreadable` becomes one list, what `lists` names a list each, all else is stacked."""
+    columns = {key: [sample[key] for sample in samples] for key in samples[0]}
+    unreadable: list[str] = sum(columns.pop("unreadable"), [])
+    batch = {key: found if key in lists else default_collate(found) for key, found in columns.items()}
+    return {**batch, "unreadable": unreadable}
 
 
 def collate_detection(samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Makes a batch of samples of a `TargetDataset` whose images differ in size.
-
-    `image`, `target` and `unreadable` are lists, `index` and `skipped` tensors.
-    """
-    return {
-        "image": [sample["image"] for sample in samples],
-        "target": [sample["target"] for sample in samples],
-        "index": torch.tensor([sample["index"] for sample in samples]),
-        "skipped": torch.tensor([sample["skipped"] for sample in samples]),
-        "unreadable": [complaint for sample in samples for complaint in sample["unreadable"]],
-    }
+    """Makes a batch of samples of a `TargetDataset` whose images differ in size; they and their targets are lists."""
+    return collate(samples, ("image", "target"))

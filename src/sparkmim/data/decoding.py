@@ -37,12 +37,7 @@ _ACCEPTED = (
 
 
 class UnreadableImage(Exception):
-    """A file, or an item of a data set, without a readable image.
-
-    Attributes:
-        path: path of the file, or name of the item.
-        reason: what is wrong with it.
-    """
+    """A file, or an item of a data set, without a readable image; `path` may be the item's name."""
 
     def __init__(self, path: str | Path, reason: str) -> None:
         super().__init__(str(path), reason)
@@ -61,12 +56,9 @@ def name_of(item: Any, place: int) -> str:
 def to_image(item: Any, channels: int, name: str = "item") -> Tensor:
     """Returns the image in an item of a data set as uint8 `[channels, H, W]`.
 
-    Args:
-        item: a path, a PIL image, a uint8 or float tensor `[C, H, W]`, a numpy array `[H, W]` or `[H, W, C]`, or a
-            tuple, list or dict with one of these first, or as `image`. Floats in [0, 1] stand for 0 to 255, and are
-            rounded.
-        channels: files and PIL images are converted to 1 or 3; tensors and arrays must have this number.
-        name: name of the item in errors.
+    An item is a path, a PIL image, a uint8 or float tensor `[C, H, W]`, a numpy array `[H, W]` or `[H, W, C]`, or a
+    tuple, list or dict with one of these first, or as `image`. Floats in [0, 1] stand for 0 to 255, and are rounded.
+    Files and PIL images are converted to 1 or 3 channels; tensors and arrays must have this number.
 
     Raises:
         TypeError: if the item is of another type.
@@ -128,13 +120,7 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     A JPEG that ends early is unreadable. One that is complete but damaged in the middle decodes to some picture, and no
     decoder reports it.
 
-    Args:
-        path: the file.
-        channels: 3 for RGB, 1 for grey.
-        upright: whether to apply the EXIF orientation.
-
     Raises:
-        UserError: if `channels` is neither 1 nor 3.
         UnreadableImage: if the file is missing, empty, truncated, corrupt, no image, or of more than
             `MAX_PIXELS` pixels.
     """
@@ -145,25 +131,17 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         raise UnreadableImage(path, getattr(error, "strerror", None) or str(error)) from error
     if not encoded:
         raise UnreadableImage(path, "the file is empty")
-    with strict_pillow():
-        try:
-            with Image.open(io.BytesIO(encoded)) as image:  # reads the header only
-                if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
-                    with suppress(RuntimeError):  # Pillow may read it, and has the clearer errors
-                        return _decode_jpeg(encoded, channels, upright)
-                if channels == 1:
-                    image.draft("L", image.size)  # a colour JPEG stores grey: torchvision takes it from there too
-                return _to_tensor(image, channels, upright)
-        except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
-            raise UnreadableImage(path, reason_of(error)) from error
+    with pillow_errors(path), Image.open(io.BytesIO(encoded)) as image:  # reads the header only
+        if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
+            with suppress(RuntimeError):  # Pillow may read it, and has the clearer errors
+                return _decode_jpeg(encoded, channels, upright)
+        if channels == 1:
+            image.draft("L", image.size)  # a colour JPEG stores grey: torchvision takes it from there too
+        return _to_tensor(image, channels, upright)
 
 
 def pixels_of(path: str | Path) -> int:
-    """Returns the number of pixels by an image's header.
-
-    Raises:
-        UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
-    """
+    """Returns the number of pixels by an image's header; errors are those of `stored_size`."""
     (height, width), _ = stored_size(path)
     return height * width
 
@@ -174,28 +152,15 @@ def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
     Raises:
         UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
     """
-    with strict_pillow():
-        try:
-            with Image.open(path) as image:
-                return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
-        except Exception as error:
-            raise UnreadableImage(path, reason_of(error)) from error
+    with pillow_errors(path), Image.open(path) as image:
+        return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
 
 
 def decode_annotated(path: str | Path, size: tuple[int, int], whose: str, channels: int = 3) -> Tensor:
     """Reads an annotated image as uint8 `[channels, *size]`.
 
     Some annotation tools ignore the EXIF orientation. If the upright image is not of the annotation's size, but the
-    stored one is, the image is left as stored.
-
-    Args:
-        path: the file.
-        size: height and width of the annotation.
-        whose: name of the annotation in errors.
-        channels: 3 for RGB, 1 for grey.
-
-    Raises:
-        UnreadableImage: if it cannot be decoded, or is of another size.
+    stored one is, the image is left as stored. If neither is, it is unreadable, by the size that `whose` gives.
     """
     image = decode(path, channels)
     upright = tuple(image.shape[1:])
@@ -207,33 +172,15 @@ def decode_annotated(path: str | Path, size: tuple[int, int], whose: str, channe
 
 
 def size_text(size: Sequence[int]) -> str:
-    """Writes height and width as width×height.
-
-    Example:
-        >>> size_text((480, 640))
-        '640×480'
-    """
+    """Writes height and width as width×height: `640×480`."""
     return f"{size[1]}×{size[0]}"
 
 
 def from_pil(image: Image.Image, channels: int = 3, name: str = "image") -> Tensor:
-    """Converts a PIL image to uint8 `[channels, H, W]`, as `decode` does.
-
-    Args:
-        image: loaded by this, but not changed.
-        channels: 3 for RGB, 1 for grey.
-        name: name of the image in errors.
-
-    Raises:
-        UserError: if `channels` is neither 1 nor 3.
-        UnreadableImage: if it cannot be loaded, or its mode not be converted.
-    """
+    """Converts a PIL image, which is loaded but not changed, to uint8 `[channels, H, W]`, as `decode` does."""
     check_channels(channels)
-    with strict_pillow():
-        try:
-            return _to_tensor(image, channels)
-        except Exception as error:
-            raise UnreadableImage(name, reason_of(error)) from error
+    with pillow_errors(name):
+        return _to_tensor(image, channels)
 
 
 def check_channels(channels: int) -> None:
@@ -244,8 +191,7 @@ def check_channels(channels: int) -> None:
 
 def _decode_jpeg(encoded: bytes, channels: int, upright: bool) -> Tensor:
     mode = ImageReadMode.RGB if channels == 3 else ImageReadMode.GRAY
-    # torch wants a writable buffer
-    buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)
+    buffer = torch.frombuffer(bytearray(encoded), dtype=torch.uint8)  # torch wants it writable
     decoded: Tensor = decode_jpeg(buffer, mode=mode, apply_exif_orientation=upright)
     return decoded
 
@@ -291,10 +237,7 @@ _outside = ExitStack()
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Limits images to `MAX_PIXELS`, and silences decoders' warnings.
-
-    May be entered by several threads at once, and within itself.
-    """
+    """Limits images to `MAX_PIXELS`, and silences decoders' warnings; threads may enter it at once, and within itself."""
     # Pillow takes its limit from a global alone (TIFF files ask for it as late as when pixels are loaded), and filters
     # of warnings are global too: the first thread to enter sets both, and the last to leave restores them.
     global _inside
@@ -314,10 +257,17 @@ def strict_pillow() -> Iterator[None]:
                 _outside.close()
 
 
-def reason_of(error: Exception) -> str:
-    """Writes a decoder's error in one phrase."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image of a known format"
-    if isinstance(error, Image.DecompressionBombError):
-        return f"more than {MAX_PIXELS // 1_000_000} million pixels"
-    return str(error) or type(error).__name__
+@contextmanager
+def pillow_errors(path: str | Path) -> Iterator[None]:
+    """Makes Pillow strict, and any of its errors an `UnreadableImage`."""
+    with strict_pillow():
+        try:
+            yield
+        except UserError:
+            raise
+        except UnidentifiedImageError as error:
+            raise UnreadableImage(path, "not an image of a known format") from error
+        except Image.DecompressionBombError as error:
+            raise UnreadableImage(path, f"more than {MAX_PIXELS // 1_000_000} million pixels") from error
+        except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
+            raise UnreadableImage(path, str(error) or type(error).__name__) from error

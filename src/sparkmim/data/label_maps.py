@@ -20,14 +20,7 @@ from torchvision import tv_tensors
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.dataset import SharedPaths
-from sparkmim.data.decoding import (
-    UnreadableImage,
-    decode_annotated,
-    reason_of,
-    size_text,
-    stored_size,
-    strict_pillow,
-)
+from sparkmim.data.decoding import UnreadableImage, decode_annotated, pillow_errors, size_text, stored_size
 from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 from sparkmim.data.problems import Problems, counted, few
@@ -65,8 +58,6 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
     `images/train/` and `labels/train/`, or `training`; `images/val/` and `labels/val/`, or `valid`, `validation`,
     `test`. Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`.
 
-    Raises:
-        MissingPath: if there is no such folder, no images of this part, or no label maps for them.
     """
     root = Path(root).expanduser().absolute()
     if not root.is_dir():
@@ -85,12 +76,7 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
 
 
 def read_class_names(file: str | Path) -> list[str]:
-    """Reads the names of classes, one per line, from class 0 on; empty lines at the end are ignored.
-
-    Raises:
-        MissingPath: if there is no such file.
-        UserError: if a line is empty, or two names are equal.
-    """
+    """Reads the names of classes, one per line, from class 0 on; empty lines at the end are ignored."""
     file = Path(file).expanduser()
     if not file.is_file():
         raise MissingPath(f"there is no file of class names {file}")
@@ -111,15 +97,8 @@ class SegmentationImages(Dataset[Any]):
 
     `open_segmentation` makes it. An item is an image, `tv_tensors.Image [C, H, W]`, and its classes, int32
     `tv_tensors.Mask [H, W]`, `IGNORED` for ignored pixels. Images are uint8, upright by their EXIF orientation unless
-    the label map is not; arrays are float32, in their own units.
-
-    Attributes:
-        files: folders of images and label maps.
-        channels: image channels.
-        arrays: whether images are array files.
-        ignore: value of ignored pixels in label maps.
-        reduce: whether pixels of value 0 are ignored too, and class 0 has the value 1.
-        problems: problems of the folders; those of the files' content are found by `check_segmentation`.
+    the label map is not; arrays are float32, in their own units. `problems` are those of the folders;
+    `check_segmentation` finds those of the files' content.
     """
 
     def __init__(self, files: SegmentationFiles, channels: int, ignore: int, reduce: bool) -> None:
@@ -203,7 +182,6 @@ class SegmentationImages(Dataset[Any]):
         present = np.flatnonzero(counts)
         classes = dict(zip(self._classes(present).tolist(), counts[present].tolist(), strict=True))
         classes.pop(IGNORED, None)
-        size: tuple[int, ...] = values.shape
         try:
             if self.arrays:
                 sizes = [to_array(self.files.images / name, self.channels, 2).shape[1:]]
@@ -212,8 +190,8 @@ class SegmentationImages(Dataset[Any]):
                 sizes = [stored, stored[::-1]] if turned else [stored]
         except UnreadableImage as error:
             return _Look("image", f"{name} ({error.reason})", classes)
-        if size not in sizes:
-            return _Look("size", f"{name} is {size_text(sizes[0])}, {label} {size_text(size)}", classes)
+        if values.shape not in sizes:
+            return _Look("size", f"{name} is {size_text(sizes[0])}, {label} {size_text(values.shape)}", classes)
         return _Look("", label, classes)
 
 
@@ -236,36 +214,22 @@ def read_values(path: Path) -> npt.NDArray[Any]:
 
     Raises:
         NotIndices: if it holds colours.
-        UnreadableImage: if it cannot be read.
     """
-    try:
-        with strict_pillow(), Image.open(path) as image:
-            if image.mode not in _GREY:
-                raise NotIndices(image.mode)
-            spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
-            values = np.array(image).astype(np.uint8 if image.mode in ("L", "P", "1") else np.int32)
-            return values // spread if spread > 1 else values
-    except NotIndices:
-        raise
-    except Exception as error:  # decoders raise anything
-        raise UnreadableImage(path, reason_of(error)) from error
+    with pillow_errors(path), Image.open(path) as image:
+        if image.mode not in _GREY:
+            raise NotIndices(image.mode)
+        spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
+        values = np.array(image).astype(np.uint8 if image.mode in ("L", "P", "1") else np.int32)
+        return values // spread if spread > 1 else values
 
 
 def open_segmentation(
     images: str | Path, labels: str | Path, channels: int = 3, ignore: int = 255, reduce: bool = False
 ) -> SegmentationImages:
-    """Opens a folder of images and one of label maps. `check_segmentation` reports problems with them.
+    """Opens a folder of images or arrays, and one of label maps. `check_segmentation` reports problems with them.
 
-    Args:
-        images: folder of images or arrays, at any depth.
-        labels: folder of PNG files whose values are classes: grey of up to 16 bits, or with a palette. Each has the
-            path and name of its image, except for the ending.
-        channels: image channels.
-        ignore: value of ignored pixels.
-        reduce: whether pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
-
-    Raises:
-        MissingPath: if there is no such folder.
+    Label maps are PNG files whose values are classes: grey of up to 16 bits, or with a palette. `ignore` is the value
+    of ignored pixels. With `reduce`, pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
     """
     files = SegmentationFiles(*(Path(folder).expanduser().absolute() for folder in (images, labels)))
     for folder, what in zip(files, ("images", "label maps"), strict=True):
@@ -278,16 +242,10 @@ def open_segmentation(
 
 
 class _Look(NamedTuple):
-    """What was seen in one label map.
+    """What was seen in one label map, with the number of pixels by class."""
 
-    Attributes:
-        wrong: key of `_WRONG`, `image` for an image that cannot be read, or "" if nothing is wrong.
-        what: name of the file, and details.
-        classes: number of pixels by class.
-    """
-
-    wrong: str
-    what: str
+    wrong: str  # key of `_WRONG`, `image` for an image that cannot be read, or "" if nothing is wrong
+    what: str  # name of the file, and details
     classes: dict[int, int]
 
 
@@ -301,7 +259,7 @@ _WRONG = {
 def check_segmentation(
     parts: Sequence[SegmentationImages], names: Sequence[str] | None = None
 ) -> tuple[list[str], list[str]]:
-    """Checks every label map, and the header of every image.
+    """Checks every label map, and the header of every image, and raises an error that lists all problems.
 
     Fatal are images without label map; label maps without image, of another size than it, of colours instead of class
     numbers, or unreadable; values that are no class; a part without images or classes; a single class. Shows progress
@@ -309,15 +267,8 @@ def check_segmentation(
 
     This reads every label map, so in a distributed run one process should do it: results and errors pickle.
 
-    Args:
-        parts: images to train on, to validate on, or both.
-        names: names of the classes; None to count classes.
-
     Returns:
         Names of the classes, "0", "1", … unless given; and notes, a line each.
-
-    Raises:
-        UserError: if a problem is fatal; lists all problems.
     """
     every = Problems()
     seen: list[dict[int, int]] = []
@@ -339,8 +290,8 @@ def check_segmentation(
             every.fatal.append(f"{part.files.labels}: every pixel of every label map is ignored")
     without = [name for number, name in enumerate(listed) if number not in seen[0]]
     if without:
-        every.notes.append(f"{counted(len(without), 'class', 'classes')} without a pixel in {parts[0].files.labels}: "
-                           f"{few(without)}")  # fmt: skip
+        number = counted(len(without), "class", "classes")
+        every.notes.append(f"{number} without a pixel in {parts[0].files.labels}: {few(without)}")
     return listed, every.check(" and ".join(dict.fromkeys(str(part.files.images) for part in parts)))
 
 

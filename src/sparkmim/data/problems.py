@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,25 +12,13 @@ from sparkmim.errors import UserError
 
 @dataclass
 class Problems:
-    """Problems of a data set, a line each.
-
-    Attributes:
-        fatal: what makes the data unusable.
-        notes: what is only worth knowing.
-    """
+    """Problems of a data set, a line each: those that make it unusable, and what is only worth knowing."""
 
     fatal: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     def check(self, what: object) -> list[str]:
-        """Returns the notes, unless a problem is fatal.
-
-        Args:
-            what: name of the data in the message.
-
-        Raises:
-            UserError: if a problem is fatal; lists all problems.
-        """
+        """Returns the notes; raises a `UserError` that lists all problems of `what` if one is fatal."""
         if self.fatal:
             lines = [f"{what} cannot be used as it is:", *(f"- {line}" for line in self.fatal)]
             if self.notes:
@@ -39,12 +28,7 @@ class Problems:
 
 
 def counted(number: int, word: str, words: str | None = None) -> str:
-    """Writes a number with its noun.
-
-    Args:
-        number: how many.
-        word: the singular.
-        words: the plural; None for the singular with an s.
+    """Writes a number with its noun, whose plural is `words`, or the singular with an s.
 
     Example:
         >>> counted(1, "image"), counted(1200, "image"), counted(2, "class", "classes")
@@ -61,3 +45,14 @@ def few(items: Sequence[Any], most: int = 3) -> str:
         'a, b, c, …'
     """
     return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
+
+
+def report(lines: list[str], items: Sequence[Any], what: str, word: str, words: str | None = None) -> None:
+    """Adds a line that counts the items and lists the first, if there are any."""
+    if items:
+        lines.append(f"{counted(len(items), word, words)} {what}: {few(items)}")
+
+
+def repeated(items: Iterable[Any]) -> list[Any]:
+    """Returns the items that occur more than once."""
+    return [item for item, count in Counter(items).items() if count > 1]

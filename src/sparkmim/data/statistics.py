@@ -34,11 +34,7 @@ class ChannelStatistics:
 
 
 def channel_statistics(
-    source: Any,
-    read: Callable[..., Any],
-    scale: float = 1.0,
-    samples: int = 1000,
-    console: Console | None = None,
+    source: Any, read: Callable[..., Any], scale: float = 1.0, samples: int = 1000, console: Console | None = None
 ) -> ChannelStatistics:
     """Measures mean and standard deviation on samples spread evenly over a data set.
 
