@@ -424,14 +424,10 @@ def detect(
         NonFiniteLoss: if training diverges.
     """
     asked = _arguments(locals())
-    if predict is not None:
-        from sparkmim.evaluation.detector import predict_detections
+    if eval_only or predict is not None:
+        from sparkmim.evaluation.detector import use_detector
 
-        return predict_detections(**_taken(asked, predict_detections))
-    if eval_only:
-        from sparkmim.evaluation.detector import score_detector
-
-        return score_detector(**_taken(asked, score_detector))
+        return use_detector(**_taken(asked, use_detector))
     from sparkmim.training.detect import run_detection
 
     return run_detection(asked, _given.get(), callbacks, loggers)
@@ -559,14 +555,10 @@ def segment(
         NonFiniteLoss: if training diverges.
     """
     asked = _arguments(locals())
-    if predict is not None:
-        from sparkmim.evaluation.segmenter import predict_label_maps
+    if eval_only or predict is not None:
+        from sparkmim.evaluation.segmenter import use_segmenter
 
-        return predict_label_maps(**_taken(asked, predict_label_maps))
-    if eval_only:
-        from sparkmim.evaluation.segmenter import score_segmenter
-
-        return score_segmenter(**_taken(asked, score_segmenter))
+        return use_segmenter(**_taken(asked, use_segmenter))
     from sparkmim.training.segment import run_segmentation
 
     return run_segmentation(asked, _given.get(), callbacks, loggers)

@@ -15,39 +15,26 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sparkmim.errors import UnusableData
+from sparkmim.evaluation.scores import evaluation_mode
 
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """Scores of a classifier.
-
-    Attributes:
-        top1: share of images whose class is predicted first.
-        top5: share of images whose class is among the first five, or among all if there are fewer.
-        per_class: accuracy by class name; NaN for classes without images.
-        confusion: `[classes, classes]`, true class by row.
-        loss: mean cross-entropy.
-    """
+    """Scores of a classifier; top-5 is over all classes if there are fewer."""
 
     top1: float
     top5: float
-    per_class: dict[str, float]
-    confusion: list[list[int]]
-    loss: float
+    per_class: dict[str, float]  # accuracy by class name; NaN for classes without images
+    confusion: list[list[int]]  # [classes, classes], true class by row
+    loss: float  # mean cross-entropy
 
     @property
     def figures(self) -> dict[str, float]:
-        """`top1`, `top5` and `loss`."""
         return {"top1": self.top1, "top5": self.top5, "loss": self.loss}
 
     @property
     def main(self) -> float:
-        """Figure that weights are compared by."""
         return self.top1
-
-    def better_than(self, other: ClassificationScores) -> bool:
-        """Compares top-1 accuracies and, if they are equal, losses."""
-        return (self.top1, -self.loss) > (other.top1, -other.loss)
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `metrics.json`, without classes that have no images."""
@@ -55,7 +42,6 @@ class ClassificationScores:
         return {**asdict(self), "per_class": known}
 
     def table(self) -> Table:
-        """Returns a table of the figures."""
         table = Table("top-1", "top-5", "loss", box=None, padding=(0, 2, 0, 0))
         table.add_row(f"{self.top1:.2%}", f"{self.top5:.2%}", f"{self.loss:.4f}")
         return table
@@ -72,7 +58,7 @@ def score_classifier(
     """Scores a classifier; in a distributed run, on the images of all processes.
 
     Args:
-        model: maps images to logits; put into evaluation mode for the call.
+        model: maps images to logits.
         batches: dicts with `image`, `label` and `skipped`, for this process; skipped images do not count.
         classes: names.
         device: of the model.
@@ -81,18 +67,11 @@ def score_classifier(
     Raises:
         UnusableData: if no image can be read.
     """
-    metrics = MetricCollection(
-        {
-            "top1": MulticlassAccuracy(len(classes), average="micro"),
-            "top5": MulticlassAccuracy(len(classes), average="micro", top_k=min(5, len(classes))),
-            "confusion": MulticlassConfusionMatrix(len(classes)),
-        },
-        compute_groups=False,
-    ).to(device)
-    training = model.training
-    model.eval()
+    top1, top5 = (MulticlassAccuracy(len(classes), average="micro", top_k=min(k, len(classes))) for k in (1, 5))
+    confusions = MulticlassConfusionMatrix(len(classes))
+    metrics = MetricCollection({"top1": top1, "top5": top5, "confusion": confusions}, compute_groups=False).to(device)
     total = torch.zeros(2, device=device)  # sum of losses, number of images
-    try:
+    with evaluation_mode(model):
         for batch in batches:
             real = batch["skipped"] == 0
             if not real.any():
@@ -103,19 +82,12 @@ def score_classifier(
             logits = logits.float()
             metrics.update(logits, labels)
             total += torch.stack([nn.functional.cross_entropy(logits, labels, reduction="sum"), real.sum().to(device)])
-    finally:
-        model.train(training)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.all_reduce(total)
     if not total[1]:
         raise UnusableData("none of the validation images could be read")
     found = metrics.compute()
     confusion = found["confusion"].cpu()
-    per_class = confusion.diagonal() / confusion.sum(1)  # 0 / 0 is NaN
-    return ClassificationScores(
-        found["top1"].item(),
-        found["top5"].item(),
-        dict(zip(classes, per_class.tolist(), strict=True)),
-        confusion.tolist(),
-        (total[0] / total[1]).item(),
-    )
+    per_class = dict(zip(classes, (confusion.diagonal() / confusion.sum(1)).tolist(), strict=True))  # 0 / 0 is NaN
+    loss = (total[0] / total[1]).item()
+    return ClassificationScores(found["top1"].item(), found["top5"].item(), per_class, confusion.tolist(), loss)

@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from sparkmim.data.coco import box_of, category_names, coco_tools, mask_of, quiet_tools, read_coco
+from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
 
 Kind = Literal["bbox", "segm"]
@@ -27,23 +28,16 @@ objects; average recall with 1, 10 and 100 detections per image, and by size."""
 
 @dataclass(frozen=True)
 class CocoScores:
-    """Scores of detections, from 0 to 1; NaN without objects to find, where pycocotools returns -1.
+    """Scores of detections, from 0 to 1; NaN without objects to find, where pycocotools returns -1."""
 
-    Attributes:
-        figures: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …: twelve for each kind.
-        per_class: average precision by kind and class name.
-    """
-
-    figures: dict[str, float]
-    per_class: dict[str, dict[str, float]]
+    figures: dict[str, float]  # `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …: twelve for each kind
+    per_class: dict[str, dict[str, float]]  # average precision by kind and class name
 
     @property
     def main(self) -> float:
-        """Average precision of masks or, without masks, of boxes."""
         return self.figures.get("segm/AP", self.figures["bbox/AP"])
 
     def table(self) -> Table:
-        """Returns a table of the twelve figures of each kind."""
         table = Table("", *FIGURES, box=None, padding=(0, 2, 0, 0))
         for kind, label in (("bbox", "boxes"), ("segm", "masks")):
             values = [self.figures.get(f"{kind}/{name}", math.nan) for name in FIGURES]
@@ -53,12 +47,12 @@ class CocoScores:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `metrics.json`: unknown figures are null, classes without objects are left out."""
-        known = {
+        figures = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
+        per_class = {
             kind: {name: value for name, value in classes.items() if not math.isnan(value)}
             for kind, classes in self.per_class.items()
         }
-        figures = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
-        return {**figures, "per_class": known}
+        return {**figures, "per_class": per_class}
 
 
 def evaluate_coco(
@@ -75,9 +69,7 @@ def evaluate_coco(
 
     Args:
         ground_truth: annotation file or its content.
-        detections: in COCO's result format, as `coco_results` makes them: `image_id`, `category_id`, `score`, and
-            `bbox` (left, top, width, height) or `segmentation` (run-length encoding), as the kinds need. Not
-            modified.
+        detections: in COCO's result format, as `coco_results` makes them; not modified.
         kinds: `bbox`, `segm` or both.
 
     Raises:
@@ -89,12 +81,10 @@ def evaluate_coco(
     content = ground_truth if isinstance(ground_truth, Mapping) else read_coco(ground_truth)
     names = category_names(content["categories"])
     known = {image["id"] for image in content["images"]}
-    unknown = {detection["image_id"] for detection in detections} - known
-    if unknown:
-        images = (
-            "1 image of the detections is" if len(unknown) == 1 else f"{len(unknown):,} images of the detections are"
-        )
-        raise UserError(f"{images} not in the ground truth: id {min(unknown)}" + (", …" if len(unknown) > 1 else ""))
+    if unknown := {detection["image_id"] for detection in detections} - known:
+        are, more = ("is", "") if len(unknown) == 1 else ("are", ", …")
+        images = counted(len(unknown), "image")
+        raise UserError(f"{images} of the detections {are} not in the ground truth: id {min(unknown)}{more}")
     figures: dict[str, float] = {}
     per_class: dict[str, dict[str, float]] = {}
     for kind in kinds:
@@ -106,7 +96,7 @@ def evaluate_coco(
             scorer.accumulate()
             scorer.summarize()
         for name, value in zip(FIGURES, scorer.stats.tolist(), strict=True):
-            figures[f"{kind}/{name}"] = _known(value)
+            figures[f"{kind}/{name}"] = math.nan if value == -1 else value
         precision = scorer.eval["precision"][..., 0, -1]  # [thresholds, recalls, classes]: all sizes, 100 detections
         per_class[kind] = {
             names[number]: _mean(precision[..., place]) for place, number in enumerate(scorer.params.catIds)
@@ -118,7 +108,7 @@ def coco_results(
     output: Mapping[str, Tensor], image_id: int, size: tuple[int, int], seen: tuple[int, int],
     category_ids: Sequence[int],
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Converts the output of a torchvision detector for an image to COCO's result format.
+    """Converts the output of a torchvision detector for an image to COCO's result format, which JSON takes.
 
     Args:
         output: `boxes` `[n, 4]`, left, top, right, bottom, in pixels of the image that the detector saw;
@@ -127,23 +117,20 @@ def coco_results(
         size: height and width of the image in the file, to which boxes and masks are scaled.
         seen: height and width of the image that the detector saw.
         category_ids: category id of each label, starting with label 1.
-
-    Returns:
-        A JSON-serialisable dict for each detection: `image_id`, `category_id`, `bbox` (left, top, width,
-        height), `score`, and `segmentation` (compressed run-length encoding) of the pixels where the mask is above 0.5.
     """
     scale = torch.tensor([size[1] / seen[1], size[0] / seen[0]] * 2, dtype=torch.float64)
     boxes = output["boxes"].detach().double().cpu() * scale  # [n, 4]
     boxes[:, 2:] -= boxes[:, :2]
+    labels, scores = output["labels"].tolist(), output["scores"].double().tolist()
     results = [
         {"image_id": image_id, "category_id": category_ids[label - 1], "bbox": box, "score": score}
-        for label, box, score in zip(
-            output["labels"].tolist(), boxes.tolist(), output["scores"].double().tolist(), strict=True
-        )
+        for label, box, score in zip(labels, boxes.tolist(), scores, strict=True)
     ]
     if "masks" in output:
         for result, mask in zip(results, output["masks"], strict=True):  # one at a time, as full-size masks need memory
-            result["segmentation"] = _encode(mask_at(mask.detach(), size))
+            pixels = np.asfortranarray(mask_at(mask.detach(), size).numpy().astype(np.uint8))
+            counts = coco_tools("mask").encode(pixels)["counts"]
+            result["segmentation"] = {"size": list(size), "counts": counts.decode("ascii")}
     return results
 
 
@@ -154,19 +141,13 @@ def mask_at(mask: Tensor, size: tuple[int, int]) -> Tensor:
     return (mask[0] > 0.5).cpu()
 
 
-def _encode(mask: Tensor) -> dict[str, Any]:
-    """Run-length encodes a bool mask `[h, w]`."""
-    encoded = coco_tools("mask").encode(np.asfortranarray(mask.numpy().astype(np.uint8)))
-    return {"size": list(mask.shape), "counts": encoded["counts"].decode("ascii")}
-
-
 def _tools() -> tuple[Any, Any]:
     """Returns the index and scorer classes of faster-coco-eval if it is installed, else those of pycocotools."""
     coco, cocoeval = coco_tools("coco"), coco_tools("cocoeval")
-    if importlib.util.find_spec("faster_coco_eval"):
-        fast = importlib.import_module("faster_coco_eval")
-        return fast.COCO, fast.COCOeval_faster
-    return coco.COCO, cocoeval.COCOeval
+    if importlib.util.find_spec("faster_coco_eval") is None:
+        return coco.COCO, cocoeval.COCOeval
+    fast = importlib.import_module("faster_coco_eval")
+    return fast.COCO, fast.COCOeval_faster
 
 
 def _indexed(index: Any, content: Mapping[str, Any], annotations: list[dict[str, Any]]) -> Any:
@@ -178,6 +159,7 @@ def _indexed(index: Any, content: Mapping[str, Any], annotations: list[dict[str,
 
 
 def _truth(content: Mapping[str, Any], kind: Kind) -> list[dict[str, Any]]:
+    """Completes the annotations of known images, as `evaluate_coco` describes."""
     sizes = {image["id"]: (image.get("height", 0), image.get("width", 0)) for image in content["images"]}
     truth: list[dict[str, Any]] = []
     for given in content["annotations"]:
@@ -211,23 +193,16 @@ def _area(mask: Any, height: int, width: int) -> float:
 
 
 def _found(detections: Sequence[Mapping[str, Any]], kind: Kind) -> list[dict[str, Any]]:
-    tools = coco_tools("mask")
+    area_of = coco_tools("mask").area
     needed = "bbox" if kind == "bbox" else "segmentation"
     found = []
     for number, detection in enumerate(detections, 1):
         if needed not in detection:
             raise UserError(f"detection {number} has no {needed}, without which {kind} cannot be scored")
-        if kind == "bbox":
-            _, _, width, height = detection["bbox"]
-            area = width * height
-        else:
-            area = float(tools.area(detection["segmentation"]))
+        shape = detection[needed]
+        area = shape[2] * shape[3] if kind == "bbox" else float(area_of(shape))
         found.append({**detection, "id": number, "iscrowd": 0, "area": area})
     return found
-
-
-def _known(value: float) -> float:
-    return math.nan if value == -1 else value
 
 
 def _mean(precision: Any) -> float:

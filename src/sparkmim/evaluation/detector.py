@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -20,116 +19,25 @@ from sparkmim.data.problems import counted
 from sparkmim.drawing.annotated import SURE, draw_detections
 from sparkmim.errors import UserError
 from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco, mask_at
-from sparkmim.evaluation.trained import (
-    in_bfloat16,
-    open_trained,
-    print_notes,
-    read_images,
-    report_scores,
-    worker_count,
-)
+from sparkmim.evaluation.scores import evaluation_mode
+from sparkmim.evaluation.trained import open_trained, print_notes, read_images, report_scores, save_picture
 from sparkmim.files import replacing
-from sparkmim.interop.weights import Weights
 from sparkmim.models.encoders import own_module
 from sparkmim.results import DetectResult
 
 
-def score_detector(
-    *,
-    weights: str | Path,
-    out: str | Path,
-    data: str | Path | None = None,
-    val_annotations: str | Path | None = None,
-    val_images: str | Path | None = None,
-    model: str | nn.Module | None = None,
-    masks: bool | None = None,
-    eval_short_side: int | None = None,
-    long_side: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    accelerator: str = "auto",
-    precision: str = "auto",
-    workers: int | None = None,
-) -> DetectResult:
-    """Scores a detector on the validation images; writes `metrics.json` and `detections.json`.
+def use_detector(
+    *, weights: str | Path, out: str | Path, predict: Any, data: str | Path | None,
+    val_annotations: str | Path | None, val_images: str | Path | None, model: str | nn.Module | None,
+    masks: bool | None, eval_short_side: int | None, long_side: int | None, mean: Sequence[float] | None,
+    std: Sequence[float] | None, accelerator: str, precision: str, workers: int | None,
+) -> DetectResult:  # fmt: skip
+    """Runs `sparkmim.detect` where it draws on the images in `predict`, or scores a detector on the validation images.
 
-    Arguments are those of `sparkmim.detect` with `eval_only`.
+    Writes `detections.json` and, with scores, `metrics.json`. Arguments left at None are taken from the weights.
     """
-    detector, opened, device = open_detector(
-        weights, out, model, masks, eval_short_side, long_side, mean, std, accelerator, precision
-    )
     console, out = Console(stderr=True), Path(out)
-    known: Any = opened.metadata  # complete, or the file would have been refused
-    with_masks = bool(detector.roi_heads.has_mask())
-    named = {"val_annotations": val_annotations, "val_images": val_images}
-    images = open_coco(*find_part("val", data, named, CocoFiles, find_coco), masks=None if with_masks else False)
-    print_notes(console, coco_notes(images))
-    images.take_categories(known.category_ids, known.classes, opened.path)
-    found = run_detector(detector, images, range(len(images)), worker_count(workers, device), device)
-    scores = score_detections(images, found, with_masks)
-    report_scores(console, out, scores)
-    _write_json(out, found)
-    return DetectResult(out, 0, 0, scores.figures, detector)
-
-
-@torch.no_grad()
-def predict_detections(
-    *,
-    weights: str | Path,
-    out: str | Path,
-    predict: Any,
-    model: str | nn.Module | None = None,
-    masks: bool | None = None,
-    eval_short_side: int | None = None,
-    long_side: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    accelerator: str = "auto",
-    precision: str = "auto",
-) -> DetectResult:
-    """Draws detections on images, and lists them in COCO's format in `detections.json`.
-
-    Arguments are those of `sparkmim.detect` with `predict`.
-    """
-    detector, opened, device = open_detector(
-        weights, out, model, masks, eval_short_side, long_side, mean, std, accelerator, precision
-    )
-    console, out = Console(stderr=True), Path(out)
-    known: Any = opened.metadata  # complete, or the file would have been refused
-    classes, category_ids = known.classes, known.category_ids
-    resize = _resize_for(detector)
-    records: list[dict[str, Any]] = []
-    annotations: list[dict[str, Any]] = []
-    for name, path, image in read_images(console, predict, opened.channels):
-        size = (int(image.shape[1]), int(image.shape[2]))
-        seen = resize(image)  # [3, h, w]
-        (output,) = detector([seen.to(device)])
-        number = len(records) + 1
-        records.append({"id": number, "file_name": path, "height": size[0], "width": size[1]})
-        annotations += coco_results(output, number, size, (int(seen.shape[1]), int(seen.shape[2])), category_ids)
-        picture = draw_detections(image / 255, _drawn_at(output, seen, size), classes)  # [3, H, W]
-        out.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
-    categories = [{"id": number, "name": name} for number, name in zip(category_ids, classes, strict=True)]
-    _write_json(out, {"images": records, "categories": categories, "annotations": annotations})
-    sure = sum(annotation["score"] > SURE for annotation in annotations)
-    console.print(
-        f"{counted(len(records), 'image')}, {counted(sure, 'detection')} above {SURE:.0%}: {out}", markup=False
-    )
-    return DetectResult(out, 0, 0, {}, detector)
-
-
-def open_detector(
-    weights: str | Path, out: str | Path, model: str | nn.Module | None, masks: bool | None,
-    eval_short_side: int | None, long_side: int | None, mean: Sequence[float] | None, std: Sequence[float] | None,
-    accelerator: str, precision: str,
-) -> tuple[Any, Weights, torch.device]:  # fmt: skip
-    """Builds the detector in a weight file; arguments left at None are taken from the file.
-
-    Raises:
-        UserError: if masks are wanted from a detector that has none.
-    """
-    opened, device = open_trained(weights, "detector", out, accelerator)
+    opened, device, low_precision, workers = open_trained("detector", weights, out, accelerator, precision, workers)
     known: Any = opened.metadata  # complete, or the file would have been refused
     detector: Any = opened.detector(own_module(model)).to(device)
     if masks and not known.masks:
@@ -138,10 +46,47 @@ def open_detector(
     transform.min_size = (eval_short_side or known.eval_short_side,)
     transform.max_size = long_side or known.long_side
     transform.image_mean, transform.image_std = list(mean or known.mean), list(std or known.std)
-    detector.backbone.low_precision = in_bfloat16(precision, device)
+    detector.backbone.low_precision = low_precision
     if masks is False:
         detector.roi_heads.mask_predictor = None  # `has_mask` is then false, and no part of the mask branch runs
-    return detector, opened, device
+    if predict is not None:
+        found = _draw(detector, read_images(console, predict, opened.channels), known, out, device)
+        _write_json(out, found)
+        sure = sum(annotation["score"] > SURE for annotation in found["annotations"])
+        images_drawn, detections = counted(len(found["images"]), "image"), counted(sure, "detection")
+        console.print(f"{images_drawn}, {detections} above {SURE:.0%}: {out}", markup=False)
+        return DetectResult(out, 0, 0, {}, detector)
+    with_masks = bool(detector.roi_heads.has_mask())
+    named = {"val_annotations": val_annotations, "val_images": val_images}
+    images = open_coco(*find_part("val", data, named, CocoFiles, find_coco), masks=None if with_masks else False)
+    print_notes(console, coco_notes(images))
+    images.take_categories(known.category_ids, known.classes, opened.path)
+    results = run_detector(detector, images, range(len(images)), workers, device)
+    scores = score_detections(images, results, with_masks)
+    report_scores(console, out, scores)
+    _write_json(out, results)
+    return DetectResult(out, 0, 0, scores.figures, detector)
+
+
+@torch.no_grad()
+def _draw(
+    detector: Any, images: Iterable[tuple[str, str, Tensor]], known: Any, out: Path, device: torch.device
+) -> dict[str, Any]:
+    """Draws detections on images, and returns them as a data set in COCO's format."""
+    resize = _resize_for(detector)
+    records: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    for number, (name, path, image) in enumerate(images, 1):
+        seen = resize(image)  # [3, h, w]
+        (output,) = detector([seen.to(device)])
+        size = _size(image)
+        records.append({"id": number, "file_name": path, "height": size[0], "width": size[1]})
+        annotations += coco_results(output, number, size, _size(seen), known.category_ids)
+        picture = draw_detections(image / 255, _drawn_at(output, seen, size), known.classes)  # [3, H, W]
+        save_picture(picture, out / f"{name}.jpg")
+    names = zip(known.category_ids, known.classes, strict=True)
+    categories = [{"id": number, "name": name} for number, name in names]
+    return {"images": records, "categories": categories, "annotations": annotations}
 
 
 class _Resized(torch.utils.data.Dataset[Any]):
@@ -152,7 +97,7 @@ class _Resized(torch.utils.data.Dataset[Any]):
 
     def __getitem__(self, place: int) -> tuple[Tensor, tuple[int, int]]:
         image = self.images.read(place)
-        return self.resize(image), (int(image.shape[1]), int(image.shape[2]))
+        return self.resize(image), _size(image)
 
 
 @torch.no_grad()
@@ -160,28 +105,17 @@ def run_detector(
     model: nn.Module, images: CocoImages, places: Sequence[int], workers: int, device: torch.device,
     see: Callable[[int, Tensor, dict[str, Tensor]], None] | None = None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """Returns a detector's detections in COCO's result format; unreadable images are logged.
+    """Returns detections on the images at `places` in COCO's result format; unreadable images are logged.
 
-    Args:
-        model: as `create_detector` makes it; put into evaluation mode for the call.
-        images: data set.
-        places: indices of the images to use.
-        workers: loader processes.
-        device: of the model.
-        see: called with the index, the image `[3, H, W]` and torchvision's output.
+    `see` is called with the place, the image `[3, H, W]` and torchvision's output.
     """
-    training = model.training
-    model.eval()
     found: list[dict[str, Any]] = []
-    try:
+    with evaluation_mode(model):
         for place, (image, size) in one_by_one(_Resized(images, _resize_for(model)), places, workers):
             (output,) = model([image.to(device)])
-            seen = (int(image.shape[1]), int(image.shape[2]))
-            found += coco_results(output, int(images.image_ids[place]), size, seen, images.category_ids)
+            found += coco_results(output, int(images.image_ids[place]), size, _size(image), images.category_ids)
             if see is not None:
                 see(place, image, output)
-    finally:
-        model.train(training)
     return found
 
 
@@ -210,6 +144,10 @@ def _drawn_at(output: dict[str, Tensor], seen: Tensor, size: tuple[int, int]) ->
     if "masks" in found and len(found["masks"]):
         found["masks"] = torch.stack([mask_at(mask, size)[None] for mask in found["masks"]])  # bool [n, 1, H, W]
     return found
+
+
+def _size(image: Tensor) -> tuple[int, int]:
+    return int(image.shape[1]), int(image.shape[2])
 
 
 def _write_json(out: Path, content: Any) -> None:

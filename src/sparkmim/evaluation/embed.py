@@ -44,8 +44,7 @@ def run_embedding(
     if out.suffix == ".parquet" and not pooled:
         raise UserError(f"{out} can hold pooled features only; write whole maps to a .npy file")
     names_file = None if out.suffix == ".parquet" else new_file(out.with_suffix(".txt"), overwrite)
-    if names_file is None:
-        _pyarrow()
+    arrow = _pyarrow() if names_file is None else None
     device = device_named(accelerator)
     opened = open_weights(weights)
     preparation = opened.preparation(image_size, crop)
@@ -65,10 +64,10 @@ def run_embedding(
         if len(unreadable) == len(source.items):
             raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
 
-    if names_file is not None:
-        shape = _write_npy(out, names_file, found(), len(source.items))
+    if names_file is None:
+        shape = _write_parquet(out, found(), arrow)
     else:
-        shape = _write_parquet(out, found(), _pyarrow())
+        shape = _write_npy(out, names_file, found(), len(source.items))
     return EmbedResult(out, shape, stage, unreadable)
 
 

@@ -23,7 +23,7 @@ from sparkmim.evaluation.fewshot import few_shot
 from sparkmim.evaluation.knn import knn_accuracy
 from sparkmim.evaluation.linear import HELD_OUT, linear_probe
 from sparkmim.files import new_file, replacing
-from sparkmim.interop.weights import Weights, open_weights
+from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy, create_encoder
 from sparkmim.models.encoders import own_module
@@ -61,16 +61,9 @@ class EvaluateSettings:
 
 @dataclass(frozen=True)
 class FrozenNetwork:
-    """A network under comparison.
+    """A network under comparison, and the stages to evaluate, counted from 1 at the shallowest."""
 
-    Attributes:
-        name: `weights`, `random` or `compare`.
-        hierarchy: computes its feature maps.
-        preparation: of its input images.
-        stages: to evaluate, counted from 1 at the shallowest.
-    """
-
-    name: str
+    name: str  # `weights`, `random` or `compare`
     hierarchy: Hierarchy
     preparation: Preparation
     stages: list[int]
@@ -83,9 +76,9 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     networks = _networks(settings, device)
     train, test = open_labelled(settings.data, settings.val_data, settings.val_split, settings.seed)
     if test is None:
+        named = settings.data if isinstance(settings.data, (str, Path)) else "the data set"
         raise UserError(
-            f"{_said(settings.data)} holds no images to test on; name some with --val-data, or set a share apart "
-            "with --val-split 0.2"
+            f"{named} holds no images to test on; name some with --val-data, or set a share apart with --val-split 0.2"
         )
     _check_counts(train, settings)
 
@@ -117,39 +110,38 @@ def _networks(settings: EvaluateSettings, device: torch.device) -> list[FrozenNe
         if not isinstance(random, nn.Module):
             random = create_encoder(random or weights.model, weights.channels)
     found = [
-        _network("weights", weights, frozen_hierarchy(weights, model, device), settings),
-        _network("random", weights, weights.hierarchy_of(random).to(device).eval().requires_grad_(False), settings),
+        ("weights", weights, frozen_hierarchy(weights, model, device)),
+        ("random", weights, weights.hierarchy_of(random).to(device).eval().requires_grad_(False)),
     ]
     if settings.compare is not None:
         other = open_weights(settings.compare)
-        unnamed = other.metadata.model is None and model is not None
-        hierarchy = frozen_hierarchy(other, model if unnamed else None, device)
-        found.append(_network("compare", other, hierarchy, settings))
-    return found
-
-
-def _network(name: str, weights: Weights, hierarchy: Hierarchy, settings: EvaluateSettings) -> FrozenNetwork:
-    preparation = weights.preparation(settings.image_size, settings.crop)
-    deepest = check_stage(settings.stage, hierarchy, str(weights.path))
-    every = settings.stage is None and settings.protocol != "fewshot"
-    return FrozenNetwork(name, hierarchy, preparation, list(range(1, deepest + 1)) if every else [deepest])
+        found.append(("compare", other, frozen_hierarchy(other, None if other.metadata.model else model, device)))
+    networks = []
+    for name, opened, hierarchy in found:
+        preparation = opened.preparation(settings.image_size, settings.crop)
+        deepest = check_stage(settings.stage, hierarchy, str(opened.path))
+        every = settings.stage is None and settings.protocol != "fewshot"
+        stages = list(range(1, deepest + 1)) if every else [deepest]
+        networks.append(FrozenNetwork(name, hierarchy, preparation, stages))
+    return networks
 
 
 def _features(
     networks: Sequence[FrozenNetwork], images: Labelled, settings: EvaluateSettings, device: torch.device
 ) -> list[StageFeatures]:
     """Returns the features of each network; networks with the same preparation share one pass over the images."""
-    found: dict[int, StageFeatures] = {}
-    for place, network in enumerate(networks):
-        if place not in found:
-            alike = [i for i, other in enumerate(networks) if other.preparation == network.preparation]
-            seen = network.preparation
-            source = Source.of(images.items, seen.channels, seen.rank)
-            doing = counted(len(images), "image")
-            batches = still_batches(source, seen, settings.batch_size, settings.workers, device, doing)
-            parts = features_of([(networks[i].hierarchy, networks[i].stages) for i in alike], batches)
-            found.update(zip(alike, parts, strict=True))
-    return [found[place] for place in range(len(networks))]
+    found: dict[str, StageFeatures] = {}
+    for network in networks:
+        if network.name in found:
+            continue
+        seen = network.preparation
+        alike = [other for other in networks if other.preparation == seen]
+        source = Source.of(images.items, seen.channels, seen.rank)
+        doing = counted(len(images), "image")
+        batches = still_batches(source, seen, settings.batch_size, settings.workers, device, doing)
+        parts = features_of([(other.hierarchy, other.stages) for other in alike], batches)
+        found.update(zip((other.name for other in alike), parts, strict=True))
+    return [found[network.name] for network in networks]
 
 
 def _scores(
@@ -166,10 +158,9 @@ def _scores(
         return [Score(network.name, stage, stride, probe.accuracy, details=details)]
     rows = []
     for shots in settings.shots:
-        accuracies = few_shot(*found, classes, shots, settings.draws, settings.seed)
-        spread = statistics.stdev(accuracies) if len(accuracies) > 1 else None
-        mean = statistics.fmean(accuracies)
-        rows.append(Score(network.name, stage, stride, mean, spread, shots, {"draws": accuracies}))
+        draws = few_shot(*found, classes, shots, settings.draws, settings.seed)
+        mean, spread = statistics.fmean(draws), statistics.stdev(draws) if len(draws) > 1 else None
+        rows.append(Score(network.name, stage, stride, mean, spread, shots, {"draws": draws}))
     return rows
 
 
@@ -237,7 +228,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Path):
         return str(value)
     return value if value is None or isinstance(value, (str, int, float)) else type(value).__name__
-
-
-def _said(data: Any) -> str:
-    return str(data) if isinstance(data, (str, Path)) else f"the {type(data).__name__}"

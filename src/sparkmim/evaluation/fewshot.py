@@ -16,24 +16,11 @@ def few_shot(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, classes: Sequence[str],
     shots: int, draws: int = 10, seed: int = 0,
 ) -> list[float]:  # fmt: skip
-    """Returns the accuracy of logistic regression on a few images per class, for each of several draws.
+    """Returns the accuracy of logistic regression on `shots` images per class, or all of fewer, for each draw.
 
-    Features are standardised by the mean and deviation of the drawn ones. The weight decay is that of scikit-learn's
-    `LogisticRegression(C=1)`, one over the number of images; nothing is tuned. A draw depends only on (seed, shots,
-    its number), so networks are compared on the same images.
-
-    Args:
-        bank: features `[n, C]` to draw from.
-        bank_labels: long `[n]`.
-        queries: test features `[m, C]`.
-        query_labels: long `[m]`.
-        classes: names.
-        shots: images per class; all if a class has fewer.
-        draws: number of draws.
-        seed: of the draws.
-
-    Returns:
-        Accuracy on the test features, by draw.
+    Takes features `[n, C]` to draw from, and test features `[m, C]`. They are standardised by the mean and deviation of
+    the drawn ones. The weight decay is that of scikit-learn's `LogisticRegression(C=1)`, one over the number of images;
+    nothing is tuned. A draw depends only on (seed, shots, its number), so networks are compared on the same images.
     """
     every = Labelled(list(range(len(bank))), bank_labels.cpu(), list(classes))
     accuracies = []

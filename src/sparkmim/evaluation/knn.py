@@ -11,17 +11,10 @@ _SIMILARITIES = 2**26
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Predicts the class of each query by a vote of its nearest neighbours, weighted by `exp(cosine / temperature)`.
+    """Predicts the class of each query by a vote of its `k` nearest neighbours, weighted by `exp(cosine / temperature)`.
 
-    Args:
-        bank: features `[n, C]` of labelled images.
-        labels: long `[n]`.
-        queries: features `[m, C]`.
-        k: number of neighbours; all of the bank if it has fewer.
-        temperature: smaller values give the nearest more weight.
-
-    Returns:
-        Classes, long `[m]`.
+    Takes features `[n, C]` and labels, long `[n]`, of the bank, and features `[m, C]`; returns classes, long `[m]`. All
+    of the bank vote if it has fewer than `k`.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes = int(labels.max()) + 1

@@ -24,15 +24,10 @@ _FEWEST_STEPS = 1000
 
 @dataclass(frozen=True)
 class Standardiser:
-    """Shifts and scales features to mean 0 and mean square norm 1.
+    """Shifts and scales features to mean 0 and mean square norm 1; constant ones are only shifted."""
 
-    Attributes:
-        mean: `[C]`.
-        scale: `[C]`, the standard deviation times `sqrt(C)`; constant features are only shifted.
-    """
-
-    mean: Tensor
-    scale: Tensor
+    mean: Tensor  # [C]
+    scale: Tensor  # [C], the standard deviation times sqrt(C)
 
     @classmethod
     def of(cls, features: Tensor) -> Standardiser:
@@ -51,16 +46,10 @@ def fit_logistic(features: Tensor, labels: Tensor, classes: int, weight_decay: f
     """Fits multinomial logistic regression to its optimum by L-BFGS in double precision.
 
     Minimises the mean cross-entropy plus `weight_decay / 2 · ‖weight‖²`; the bias is not decayed. In scikit-learn's
-    terms, `LogisticRegression(C=1 / (weight_decay · n))`.
+    terms, `LogisticRegression(C=1 / (weight_decay · n))`. Without weight decay, separable classes have no optimum.
 
-    Args:
-        features: `[n, C]`, preferably standardised.
-        labels: long `[n]`.
-        classes: number of classes.
-        weight_decay: above 0; without it, separable classes have no optimum.
-
-    Returns:
-        Weight `[classes, C]` and bias `[classes]`, in the data type of the features.
+    Takes features `[n, C]`, preferably standardised, and labels, long `[n]`; returns weight `[classes, C]` and bias
+    `[classes]`, in the data type of the features.
     """
     x = features.double()
     weight = torch.zeros(classes, x.shape[1], dtype=x.dtype, device=x.device, requires_grad=True)
@@ -87,19 +76,11 @@ def fit_by_rates(
 
     Minimises the cross-entropy by stochastic gradient descent with Nesterov momentum 0.9, a cosine schedule from the
     learning rate to zero, and no weight decay. The classifiers are rows of one matrix. SGD with momentum is linear in
-    the gradient, so one optimiser at rate 1 serves them all when each loss is multiplied by its learning rate.
+    the gradient, so one optimiser at rate 1 serves them all when each loss is multiplied by its learning rate. Passes
+    over the features are repeated beyond `epochs` until they make 1000 steps.
 
-    Args:
-        features: standardised, `[n, C]`.
-        labels: long `[n]`.
-        classes: number of classes.
-        rates: `r` learning rates.
-        epochs: passes over the features; more if these make fewer than 1000 steps.
-        batch_size: features per step.
-        seed: of the order of features.
-
-    Returns:
-        Weights `[r, C, classes]` and biases `[r, classes]`; not finite if a rate was too high.
+    Takes standardised features `[n, C]` and labels, long `[n]`; returns weights `[r, C, classes]` and biases
+    `[r, classes]` for r rates, not finite if a rate was too high.
     """
     n, width = features.shape
     device = features.device
@@ -129,49 +110,29 @@ def fit_by_rates(
 
 @dataclass(frozen=True)
 class Probe:
-    """Result of a linear probe.
+    """Result of a linear probe."""
 
-    Attributes:
-        accuracy: on the test features.
-        learning_rate: with the highest accuracy on held-out training features.
-        held_out: accuracy on held-out training features by learning rate.
-    """
-
-    accuracy: float
-    learning_rate: float
-    held_out: dict[float, float]
+    accuracy: float  # on the test features
+    learning_rate: float  # the one with the highest accuracy on held-out training features
+    held_out: dict[float, float]  # that accuracy by learning rate
 
 
 def linear_probe(
     bank: Tensor, bank_labels: Tensor, queries: Tensor, query_labels: Tensor, classes: Sequence[str],
     epochs: int = 100, batch_size: int = 256, seed: int = 0,
 ) -> Probe:  # fmt: skip
-    """Trains a linear classifier on frozen features and returns its accuracy.
+    """Trains a linear classifier on training features `[n, C]` and returns its accuracy on test features `[m, C]`.
 
     The learning rate is chosen on a held-out fifth of the training features of each class; the classifier is then
     trained on all of them. The test features serve for the final accuracy only.
 
-    Args:
-        bank: training features `[n, C]`.
-        bank_labels: long `[n]`.
-        queries: test features `[m, C]`.
-        query_labels: long `[m]`.
-        classes: names.
-        epochs: passes over the features.
-        batch_size: features per step.
-        seed: of the split and of the order of features.
-
     Raises:
         UserError: if a class has only one training feature.
     """
-    kept, held_out = (
-        torch.tensor(part.items, device=bank.device)
-        for part in Labelled(list(range(len(bank))), bank_labels.cpu(), list(classes)).split(HELD_OUT, seed)
-    )
+    parts = Labelled(list(range(len(bank))), bank_labels.cpu(), list(classes)).split(HELD_OUT, seed)
+    kept, held_out = (torch.tensor(part.items, device=bank.device) for part in parts)
     standard = Standardiser.of(bank[kept])
-    heads = fit_by_rates(
-        standard(bank[kept]), bank_labels[kept], len(classes), RATES, epochs, batch_size, seed
-    )  # fmt: skip
+    heads = fit_by_rates(standard(bank[kept]), bank_labels[kept], len(classes), RATES, epochs, batch_size, seed)
     scores = _accuracies(standard(bank[held_out]), bank_labels[held_out], *heads)
     best = RATES[scores.index(max(scores))]  # the lowest of equals
 

@@ -20,10 +20,9 @@ from sparkmim.models.encoders import own_module
 from sparkmim.results import PredictResult
 
 MOST_COLUMNS = 100
-"""Maximum number of classes that get a column each; with more, only the likeliest are named."""
+"""Maximum number of classes that get a column each; with more, only the `TOP` likeliest are named."""
 
 TOP = 5
-"""Number of classes named then."""
 
 
 @torch.no_grad()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
 from rich.table import Table
+from torch import nn
 
 from sparkmim.files import replacing
 
@@ -39,3 +41,14 @@ def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes `metrics.json` into a folder."""
     with replacing(folder / "metrics.json") as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Puts a model into evaluation mode, and back into its own afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

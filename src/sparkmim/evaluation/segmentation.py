@@ -29,18 +29,15 @@ _MOST_ROWS = 40
 class SegmentationScores:
     """Scores of label maps, from 0 to 1.
 
-    Attributes:
-        figures: `mIoU`, the mean over classes, and `pixel_accuracy`.
-        per_class: intersection over union by class name; NaN for classes that neither occur nor are predicted, which
-            the mean leaves out.
+    `per_class` holds the intersection over union; NaN for classes that neither occur nor are predicted, which the mean
+    leaves out.
     """
 
-    figures: dict[str, float]
+    figures: dict[str, float]  # `mIoU` and `pixel_accuracy`
     per_class: dict[str, float]
 
     @property
     def main(self) -> float:
-        """Figure that weights are compared by: `mIoU`."""
         return self.figures["mIoU"]
 
     def table(self) -> Table:
@@ -60,9 +57,9 @@ class SegmentationScores:
 
     def as_json(self) -> dict[str, Any]:
         """Returns the content of `metrics.json`; unknown values are null."""
-        known = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
+        figures = {name: None if math.isnan(value) else value for name, value in self.figures.items()}
         classes = {name: None if math.isnan(value) else value for name, value in self.per_class.items()}
-        return {**known, "per_class": classes}
+        return {**figures, "per_class": classes}
 
 
 def _percent(value: float) -> str:
@@ -74,10 +71,7 @@ def evaluate_segmentation(
 ) -> SegmentationScores:
     """Scores label maps by the confusion of all pixels; in a distributed run, over all processes.
 
-    Args:
-        label_maps: predicted and true classes, long `[H, W]` each; true pixels of `IGNORED` do not count.
-        classes: names.
-        device: to count on.
+    Takes predicted and true classes, long `[H, W]` each; true pixels of `IGNORED` do not count.
 
     Raises:
         UnusableData: if no pixel counts.

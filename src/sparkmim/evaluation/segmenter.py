@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -26,90 +25,45 @@ from sparkmim.data.segmentation_transforms import segmentation_resize
 from sparkmim.drawing.annotated import draw_classes, save_label_map, with_legend
 from sparkmim.drawing.pixels import Tones
 from sparkmim.errors import UserError
+from sparkmim.evaluation.scores import evaluation_mode
 from sparkmim.evaluation.segmentation import classes_at, evaluate_segmentation
-from sparkmim.evaluation.trained import (
-    in_bfloat16,
-    open_trained,
-    print_notes,
-    read_images,
-    report_scores,
-    worker_count,
-)
+from sparkmim.evaluation.trained import open_trained, print_notes, read_images, report_scores, save_picture
 from sparkmim.models.encoders import own_module
 from sparkmim.results import SegmentResult
 
 
-def score_segmenter(
-    *,
-    weights: str | Path,
-    out: str | Path,
-    data: str | Path | None = None,
-    val_images: str | Path | None = None,
-    val_labels: str | Path | None = None,
-    classes: str | Path | None = None,
-    ignore: int | None = None,
-    reduce_labels: bool = False,
-    model: str | nn.Module | None = None,
-    eval_short_side: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    accelerator: str = "auto",
-    precision: str = "auto",
-    workers: int | None = None,
-) -> SegmentResult:
-    """Scores a segmenter on the validation images; writes `metrics.json`.
+def use_segmenter(
+    *, weights: str | Path, out: str | Path, predict: Any, data: str | Path | None, val_images: str | Path | None,
+    val_labels: str | Path | None, classes: str | Path | None, ignore: int | None, reduce_labels: bool,
+    model: str | nn.Module | None, eval_short_side: int | None, mean: Sequence[float] | None,
+    std: Sequence[float] | None, accelerator: str, precision: str, workers: int | None,
+) -> SegmentResult:  # fmt: skip
+    """Runs `sparkmim.segment` where it labels the images in `predict`, or scores a segmenter on the validation images.
 
-    Arguments are those of `sparkmim.segment` with `eval_only`.
+    Writes label maps as PNG files and pictures of them over the images, or `metrics.json`. Arguments left at None are
+    taken from the weights.
     """
-    opened, device = open_trained(weights, "segmenter", out, accelerator)
-    segmenter = opened.segmenter(own_module(model)).to(device)
     console, out = Console(stderr=True), Path(out)
+    opened, device, low_precision, workers = open_trained("segmenter", weights, out, accelerator, precision, workers)
     known: Any = opened.metadata  # complete, or the file would have been refused
-    names = class_names(data, classes)
-    if names is not None and names != known.classes:
-        raise UserError(f"the data have other classes than {opened.path}: {len(names)} and {len(known.classes)} "
-                         "names, which must be the same, in the same order")  # fmt: skip
-    named = {"val_images": val_images, "val_labels": val_labels}
-    images = open_segmentation(
-        *find_part("val", data, named, SegmentationFiles, find_segmentation), opened.channels,
-        known.ignore if ignore is None else ignore, reduce_labels or known.reduce_labels,
-    )  # fmt: skip
-    transform = segmentation_resize(eval_short_side or known.eval_short_side, mean or known.mean, std or known.std)
-    maps = run_segmenter(
-        segmenter, images, range(len(images)), transform, worker_count(workers, device), device,
-        in_bfloat16(precision, device),
-    )  # fmt: skip
-    scores = evaluate_segmentation(maps, checked_classes(console, [images], known.classes), device)
-    report_scores(console, out, scores)
-    return SegmentResult(out, 0, 0, scores.figures, segmenter)
-
-
-@torch.no_grad()
-def predict_label_maps(
-    *,
-    weights: str | Path,
-    out: str | Path,
-    predict: Any,
-    reduce_labels: bool = False,
-    model: str | nn.Module | None = None,
-    eval_short_side: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
-    accelerator: str = "auto",
-    precision: str = "auto",
-) -> SegmentResult:
-    """Writes the label maps of images as PNG files, and pictures of them over the images.
-
-    Arguments are those of `sparkmim.segment` with `predict`.
-    """
-    opened, device = open_trained(weights, "segmenter", out, accelerator)
     segmenter = opened.segmenter(own_module(model)).to(device)
-    console, out = Console(stderr=True), Path(out)
-    known: Any = opened.metadata  # complete, or the file would have been refused
-    classes, mean, std = known.classes, mean or known.mean, std or known.std
+    reduce_labels = reduce_labels or known.reduce_labels
+    mean, std = mean or known.mean, std or known.std
     transform = segmentation_resize(eval_short_side or known.eval_short_side, mean, std)
+    if predict is None:
+        names = class_names(data, classes)
+        if names is not None and names != known.classes:
+            raise UserError(f"the data have other classes than {opened.path}: {len(names)} and {len(known.classes)} "
+                            "names, which must be the same, in the same order")  # fmt: skip
+        named = {"val_images": val_images, "val_labels": val_labels}
+        files = find_part("val", data, named, SegmentationFiles, find_segmentation)
+        images = open_segmentation(*files, opened.channels, known.ignore if ignore is None else ignore, reduce_labels)
+        maps = run_segmenter(segmenter, images, range(len(images)), transform, workers, device, low_precision)
+        scores = evaluate_segmentation(maps, checked_classes(console, [images], known.classes), device)
+        report_scores(console, out, scores)
+        return SegmentResult(out, 0, 0, scores.figures, segmenter)
+
     means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    low_precision = in_bfloat16(precision, device)
     found: set[int] = set()
     count = 0
     for name, _, image in read_images(console, predict, opened.channels):
@@ -117,13 +71,13 @@ def predict_label_maps(
         arrays = image.is_floating_point()
         normalised = ((image if arrays else image / 255) - means) / deviations  # [c, h, w]
         tones = tones_of(opened.channels, mean, std, arrays)
-        picture = with_legend(draw_classes(tones(normalised[None])[0], labels), [labels], classes)  # [3, h, w]
-        out.mkdir(parents=True, exist_ok=True)
-        save_label_map(out / f"{name}.png", labels, len(classes), reduce_labels or known.reduce_labels)
-        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(out / f"{name}.jpg", quality=92)
+        picture = with_legend(draw_classes(tones(normalised[None])[0], labels), [labels], known.classes)  # [3, h, w]
+        save_picture(picture, out / f"{name}.jpg")
+        save_label_map(out / f"{name}.png", labels, len(known.classes), reduce_labels)
         count += 1
-        found.update(labels.flatten().bincount().nonzero().flatten().tolist())
-    console.print(f"{counted(count, 'image')}, {len(found)} of {len(classes)} classes found: {out}", markup=False)
+        found.update(labels.unique().tolist())
+    said = f"{counted(count, 'image')}, {len(found)} of {len(known.classes)} classes found: {out}"
+    console.print(said, markup=False)
     return SegmentResult(out, 0, 0, {}, segmenter)
 
 
@@ -138,36 +92,25 @@ class _Resized(torch.utils.data.Dataset[Any]):
         return self.transform(image.as_subclass(Tensor)), labels.as_subclass(Tensor).long()
 
 
-@torch.no_grad()
 def run_segmenter(
     model: nn.Module, images: SegmentationImages, places: Sequence[int], transform: Callable[[Tensor], Tensor],
     workers: int, device: torch.device, low_precision: bool,
     see: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
-    """Yields predicted and true label maps, long `[H, W]`; unreadable images are logged.
+    """Yields predicted and true label maps, long `[H, W]`, of the images at `places`; unreadable images are logged.
 
-    Args:
-        model: in evaluation mode until the iterator ends.
-        images: data set.
-        places: indices of the images to use.
-        transform: resizes and normalises an image, as `segmentation_resize`.
-        workers: loader processes.
-        device: of the model.
-        low_precision: whether the network computes in bfloat16.
-        see: called with the index, the normalised image `[C, h, w]`, the prediction and the truth.
+    `transform` resizes and normalises an image, as `segmentation_resize`. `see` is called with the place, the
+    normalised image `[C, h, w]`, the prediction and the truth.
     """
-    training = model.training
-    model.eval()
-    try:
+    with evaluation_mode(model):
         for place, (image, truth) in one_by_one(_Resized(images, transform), places, workers):
             found = predict_classes(model, image.to(device), truth.shape, low_precision)
             if see is not None:
                 see(place, image, found.cpu(), truth)
             yield found, truth.to(device)
-    finally:
-        model.train(training)
 
 
+@torch.no_grad()
 def predict_classes(model: nn.Module, image: Tensor, size: Sequence[int], low_precision: bool) -> Tensor:
     """Returns the class of each pixel of a normalised image `[C, h, w]` at another size, long `[*size]`."""
     with torch.autocast(image.device.type, torch.bfloat16, enabled=low_precision):
@@ -183,9 +126,7 @@ def class_names(data: str | Path | None, classes: str | Path | None) -> list[str
     return read_class_names(beside) if data is not None and beside.is_file() else None
 
 
-def checked_classes(
-    console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None
-) -> list[str]:  # fmt: skip
+def checked_classes(console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None) -> list[str]:
     """Checks data, prints what is noteworthy about them, and returns their classes."""
     classes, notes = check_segmentation(parts, names)
     print_notes(console, notes)

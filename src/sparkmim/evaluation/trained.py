@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
@@ -17,50 +17,30 @@ from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import Scores, write_metrics
 from sparkmim.interop.weights import Weights, open_weights
-from sparkmim.machine import device_named, has_bfloat16
+from sparkmim.machine import settle_machine
 
 
-def open_trained(weights: str | Path, kind: str, out: str | Path, accelerator: str) -> tuple[Weights, torch.device]:
-    """Opens the weights of a detector or segmenter.
-
-    Args:
-        weights: run folder or weight file.
-        kind: `detector` or `segmenter`, for messages.
-        out: output folder, which must be new or empty; it is not created yet.
-        accelerator: `auto`, `cpu` or `cuda`.
+def open_trained(
+    kind: str, weights: str | Path, out: Path, accelerator: str, precision: str, workers: int | None
+) -> tuple[Weights, torch.device, bool, int]:
+    """Opens the weights of a `kind`, and settles the device, whether to compute in bfloat16, and the loader processes.
 
     Raises:
-        UserError: if there are no weights, or `out` is taken.
+        UserError: if there are no weights, or `out`, which is not created yet, is neither new nor empty.
     """
     if weights == "none":
         raise UserError(f"no weights given; --weights names the run folder or the weight file of a {kind}")
-    out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"{out} is not empty; choose another --out")
-    return open_weights(weights), device_named(accelerator)
-
-
-def in_bfloat16(precision: str, device: torch.device) -> bool:
-    """Returns whether to compute in bfloat16: if the precision is `bf16-mixed`, or `auto` and the hardware can."""
-    return precision == "bf16-mixed" or (precision == "auto" and has_bfloat16(device.type))
-
-
-def worker_count(workers: int | None, device: torch.device) -> int:
-    """Returns the number of loader processes; None asks for a number that suits the machine."""
-    if workers is not None:
-        return workers
-    return max(1, (os.cpu_count() or 2) - 1) if device.type == "cuda" else 2
+    opened = open_weights(weights)
+    machine = settle_machine(accelerator, 1, 1, precision, workers)
+    return opened, torch.device(machine["accelerator"]), machine["precision"] == "bf16-mixed", machine["workers"]
 
 
 def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[str, str, Tensor]]:
-    """Yields for each image a file name without suffix, its path, and the image `[C, H, W]`.
+    """Yields a file name without suffix, the path, and the image `[C, H, W]`: uint8, or float32 for arrays.
 
-    Images are uint8, arrays float32. Unreadable ones are reported on the console and left out.
-
-    Args:
-        console: to report on.
-        images: anything that `images_source` takes.
-        channels: of the images.
+    Takes anything that `images_source` does. Unreadable images are reported on the console and left out.
 
     Raises:
         UserError: if no image can be read.
@@ -79,6 +59,12 @@ def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[
         yield f"{number:05d}-{Path(str(item)).stem}", str(item), image
     if unreadable == len(source.items):
         raise UserError(f"none of the {unreadable} images can be read")
+
+
+def save_picture(picture: Tensor, path: Path) -> None:
+    """Writes a picture, uint8 `[3, H, W]`, as JPEG."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:
