@@ -18,7 +18,7 @@ class TrainingResult:
     """Outcome of a training run.
 
     Attributes:
-        out: the run folder; of `eval_only` and `predict`, the folder written to.
+        out: the run folder; with `eval_only` and `predict`, the folder written to.
         step: optimiser steps done.
         steps: optimiser steps in the whole run.
     """
@@ -38,9 +38,6 @@ class PretrainResult(TrainingResult):
     """Outcome of a pretraining run.
 
     Attributes:
-        out: the run folder.
-        step: optimiser steps done.
-        steps: optimiser steps in the whole run.
         loss: mean over the last epoch completed in this call.
         images_per_second: over the last logging interval.
         model: the trained `SparK` model, in evaluation mode.
@@ -56,9 +53,6 @@ class FinetuneResult(TrainingResult):
     """Outcome of a fine-tuning run.
 
     Attributes:
-        out: the run folder.
-        step: optimiser steps done.
-        steps: optimiser steps in the whole run.
         top1: validation accuracy of the last weights: of the `model` and, if there is an average, of `ema`.
         best_top1: validation accuracy of the best weights.
         model: the trained classifier, in evaluation mode.
@@ -74,9 +68,6 @@ class DetectResult(TrainingResult):
     """Outcome of training, evaluating or applying a detector.
 
     Attributes:
-        out: the run folder, or the folder of predictions.
-        step: optimiser steps done.
-        steps: optimiser steps in the whole run.
         figures: COCO metrics of the last evaluation: `bbox/AP`, `bbox/AP50`, …, `segm/AP`, …; empty without one.
         model: the detector, in evaluation mode.
     """
@@ -90,9 +81,6 @@ class SegmentResult(TrainingResult):
     """Outcome of training, evaluating or applying a segmenter.
 
     Attributes:
-        out: the run folder, or the folder of predictions.
-        step: optimiser steps done.
-        steps: optimiser steps in the whole run.
         figures: `mIoU` and `pixel_accuracy` of the last evaluation; empty without one.
         model: the segmenter, in evaluation mode; it maps normalised images to logits.
     """
@@ -111,7 +99,6 @@ class Score:
     Attributes:
         network: `weights`, `random` or `compare`.
         stage: feature map, counted from 1 at the shallowest.
-        stride: stride of that map.
         accuracy: share of test images classified correctly; for few-shot, the mean over the draws.
         spread: standard deviation over the draws.
         shots: images drawn per class.
@@ -139,7 +126,6 @@ class EvaluationResult:
     Attributes:
         protocol: knn, linear or fewshot.
         rows: one score per network, stage and number of shots.
-        classes: names of the classes.
         unreadable: path and reason of each skipped image.
         out: the JSON file; None if none was written.
     """
@@ -171,13 +157,7 @@ class EvaluationResult:
 
 @dataclass
 class PredictResult:
-    """Predicted classes, written to a file.
-
-    Attributes:
-        out: the CSV file.
-        images: number of classified images.
-        unreadable: path and reason of each skipped image.
-    """
+    """Predicted classes, written to a CSV file; `unreadable` has the path and reason of each skipped image."""
 
     out: Path
     images: int
@@ -186,14 +166,7 @@ class PredictResult:
 
 @dataclass
 class EmbedResult:
-    """Features, written to a file.
-
-    Attributes:
-        out: the file.
-        shape: shape of the features, images first.
-        stage: feature map, counted from 1 at the shallowest.
-        unreadable: path and reason of each skipped image.
-    """
+    """Features of one stage, images first, written to a file; `unreadable` is as in `PredictResult`."""
 
     out: Path
     shape: tuple[int, ...]
@@ -209,14 +182,12 @@ class ExportResult:
     """Weights, written for other software.
 
     Attributes:
-        out: the file or folder.
         format: format of the file, such as `onnx`.
-        network: name of the network.
         tensors: number of tensors; None for a program.
         own_names: whether tensors keep the names that the user's own network gives them, so that other software must
             be told of it.
         difference: largest difference between a program and PyTorch; None if not measured.
-        address: the repository pushed to, if any.
+        address: repository pushed to.
     """
 
     out: Path
@@ -242,11 +213,7 @@ class ExportResult:
 
 @dataclass
 class ReportResult:
-    """Report of a run.
-
-    Attributes:
-        out: the HTML file.
-    """
+    """Report of a run: the HTML file."""
 
     out: Path
 
@@ -286,17 +253,13 @@ class ReconstructResult(PictureResult):
     of signals they are `[n, masks, length, C]`, in the data's units.
 
     Attributes:
-        names: names of the n images.
-        inputs: the images, `[n, H, W, 3]`.
+        inputs: the n images, `[n, H, W, 3]`.
         masked: inputs with hidden patches in grey.
         predicted: the decoder's output, on visible patches too, although it was never trained on those.
         pasted: predicted where hidden, the input where visible.
         visible: bool `[n, masks, *grid]`.
         errors: mean squared error of each patch in units of the patch's variance, `[n, masks, *grid]`; the loss is
             its mean over hidden patches.
-        draw: makes the figure from this result and the arguments of `figure`.
-        unreadable: path and reason of each skipped image.
-        out: the picture file; None if none was written.
     """
 
     names: list[str]
@@ -315,11 +278,7 @@ class ReconstructResult(PictureResult):
         return (self.errors * hidden).sum(axes) / hidden.sum(axes)
 
     def figure(self, errors: bool = False) -> Any:
-        """Returns a matplotlib figure with a row per image and mask.
-
-        Args:
-            errors: adds a column with the error of each patch as a heat map.
-        """
+        """Returns a matplotlib figure with a row per image and mask; `errors` adds each patch's as a heat map."""
         return self.draw(self, errors)
 
 
@@ -328,7 +287,6 @@ class VanishingResult(PictureResult):
     """Masks, and the values under them, after dense and after sparse convolutions.
 
     Attributes:
-        network: name of the network whose features are compared.
         layers: numbers of convolutions after which masks are looked at, from 0 on.
         shapes: by name of the shape: bool `[H, W]`, true where visible.
         shares: by shape, then `dense` and `sparse`: share of non-zero positions after each number of layers.
@@ -336,9 +294,6 @@ class VanishingResult(PictureResult):
             sees).
         distances: `sparse` and `dense`: by stage, Kolmogorov–Smirnov distance of feature values to those of the whole
             image, averaged over channels; stage 0 is the image itself.
-        draw: makes the figure from this result.
-        unreadable: path and reason of each skipped image.
-        out: the picture file; None if none was written.
     """
 
     network: str
@@ -354,14 +309,10 @@ class FeaturesResult(PictureResult):
     """Feature maps as colours.
 
     Attributes:
-        names: names of the n images.
-        inputs: the images, float32 in 0…1, `[n, H, W, 3]`.
+        inputs: the n images, float32 in 0…1, `[n, H, W, 3]`.
         maps: by stage: float32 in 0…1, `[n, H / s, W / s, 3]`; red, green and blue are the three directions of most
             variance over all positions of all images.
         explained: by stage: share of the variance along these three directions.
-        draw: makes the figure from this result.
-        unreadable: path and reason of each skipped image.
-        out: the picture file; None if none was written.
     """
 
     names: list[str]
@@ -379,10 +330,6 @@ class NeighborsResult(PictureResult):
         neighbors: for each query, paths of its neighbours, nearest first.
         similarities: for each query, cosine similarity of each neighbour, between -1 and 1.
         pictures: by path, queries and neighbours as float32 in 0…1, `[H, W, 3]`.
-        stage: feature map, counted from 1 at the shallowest.
-        draw: makes the figure from this result.
-        unreadable: path and reason of each skipped image.
-        out: the picture file; None if none was written.
     """
 
     queries: list[str]
