@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from processes import Cli, run
+from sparkmim.cli import main
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
@@ -99,6 +100,16 @@ def test_config_file_and_print_config(cli: Cli, photos: Path, network: str, tmp_
     again = cli("pretrain", "--config", "run/config.yaml", "--out", "again")  # what a run saved starts another
     assert again.returncode == 0, again.stderr
     assert losses(tmp_path / "run") == losses(tmp_path / "again")
+
+
+def test_help_and_configuration_say_what_a_recipe_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    for flags in (["pretrain", "--help"], ["pretrain", "--out=run", "--recipe=paper", "--print_config"]):
+        with pytest.raises(SystemExit):
+            main(flags)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "default: 200 (recipe default))" in said
+    assert "epochs: # 1600 (recipe paper)" in said
+    assert "null" not in said.partition("data:")[2]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])

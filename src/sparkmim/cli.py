@@ -126,11 +126,11 @@ def build_parser() -> ArgumentParser:
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
         defaults = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
-        formatter = type("_Formatter", (_Formatter,), {"notes": notes_for(name, defaults)})
-        sub = _Parser(prog=f"sparkmim {name}", description=summary, formatter_class=formatter)
+        sub = _Parser(prog=f"sparkmim {name}", description=summary)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file of arguments; a run's config.yaml is one")
         sub.add_function_arguments(function, skip=_PYTHON_ONLY, as_group=False, fail_untyped=False)
         subcommands.add_subcommand(name, sub, help=summary)
+        sub.formatter_class = type("_Formatter", (_Formatter,), {"notes": notes_for(name, defaults)})
     return parser
 
 
