@@ -16,10 +16,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from sparkmim.data import EpochBatchSampler, SkipLog, TargetDataset, UnreadableImage, collate_detection
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.coco import CocoImages, check_coco, find_coco, mask_of, open_coco
+from sparkmim.data.dataset import TargetDataset, collate_detection
+from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.detection_transforms import detection_resize, detection_transform
+from sparkmim.data.samplers import EpochBatchSampler
+from sparkmim.data.skip_log import SkipLog
 
 TWO = [annotation(10, 12, (4, 6, 20, 10)), annotation(10, 3, (30, 20, 16, 16)), annotation(11, 7, (0, 0, 64, 48))]
 

@@ -15,7 +15,8 @@ import torch
 from pictures import checker
 from PIL import Image, ImageFile
 
-from sparkmim.data import UnreadableImage, decode, decoding, from_pil
+from sparkmim.data import decoding
+from sparkmim.data.decoding import UnreadableImage, decode, from_pil
 
 
 def pixels(path: Path, channels: int = 3) -> np.ndarray:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from sparkmim.data import discovery, find_images
+from sparkmim.data import discovery
+from sparkmim.data.discovery import find_images
 
 
 def touch(root: Path, *names: str) -> None:

@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from sparkmim.data import LabelledDataset, open_labelled
+from sparkmim.data.dataset import LabelledDataset
+from sparkmim.data.labelled import open_labelled
 
 
 def make(folder: Path, names: dict[str, int]) -> Path:

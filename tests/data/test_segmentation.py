@@ -13,7 +13,8 @@ from label_map_files import NAMES, shapes, write_label_map, write_shapes
 from PIL import Image
 from torchvision import tv_tensors
 
-from sparkmim.data import TargetDataset, UnreadableImage
+from sparkmim.data.dataset import TargetDataset
+from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.label_maps import (
     IGNORED,
     SegmentationImages,

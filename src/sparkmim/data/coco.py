@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -137,7 +137,7 @@ def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def read_coco(file: str | Path) -> dict[str, Any]:
-    """Reads an annotation file: lists `images`, `annotations` and `categories`, of which only the second may be empty."""
+    """Reads an annotation file, whose lists `images` and `categories` are not empty and whose ids are integers."""
     file = Path(file)
     if not file.is_file():
         raise MissingPath(f"there is no annotation file {file}")

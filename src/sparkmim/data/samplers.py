@@ -24,19 +24,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     process its `batch_size` of them in turn, so the number of processes changes no step. Samples that do not fill a
     last step are left out, and appear in other epochs.
 
-    Args:
-        num_samples: size of the dataset.
-        batch_size: samples per step and process.
-        rank: number of this process.
-        world_size: number of processes.
-        seed: seed of the order.
-        epoch: number of the epoch.
-        start_step: first step, to resume within an epoch.
-        repeats: number of times that an image is repeated in a row (repeated augmentation, Hoffer et al., CVPR 2020).
-            An epoch keeps its length, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
-
-    Raises:
-        UserError: if the dataset does not fill one step, or an argument is out of range.
+    With `repeats`, an image is repeated so many times in a row (repeated augmentation, Hoffer et al., CVPR 2020). An
+    epoch keeps its length, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
 
     Example:
         >>> sampler = EpochBatchSampler(num_samples=5, batch_size=2, epoch=3)
@@ -98,11 +87,8 @@ class StepBatchSampler(Sampler[list[tuple[int, ...]]]):
         samples: number of images in the data set.
         batch_size: images per optimiser step, over all processes.
         parts: batches that a step is split into on each process.
-        rank: number of this process.
-        world_size: number of processes.
-        seed: seed of the order.
         position: returns the optimiser step to start at, called when iteration starts.
-        repeats: as for `EpochBatchSampler`.
+        rank, world_size, seed, repeats: as for `EpochBatchSampler`.
     """
 
     def __init__(
