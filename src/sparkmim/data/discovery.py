@@ -80,6 +80,14 @@ def _read_list(file: Path) -> list[str]:
     return paths
 
 
+def existing_folder(folder: str | Path, what: str = "folder") -> Path:
+    """Returns the absolute path of a folder; raises a `MissingPath` if there is none."""
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        raise MissingPath(f"there is no {what} {path}")
+    return path
+
+
 def check_files(paths: list[str], named_by: Path) -> None:
     """Raises a `MissingPath` if a file does not exist."""
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 (a million of them)

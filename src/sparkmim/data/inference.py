@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparkmim.data.arrays import MissingPackage, WholeArray
+from sparkmim.data.arrays import WholeArray
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.dataset import share_paths
 from sparkmim.data.decoding import UnreadableImage, name_of
@@ -77,8 +77,6 @@ class _Stills(Dataset[tuple[int, str, Tensor | str]]):
             item = self.items[place]
             name = name_of(item, place)
             return place, name, self.transform(self.read(item, name=name))
-        except MissingPackage:
-            raise
         except UnreadableImage as error:
             return place, name, error.reason
         except OSError as error:  # a dataset that opens files itself

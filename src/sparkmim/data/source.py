@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparkmim.data.arrays import ARRAY_SUFFIXES, MissingPackage, to_array
+from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.augmentation import normalisation
 from sparkmim.data.decoding import UnreadableImage, to_image
 from sparkmim.data.discovery import SUFFIXES, find_images
@@ -100,20 +100,13 @@ def open_source(data: Any, channels: int, rank: int) -> Source:
     if not isinstance(data, (str, Path)):
         return Source.of(data, channels, rank)
     source = Source.of_files(data, channels, rank)
-    if source.arrays:
-        _check_first(source)
+    if source.arrays:  # fail before a run begins, if they have another shape or their format cannot be read here
+        try:
+            source.read(source.items[0])
+        except UnreadableImage as error:
+            if "is of shape" in error.reason:
+                raise UserError(str(error)) from error
     return source
-
-
-def _check_first(source: Source) -> None:
-    """Fails before a run begins if the first array has another shape, or its format cannot be read here."""
-    try:
-        source.read(source.items[0])
-    except MissingPackage:
-        raise
-    except UnreadableImage as error:
-        if "is of shape" in error.reason:
-            raise UserError(str(error)) from error
 
 
 def images_source(images: Any, channels: int, rank: int) -> Source:
