@@ -26,7 +26,10 @@ from torch import Tensor
 from torchvision import transforms
 
 from encoder import processor
-from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD, PretrainDataset, decode, find_images, pretrain_transform
+from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
+from sparkmim.data.dataset import PretrainDataset
+from sparkmim.data.decoding import decode
+from sparkmim.data.discovery import find_images
 
 
 def make_photos(folder: Path, count: int, seed: int = 0) -> None:

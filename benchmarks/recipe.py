@@ -24,7 +24,9 @@ from torch import Tensor
 
 import sparkmim
 from encoder import processor
-from sparkmim.data import decode, eval_transform, find_images
+from sparkmim.data.augmentation import eval_transform
+from sparkmim.data.decoding import decode
+from sparkmim.data.discovery import find_images
 from sparkmim.evaluation import knn_accuracy, pooled_features
 from sparkmim.models import Hierarchy, create_encoder
 

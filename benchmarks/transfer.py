@@ -32,7 +32,9 @@ from torch.utils.data import Dataset
 
 import sparkmim
 from encoder import processor
-from sparkmim.data import Labelled, decode, eval_transform, open_labelled
+from sparkmim.data.augmentation import eval_transform
+from sparkmim.data.decoding import decode
+from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.evaluation import pooled_features
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
 from sparkmim.interop.weights import open_weights

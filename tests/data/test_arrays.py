@@ -11,18 +11,11 @@ import pytest
 import torch
 
 from sparkmim.commands import statistics
-from sparkmim.data import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    PretrainDataset,
-    Source,
-    UnreadableImage,
-    array_transform,
-    open_source,
-    read_array,
-    to_array,
-)
-from sparkmim.data.arrays import MissingPackage, resized
+from sparkmim.data.arrays import MissingPackage, array_transform, read_array, resized, to_array
+from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
+from sparkmim.data.dataset import PretrainDataset
+from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.source import Source, open_source
 
 RAMP = np.arange(2 * 6 * 8, dtype=np.float32).reshape(2, 6, 8)
 

@@ -7,7 +7,7 @@ import torch
 from pictures import checker
 from torchvision.transforms import v2
 
-from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalisation, pretrain_transform
+from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalisation, pretrain_transform
 
 
 def image(height: int = 48, width: int = 64) -> torch.Tensor:

@@ -16,10 +16,13 @@ from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
-from sparkmim.data import EpochBatchSampler, SkipLog, TargetDataset, UnreadableImage, collate_detection
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.coco import CocoImages, check_coco, find_coco, mask_of, open_coco
+from sparkmim.data.dataset import TargetDataset, collate_detection
+from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.detection_transforms import detection_resize, detection_transform
+from sparkmim.data.samplers import EpochBatchSampler
+from sparkmim.data.skip_log import SkipLog
 
 TWO = [annotation(10, 12, (4, 6, 20, 10)), annotation(10, 3, (30, 20, 16, 16)), annotation(11, 7, (0, 0, 64, 48))]
 
@@ -103,12 +106,11 @@ def test_a_missing_package_is_named_at_once(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_items_are_what_torchvision_takes(tmp_path: Path) -> None:
-    file, folder = write_coco(tmp_path, TWO)
-    data = open_coco(file, folder)
+    data = open_coco(*write_coco(tmp_path, TWO))
     assert (len(data), data.classes, data.category_ids, data.has_masks) == (3, ["cat", "dog", "owl"], [3, 7, 12], True)
     image, target = data[0]
     assert type(image) is tv_tensors.Image
-    assert torch.equal(image, torch.from_numpy(np.array(Image.open(folder / "10.png"))).permute(2, 0, 1))
+    assert torch.equal(image, torch.from_numpy(np.array(Image.open(data.images / "10.png"))).permute(2, 0, 1))
     assert type(target["boxes"]) is tv_tensors.BoundingBoxes
     assert target["boxes"].canvas_size == (HEIGHT, WIDTH)
     assert target["boxes"].dtype == torch.float32
@@ -297,17 +299,15 @@ def test_everything_fatal_is_reported_at_once(tmp_path: Path) -> None:
 
 
 def test_a_file_without_a_usable_annotation_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no annotation is left"):
-        check_coco(open_coco(*write_coco(tmp_path / "crowds", [annotation(10, 3, (1, 1, 9, 9), iscrowd=1)])))
-    with pytest.raises(ValueError, match="no annotation is left"):
-        check_coco(open_coco(*write_coco(tmp_path / "none", [])))
+    for name, records in (("crowds", [annotation(10, 3, (1, 1, 9, 9), iscrowd=1)]), ("none", [])):
+        with pytest.raises(ValueError, match="no annotation is left"):
+            check_coco(open_coco(*write_coco(tmp_path / name, records)))
 
 
 def test_missing_files_and_other_sizes_are_unreadable(tmp_path: Path) -> None:
-    file, folder = write_coco(tmp_path, TWO)
-    (folder / "10.png").unlink()
-    Image.new("RGB", (5, 5)).save(folder / "11.png")
-    data = open_coco(file, folder)
+    data = open_coco(*write_coco(tmp_path, TWO))
+    data.path(0).unlink()
+    Image.new("RGB", (5, 5)).save(data.path(1))
     with pytest.raises(UnreadableImage, match=r"10\.png"):
         data[0]
     with pytest.raises(UnreadableImage, match=r"is 5×5, but instances_train2017\.json says 64×48"):
@@ -427,9 +427,9 @@ def test_samples_depend_on_seed_epoch_and_index_alone(tmp_path: Path) -> None:
 
 
 def test_a_stand_in_comes_with_its_own_target(tmp_path: Path) -> None:
-    file, folder = write_coco(tmp_path, TWO)
-    (folder / "10.png").write_bytes(b"broken")
-    dataset = TargetDataset(open_coco(file, folder), detection_transform([HEIGHT]))
+    data = open_coco(*write_coco(tmp_path, TWO))
+    data.path(0).write_bytes(b"broken")
+    dataset = TargetDataset(data, detection_transform([HEIGHT]))
     sample = dataset[0, 0]
     assert (sample["index"], sample["skipped"], sample["target"]["image_id"]) == (0, 1, 11)
     log = SkipLog()

@@ -17,17 +17,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision import tv_tensors
 
-from sparkmim.data import (
-    EpochBatchSampler,
-    PretrainDataset,
-    SkipLog,
-    UnreadableImage,
-    collate,
-    counted_seed,
-    decode,
-    pretrain_transform,
-    to_image,
-)
+from sparkmim.data.augmentation import pretrain_transform
+from sparkmim.data.dataset import PretrainDataset, collate
+from sparkmim.data.decoding import UnreadableImage, decode, to_image
+from sparkmim.data.samplers import EpochBatchSampler, counted_seed
+from sparkmim.data.skip_log import SkipLog
 
 GRID = (4, 4)
 

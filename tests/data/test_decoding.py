@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import io
 import pickle
-import struct
 import warnings
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from pictures import checker
+from pictures import checker, png
 from PIL import Image, ImageFile
 
-from sparkmim.data import UnreadableImage, decode, decoding, from_pil
+from sparkmim.data import decoding
+from sparkmim.data.decoding import UnreadableImage, decode, from_pil
 
 
 def pixels(path: Path, channels: int = 3) -> np.ndarray:
@@ -26,31 +25,20 @@ def pixels(path: Path, channels: int = 3) -> np.ndarray:
     return decoded.permute(1, 2, 0).numpy().astype(int)
 
 
-def write_png(path: Path, samples: np.ndarray, depth: int, colour: int, extra: bytes = b"") -> None:
-    """A PNG by hand, for the kinds that Pillow can't write."""
-
-    def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    height, width = samples.shape[:2]
-    rows = b"".join(b"\0" + row.astype(">u2" if depth == 16 else "u1").tobytes() for row in samples)
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    body = chunk(b"IHDR", header) + extra + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+def saved(path: Path, **options: object) -> Path:
+    Image.fromarray(checker()).save(path, **options)
+    return path
 
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tif", "tiff", "webp", "PNG"])
 def test_lossless_formats(tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"image.{suffix}"
-    options = {"lossless": True} if suffix == "webp" else {}
-    Image.fromarray(checker()).save(path, **options)
+    path = saved(tmp_path / f"image.{suffix}", **({"lossless": True} if suffix == "webp" else {}))
     assert np.array_equal(pixels(path), checker())
 
 
 @pytest.mark.parametrize("progressive", [False, True])
 def test_jpeg(tmp_path: Path, progressive: bool) -> None:
-    path = tmp_path / "image.jpg"
-    Image.fromarray(checker()).save(path, quality=95, subsampling=0, progressive=progressive)
+    path = saved(tmp_path / "image.jpg", quality=95, subsampling=0, progressive=progressive)
     assert np.abs(pixels(path) - checker()).max() < 16
     assert np.abs(pixels(path) - checker()).mean() < 2
 
@@ -69,16 +57,14 @@ def test_pillow_takes_over_what_torchvision_refuses(tmp_path: Path, monkeypatch:
     def refuse(*args: object, **kwargs: object) -> None:
         raise RuntimeError("no")
 
-    path = tmp_path / "image.jpg"
-    Image.fromarray(checker()).save(path)
+    path = saved(tmp_path / "image.jpg")
     expected = pixels(path)
     monkeypatch.setattr(decoding, "decode_jpeg", refuse)
     assert np.array_equal(pixels(path), expected)
 
 
 def test_content_counts_not_the_name(tmp_path: Path) -> None:
-    Image.fromarray(checker()).save(tmp_path / "image.jpg", format="PNG")
-    assert np.array_equal(pixels(tmp_path / "image.jpg"), checker())
+    assert np.array_equal(pixels(saved(tmp_path / "image.jpg", format="PNG")), checker())
 
 
 def test_grey_to_rgb_and_back(tmp_path: Path) -> None:
@@ -155,7 +141,7 @@ def test_16_bit_big_endian_tiff(tmp_path: Path) -> None:
 
 
 def test_16_bit_colour_keeps_the_high_bytes(tmp_path: Path) -> None:
-    write_png(tmp_path / "deep.png", np.array([[[0x0102, 0x80FF, 0xFFFF]]]), depth=16, colour=2)
+    (tmp_path / "deep.png").write_bytes(png(1, 1, 16, 2, b"\0\x01\x02\x80\xff\xff\xff"))
     assert pixels(tmp_path / "deep.png")[0, 0].tolist() == [0x01, 0x80, 0xFF]
 
 
@@ -205,8 +191,8 @@ def test_exif_orientation(tmp_path: Path, orientation: int, suffix: str) -> None
 
 
 def test_broken_exif_is_no_reason(tmp_path: Path) -> None:
-    Image.fromarray(checker()).save(tmp_path / "image.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense")
-    assert np.array_equal(pixels(tmp_path / "image.png"), checker())
+    path = saved(tmp_path / "image.png", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff nonsense")
+    assert np.array_equal(pixels(path), checker())
 
 
 def test_animation_shows_its_first_frame(tmp_path: Path) -> None:
@@ -230,8 +216,7 @@ def test_truncated(tmp_path: Path, suffix: str, share: float) -> None:
 
 @pytest.mark.parametrize("cut", [1, 2, 3, 10])
 def test_jpeg_without_its_last_bytes(tmp_path: Path, cut: int) -> None:
-    path = tmp_path / "image.jpg"
-    Image.fromarray(checker()).save(path)
+    path = saved(tmp_path / "image.jpg")
     path.write_bytes(path.read_bytes()[:-cut])
     with pytest.raises(UnreadableImage, match="truncated"):
         decode(path)
@@ -258,8 +243,7 @@ def test_missing_folder_and_impossible_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "bmp", "tif"])
 def test_damage_never_crashes(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / f"image.{suffix}"
-    Image.fromarray(checker()).save(path)
+    path = saved(tmp_path / f"image.{suffix}")
     whole, rng = path.read_bytes(), np.random.default_rng(0)
     outcomes = set()
     for _ in range(60):
@@ -279,11 +263,7 @@ def test_damage_never_crashes(tmp_path: Path, suffix: str, capfd: pytest.Capture
 def test_decompression_bombs(tmp_path: Path, side: int) -> None:
     # Tiny files that claim 225 to 3600 million pixels: Pillow's own limits are 90 (warns) and 180 (raises).
     path = tmp_path / "bomb.png"
-    write_png(path, np.zeros((1, 1)), depth=8, colour=0)
-    content = bytearray(path.read_bytes())
-    content[16:24] = struct.pack(">II", side, side)
-    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
-    path.write_bytes(content)
+    path.write_bytes(png(side, side, 8, 0, b"\0\0"))
     limit = Image.MAX_IMAGE_PIXELS
     with pytest.raises(UnreadableImage, match="truncated" if side == 15_000 else "more than 500 million pixels"):
         decode(path)
@@ -291,22 +271,22 @@ def test_decompression_bombs(tmp_path: Path, side: int) -> None:
 
 
 def test_image_above_pillows_limits_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    Image.fromarray(checker()).save(tmp_path / "image.png")
+    path = saved(tmp_path / "image.png")
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
-    assert np.array_equal(pixels(tmp_path / "image.png"), checker())
+    assert np.array_equal(pixels(path), checker())
     monkeypatch.setattr(decoding, "MAX_PIXELS", 24 * 32 - 2)
     with pytest.raises(UnreadableImage, match="pixels"):
-        decode(tmp_path / "image.png")
+        decode(path)
 
 
 def test_warnings_stay_in(tmp_path: Path) -> None:
-    Image.fromarray(checker()).save(tmp_path / "image.jpg")
+    path = saved(tmp_path / "image.jpg")
     image = Image.new("P", (2, 1))
     image.putpalette([1, 2, 3, 4, 5, 6])
     image.save(tmp_path / "palette.png", transparency=b"\x00\x80")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        decode(tmp_path / "image.jpg")
+        decode(path)
         decode(tmp_path / "palette.png")
     assert caught == []
 

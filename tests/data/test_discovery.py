@@ -9,20 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from sparkmim.data import discovery, find_images
+from sparkmim.data import discovery
+from sparkmim.data.discovery import find_images
 
 
-def touch(root: Path, *names: str) -> None:
+def touch(root: Path, *names: str, old: bool = False) -> None:
+    """Makes empty files, in folders that are old enough for their listings to be trusted, if so wanted."""
     for name in names:
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-
-
-def age(root: Path) -> None:
-    """Makes all folders old enough for their listings to be trusted."""
-    for folder in (root, *root.rglob("*/")):
-        if folder.is_dir():
+    for folder in root, *root.rglob("*"):
+        if old and folder.is_dir():
             os.utime(folder, (1_000_000_000, 1_000_000_000))
 
 
@@ -141,8 +139,7 @@ def test_text_file_errors(root: Path) -> None:
 
 
 def test_scan_is_remembered_until_a_folder_changes(root: Path, listed: list[str]) -> None:
-    touch(root, "a.jpg", "x/b.jpg", "y/c.jpg")
-    age(root)
+    touch(root, "a.jpg", "x/b.jpg", "y/c.jpg", old=True)
     first = find_images(root)
     assert sorted(listed) == ["images", "x", "y"]
     listed.clear()
@@ -168,8 +165,7 @@ def test_fresh_folders_are_not_trusted(root: Path, listed: list[str]) -> None:
 
 
 def test_where_scans_are_remembered(root: Path, listed: list[str], user_cache: Path, tmp_path: Path) -> None:
-    touch(root, "a.jpg")
-    age(root)
+    touch(root, "a.jpg", old=True)
     find_images(root)
     (memory,) = user_cache.iterdir()
     assert json.loads(memory.read_text())["root"] == str(root)
@@ -178,16 +174,14 @@ def test_where_scans_are_remembered(root: Path, listed: list[str], user_cache: P
 
 
 def test_small_scans_are_not_remembered(root: Path, user_cache: Path) -> None:
-    touch(root, "a.jpg")
-    age(root)
+    touch(root, "a.jpg", old=True)
     find_images(root)
     assert not user_cache.exists()
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"root": "/other", "suffixes": [], "folders": {}}'])
 def test_damaged_memory_is_ignored(root: Path, listed: list[str], user_cache: Path, content: str) -> None:
-    touch(root, "a.jpg")
-    age(root)
+    touch(root, "a.jpg", old=True)
     find_images(root)
     (memory,) = user_cache.iterdir()
     memory.write_text(content)
@@ -199,8 +193,7 @@ def test_damaged_memory_is_ignored(root: Path, listed: list[str], user_cache: Pa
 def test_unwritable_cache_is_no_reason_to_stop(
     root: Path, listed: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    touch(root, "a.jpg")
-    age(root)
+    touch(root, "a.jpg", old=True)
     (tmp_path / "file").touch()
     assert find_images(root, cache=tmp_path / "file" / "below") == [str(root / "a.jpg")]
     assert "could not remember" in caplog.text

@@ -10,10 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from label_map_files import NAMES, shapes, write_label_map, write_shapes
+from pictures import png
 from PIL import Image
 from torchvision import tv_tensors
 
-from sparkmim.data import TargetDataset, UnreadableImage
+from sparkmim.data.dataset import TargetDataset
+from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.label_maps import (
     IGNORED,
     SegmentationImages,
@@ -117,21 +119,10 @@ def test_sixteen_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_few_bits(tmp_path: Path, bits: int) -> None:
     """Pillow spreads grey values of 2 and 4 bits over the range of 8; the numbers in the file count."""
-    import struct
-    import zlib
-
     numbers = [number % 2**bits for number in range(8)]
     row = int("".join(f"{number:0{bits}b}" for number in numbers), 2).to_bytes(bits, "big")
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
-    header = struct.pack(">IIBBBBB", 8, 1, bits, 0, 0, 0, 0)
-    png = (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" + row)) + chunk(b"IEND", b"")
-    )
     one_map(tmp_path, np.zeros((1, 8), np.uint8))
-    (tmp_path / "labels" / "train" / "a.png").write_bytes(png)
+    (tmp_path / "labels" / "train" / "a.png").write_bytes(png(8, 1, bits, 0, b"\0" + row))
     assert part(tmp_path)[0][1].tolist() == [numbers]
 
 

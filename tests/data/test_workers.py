@@ -16,26 +16,18 @@ from label_map_files import write_shapes
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from sparkmim.data import (
-    LabelledDataset,
-    PretrainDataset,
-    Source,
-    TargetDataset,
-    array_transform,
-    classify_transform,
-    collate,
-    detection_transform,
-    images_source,
-    open_coco,
-    open_labelled,
-    open_segmentation,
-    open_source,
-    pretrain_transform,
-    segmentation_transform,
-)
+from sparkmim.data.arrays import array_transform
+from sparkmim.data.augmentation import classify_transform, pretrain_transform
+from sparkmim.data.coco import open_coco
+from sparkmim.data.dataset import LabelledDataset, PretrainDataset, TargetDataset, collate
 from sparkmim.data.decoding import strict_pillow
+from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.inference import Preparation, _Stills
+from sparkmim.data.label_maps import open_segmentation
+from sparkmim.data.labelled import open_labelled
 from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.segmentation_transforms import segmentation_transform
+from sparkmim.data.source import Source, images_source, open_source
 
 HALF = [0.5] * 3
 

@@ -14,7 +14,8 @@ from PIL import Image
 
 import sparkmim
 from processes import Cli
-from sparkmim.data import decode, eval_transform
+from sparkmim.data.augmentation import eval_transform
+from sparkmim.data.decoding import decode
 from sparkmim.evaluation import knn_accuracy, stage_features
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights

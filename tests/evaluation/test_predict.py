@@ -14,7 +14,8 @@ import torch
 import sparkmim
 from processes import Cli
 from sparkmim.cli import _spelled_as_arguments, build_parser
-from sparkmim.data import decode, eval_transform
+from sparkmim.data.augmentation import eval_transform
+from sparkmim.data.decoding import decode
 from sparkmim.evaluation import stage_features
 from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata

@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 
-from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
+from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.interop.detectron2 import detectron2_name
 from sparkmim.interop.openmmlab import openmmlab_name
 from sparkmim.training.layer_decay import layer_decay_exponents

@@ -26,7 +26,7 @@ import sparkmim
 from originals import PUBLISHED, original_file
 from processes import run
 from sparkmim.cli import main
-from sparkmim.data import eval_transform
+from sparkmim.data.augmentation import eval_transform
 from sparkmim.interop import official
 from sparkmim.interop.export import SUFFIXES
 from sparkmim.interop.metadata import WeightsMetadata

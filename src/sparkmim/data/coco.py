@@ -9,7 +9,7 @@ import math
 import os
 import pickle
 import warnings
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
@@ -25,6 +25,7 @@ from torchvision import tv_tensors
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.dataset import SharedPaths
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size
+from sparkmim.data.discovery import existing_folder
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 from sparkmim.data.problems import Problems, counted, few, repeated, report
 from sparkmim.errors import MissingPath, UserError
@@ -72,9 +73,7 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
 
     Names of the part to validate on are `val`, `valid`, `validation` and `test`, in this order.
     """
-    root = Path(root).expanduser().absolute()
-    if not root.is_dir():
-        raise MissingPath(f"there is no folder {root}")
+    root = existing_folder(root)
     for name in PART_NAMES[part]:
         stems = f"instances_{name}[0-9]*", f"instances_{name}", f"{name}[0-9]*", name, f"{name}_coco"
         patterns = [f"{folder}{stem}.json" for folder in ("annotations/", "") for stem in stems]
@@ -137,7 +136,7 @@ def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
 
 
 def read_coco(file: str | Path) -> dict[str, Any]:
-    """Reads an annotation file: lists `images`, `annotations` and `categories`, of which only the second may be empty."""
+    """Reads an annotation file, whose lists `images` and `categories` are not empty and whose ids are integers."""
     file = Path(file)
     if not file.is_file():
         raise MissingPath(f"there is no annotation file {file}")
@@ -206,7 +205,7 @@ class CocoImages(Dataset[Any]):
 
     @property
     def file_names(self) -> list[str]:
-        return [self._names[place] for place in range(len(self))]
+        return list(self._names)
 
     def path(self, place: int) -> Path:
         """Returns the path of an image."""
@@ -363,9 +362,7 @@ def open_coco(annotations: str | Path, images: str | Path, masks: bool | None = 
     if `masks`; None if they have them whenever the file does.
     """
     coco_tools("mask")
-    annotations, images = Path(annotations).expanduser().absolute(), Path(images).expanduser().absolute()
-    if not images.is_dir():
-        raise MissingPath(f"there is no folder of images {images}")
+    annotations, images = Path(annotations).expanduser().absolute(), existing_folder(images, "folder of images")
     return CocoImages(annotations, images, read_coco(annotations), masks)
 
 

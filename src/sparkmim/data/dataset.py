@@ -185,7 +185,7 @@ class TargetDataset(AugmentedDataset):
     """
 
     def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any], seed: int = 0) -> None:
-        super().__init__(images, transform, seed, read=_unchanged)
+        super().__init__(images, transform, seed, read=unchanged)
 
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
         sample = super().__getitem__(key)
@@ -193,7 +193,7 @@ class TargetDataset(AugmentedDataset):
         return {**sample, "image": image, "target": target}
 
 
-def _unchanged(item: Any, name: str) -> Any:
+def unchanged(item: Any, name: str = "") -> Any:
     return item
 
 

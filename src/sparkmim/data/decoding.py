@@ -140,12 +140,6 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         return _to_tensor(image, channels, upright)
 
 
-def pixels_of(path: str | Path) -> int:
-    """Returns the number of pixels by an image's header; errors are those of `stored_size`."""
-    (height, width), _ = stored_size(path)
-    return height * width
-
-
 def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
     """Returns stored height and width by an image's header, and whether its EXIF orientation swaps them.
 
@@ -237,7 +231,7 @@ _outside = ExitStack()
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Limits images to `MAX_PIXELS`, and silences decoders' warnings; threads may enter it at once, and within itself."""
+    """Limits images to `MAX_PIXELS`, and silences decoders' warnings. It is reentrant, and safe for threads."""
     # Pillow takes its limit from a global alone (TIFF files ask for it as late as when pixels are loaded), and filters
     # of warnings are global too: the first thread to enter sets both, and the last to leave restores them.
     global _inside

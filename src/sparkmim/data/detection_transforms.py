@@ -27,21 +27,12 @@ def detection_transform(
 ) -> DetectionTransform:
     """Makes the usual augmentation for detectors: mirroring, random crops if wanted, and a random size.
 
-    The shorter side is resized to one of the sizes, or the longer side to its limit if that is less. The crop of DETR
-    (Carion et al., ECCV 2020) comes before that, with probability 0.5: the shorter side is resized to 400, 500 or 600,
-    and a part of 384 to 600 pixels per axis is cut out.
+    The shorter side is resized to a size drawn from `shortest`, or the longer side to `longest` if that is less. The
+    crop of DETR (Carion et al., ECCV 2020) comes before that, with probability 0.5: the shorter side is resized to 400,
+    500 or 600, and a part of 384 to 600 pixels per axis is cut out.
 
     Boxes are clipped to the rest of the image. Those of less than a pixel on a side, or whose mask is cut away, are
     left out.
-
-    Args:
-        shortest: sizes in pixels to draw the shorter side from, such as `range(480, 897)`.
-        longest: upper limit of the longer side.
-        flip: probability of mirroring.
-        crop: `none` or `detr`.
-
-    Raises:
-        UserError: if a size is out of range.
     """
     _check_sizes(shortest, longest)
     steps: list[nn.Module] = [v2.RandomHorizontalFlip(flip)]
@@ -57,15 +48,11 @@ def detection_resize(shortest: int, longest: int) -> Callable[[Tensor], Tensor]:
     """Makes the transform for evaluation, from uint8 `[3, H, W]` to float32 in 0…1, without anything random.
 
     The shorter side is resized to `shortest`, or the longer one to `longest` if that is less.
-
-    Raises:
-        UserError: if a size is out of range.
     """
     _check_sizes([shortest], longest)
-    resize: Callable[[Tensor], Tensor] = v2.Compose(
-        [v2.RandomShortestSize([shortest], longest), v2.ToDtype(torch.float32, scale=True)]
-    )
-    return resize
+    resize = v2.RandomShortestSize([shortest], longest)
+    transform: Callable[[Tensor], Tensor] = v2.Compose([resize, v2.ToDtype(torch.float32, scale=True)])
+    return transform
 
 
 class _RandomPart(v2.Transform):  # type: ignore[misc]  # torchvision is untyped

@@ -57,14 +57,10 @@ def find_images(
 
     Returns:
         Absolute paths; those of a folder are sorted.
-
-    Raises:
-        MissingPath: if `data`, or a file that it names, does not exist.
-        UserError: if there is no image, or `data` is neither a folder nor a text file.
     """
     root = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100 (removes "..", resolves no links)
     if root.is_dir():
-        return _find_in_folder(root, cache if cache is not None else _user_cache(), progress, suffixes)
+        return _find_in_folder(root, cache or _user_cache(), progress, suffixes)
     if not root.exists():
         raise MissingPath(f"there is no folder or text file {root}")
     if root.name.lower().endswith(suffixes):
@@ -80,11 +76,24 @@ def _read_list(file: Path) -> list[str]:
     paths = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]  # noqa: PTH118
     if not paths:
         raise UserError(f"{file} names no image; it should have one path per line")
+    check_files(paths, file)
+    return paths
+
+
+def existing_folder(folder: str | Path, what: str = "folder") -> Path:
+    """Returns the absolute path of a folder; raises a `MissingPath` if there is none."""
+    path = Path(folder).expanduser().absolute()
+    if not path.is_dir():
+        raise MissingPath(f"there is no {what} {path}")
+    return path
+
+
+def check_files(paths: list[str], named_by: Path) -> None:
+    """Raises a `MissingPath` if a file does not exist."""
     missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113 (a million of them)
     if missing:
-        what = f"{len(missing):,} of the {len(paths):,} files that {file} names do not exist"
+        what = f"{len(missing):,} of the {len(paths):,} files that {named_by} names do not exist"
         raise MissingPath(f"{what}; the first is {missing[0]}")
-    return paths
 
 
 def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str, ...]) -> list[str]:

@@ -12,7 +12,7 @@ from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from sparkmim.data.arrays import MissingPackage, WholeArray
+from sparkmim.data.arrays import WholeArray
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.dataset import share_paths
 from sparkmim.data.decoding import UnreadableImage, name_of
@@ -25,21 +25,13 @@ CROP = 0.875
 
 @dataclass(frozen=True)
 class Preparation:
-    """How images become a network's input, without anything random.
-
-    Attributes:
-        image_size: input size per axis.
-        channels: image channels.
-        mean: mean per channel, as in training; None if that is not known.
-        std: standard deviation per channel, as mean.
-        crop: share of the resized image that the centre crop shows; None to resize it whole, as arrays always are.
-    """
+    """How images become a network's input, without anything random."""
 
     image_size: tuple[int, ...]
     channels: int
-    mean: Sequence[float] | None
+    mean: Sequence[float] | None  # per channel, as in training; None if that is not known
     std: Sequence[float] | None
-    crop: float | None
+    crop: float | None  # share that the centre crop shows; None to resize images whole, as arrays always are
 
     @property
     def rank(self) -> int:
@@ -62,19 +54,12 @@ class Preparation:
 
 @dataclass
 class Batch:
-    """Images in the order of their source.
+    """Images in the order of their source."""
 
-    Attributes:
-        images: readable images, `[b, C, *S]`; None if there is none.
-        places: their places in the source.
-        names: their paths, or numbers of items.
-        unreadable: place, name and reason of each unreadable image.
-    """
-
-    images: Tensor | None
-    places: list[int]
-    names: list[str]
-    unreadable: list[tuple[int, str, str]]
+    images: Tensor | None  # readable ones [b, C, *S]; None if there is none
+    places: list[int]  # of readable images in the source
+    names: list[str]  # of readable images: their paths, or numbers of items
+    unreadable: list[tuple[int, str, str]]  # place, name and reason
 
 
 class _Stills(Dataset[tuple[int, str, Tensor | str]]):
@@ -92,8 +77,6 @@ class _Stills(Dataset[tuple[int, str, Tensor | str]]):
             item = self.items[place]
             name = name_of(item, place)
             return place, name, self.transform(self.read(item, name=name))
-        except MissingPackage:
-            raise
         except UnreadableImage as error:
             return place, name, error.reason
         except OSError as error:  # a dataset that opens files itself
@@ -115,13 +98,8 @@ def still_batches(
 ) -> Iterator[Batch]:
     """Reads images in order, and shows progress on stderr if that is a terminal.
 
-    Args:
-        source: images to read.
-        preparation: how they become the network's input.
-        batch_size: items per batch, of which unreadable ones are left out.
-        workers: loader workers; None for 2, or 0 if there is a single batch.
-        device: device of the images.
-        doing: words for the progress bar.
+    Batches are of `batch_size` items, of which unreadable ones are left out. If `workers` is None, there are 2, or none
+    for a single batch.
     """
     if workers is None:
         workers = 2 if len(source.items) > batch_size else 0  # reading one batch beats starting workers

@@ -21,9 +21,9 @@ from torchvision import tv_tensors
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.dataset import SharedPaths
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, pillow_errors, size_text, stored_size
-from sparkmim.data.discovery import SUFFIXES, find_images
+from sparkmim.data.discovery import SUFFIXES, existing_folder, find_images
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
-from sparkmim.data.problems import Problems, counted, few
+from sparkmim.data.problems import Problems, counted, few, report
 from sparkmim.data.source import Source
 from sparkmim.errors import MissingPath, UserError
 
@@ -57,11 +57,8 @@ def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
 
     `images/train/` and `labels/train/`, or `training`; `images/val/` and `labels/val/`, or `valid`, `validation`,
     `test`. Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`.
-
     """
-    root = Path(root).expanduser().absolute()
-    if not root.is_dir():
-        raise MissingPath(f"there is no folder {root}")
+    root = existing_folder(root)
     name = next((name for name in PART_NAMES[part] if (root / "images" / name).is_dir()), None)
     if name is None:
         raise MissingPath(
@@ -122,11 +119,9 @@ class SegmentationImages(Dataset[Any]):
             if twice:
                 self.problems.fatal.append(f"{counted(len(twice), what)} with another of the same name: {twice[0]}")
         if images and labels:
-            for what, these, others in (("image", images, labels), ("label map", labels, images)):
-                alone = [these[stem][0] for stem in sorted(these.keys() - others.keys())]
-                if alone:
-                    other = "label map" if what == "image" else "image"
-                    self.problems.fatal.append(f"{counted(len(alone), what)} without {other}: {few(alone)}")
+            for what, other, these in (("image", "label map", images), ("label map", "image", labels)):
+                alone = [these[stem][0] for stem in sorted(these.keys() - set(both))]
+                report(self.problems.fatal, alone, f"without {other}", what)
         self._images = SharedPaths(images[stem][0] for stem in both)
         self._labels = SharedPaths(labels[stem][0] for stem in both)
 
@@ -140,8 +135,7 @@ class SegmentationImages(Dataset[Any]):
     @property
     def source(self) -> Source:
         """The images without their label maps."""
-        paths = [str(self.files.images / self.name(place)) for place in range(len(self))]
-        return Source(paths, self.arrays, self.channels, 2)
+        return Source([str(self.files.images / name) for name in self._images], self.arrays, self.channels, 2)
 
     def label_path(self, place: int) -> Path:
         """Returns the path of a label map."""
@@ -231,10 +225,9 @@ def open_segmentation(
     Label maps are PNG files whose values are classes: grey of up to 16 bits, or with a palette. `ignore` is the value
     of ignored pixels. With `reduce`, pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
     """
-    files = SegmentationFiles(*(Path(folder).expanduser().absolute() for folder in (images, labels)))
-    for folder, what in zip(files, ("images", "label maps"), strict=True):
-        if not folder.is_dir():
-            raise MissingPath(f"there is no folder of {what} {folder}")
+    files = SegmentationFiles(
+        existing_folder(images, "folder of images"), existing_folder(labels, "folder of label maps")
+    )
     return SegmentationImages(files, channels, ignore, reduce)
 
 
@@ -289,9 +282,7 @@ def check_segmentation(
         if not classes and not every.fatal:
             every.fatal.append(f"{part.files.labels}: every pixel of every label map is ignored")
     without = [name for number, name in enumerate(listed) if number not in seen[0]]
-    if without:
-        number = counted(len(without), "class", "classes")
-        every.notes.append(f"{number} without a pixel in {parts[0].files.labels}: {few(without)}")
+    report(every.notes, without, f"without a pixel in {parts[0].files.labels}", "class", "classes")
     return listed, every.check(" and ".join(dict.fromkeys(str(part.files.images) for part in parts)))
 
 
@@ -307,19 +298,14 @@ def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tupl
                           disable=not console.is_terminal):  # fmt: skip
             if look.wrong:
                 wrong[look.wrong].append(look.what)
-            if names is not None and (outside := [number for number in look.classes if number >= len(names)]):
-                values = few([number + part.reduce for number in outside])
-                wrong["outside"].append(f"{look.what} has {values}")
+            if names is not None and (values := [n + part.reduce for n in look.classes if n >= len(names)]):
+                wrong["outside"].append(f"{look.what} has {few(values)}")
             for number, pixels in look.classes.items():
                 totals[number] += pixels
     for kind, (word, words) in _WRONG.items():
         if wrong[kind]:
             found.fatal.append(f"{counted(len(wrong[kind]), word, words)}: {few(wrong[kind])}")
-    if wrong["outside"] and names is not None:
-        found.fatal.append(
-            f"{counted(len(wrong['outside']), 'label map')} with values that are none of the {len(names)} classes: "
-            f"{few(wrong['outside'])}"
-        )
-    if wrong["image"]:
-        found.notes.append(f"{counted(len(wrong['image']), 'image')} that cannot be read: {few(wrong['image'])}")
+    outside = f"with values that are none of the {len(names or ())} classes"
+    report(found.fatal, wrong["outside"], outside, "label map")
+    report(found.notes, wrong["image"], "that cannot be read", "image")
     return found, totals

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from sparkmim.data.discovery import SUFFIXES, find_images
+from sparkmim.data.discovery import SUFFIXES, check_files, find_images
 from sparkmim.data.problems import counted, few
 from sparkmim.errors import MissingPath, UserError
 
@@ -36,16 +36,10 @@ _LABEL_COLUMNS = ("label", "class", "category", "target")
 
 @dataclass(frozen=True)
 class Labelled:
-    """Images with their classes.
+    """Images with their classes."""
 
-    Attributes:
-        items: list of paths, or a dataset whose items hold an image first.
-        labels: long `[n]`, indices into `classes`.
-        classes: names of the classes.
-    """
-
-    items: Any
-    labels: Tensor
+    items: Any  # list of paths, or a dataset whose items hold an image first
+    labels: Tensor  # long [n], indices into `classes`
     classes: list[str]
 
     def __len__(self) -> int:
@@ -58,13 +52,7 @@ class Labelled:
         return Labelled(items, self.labels[list(chosen)], self.classes)
 
     def draw(self, per_class: int, generator: torch.Generator) -> Labelled:
-        """Draws `per_class` images of each class, or all of a class that has fewer.
-
-        Example:
-            >>> images = Labelled(list("abcdef"), torch.tensor([0, 0, 0, 1, 1, 1]), ["x", "y"])
-            >>> images.draw(2, torch.Generator().manual_seed(0)).labels.tolist()
-            [0, 0, 1, 1]
-        """
+        """Draws `per_class` images of each class, or all of a class that has fewer."""
         chosen: list[int] = []
         for label in range(len(self.classes)):
             of_class = (self.labels == label).nonzero().flatten()
@@ -73,14 +61,7 @@ class Labelled:
         return self.take(chosen)
 
     def split(self, share: float, seed: int) -> tuple[Labelled, Labelled]:
-        """Sets apart a share of every class, at least one image.
-
-        Returns:
-            The remaining images, and those set apart.
-
-        Raises:
-            UserError: if a class has a single image.
-        """
+        """Sets apart a share of every class, at least one image; returns the remaining images, and those set apart."""
         if not 0 < share < 1:
             raise UserError(f"val_split is {share}; it is a share of the images, between 0 and 1")
         counts = torch.bincount(self.labels, minlength=len(self.classes))
@@ -109,18 +90,8 @@ def open_labelled(
     - a CSV file with a header, columns `path` and `label`, and optionally `split`; paths are relative to the file;
     - a map-style dataset of (image, label), with names in `classes` if it has them.
 
-    Args:
-        data: as above.
-        val_data: validation images from elsewhere, as `data`; of no other classes.
-        val_split: share of every class to set apart if there are no validation images.
-        seed: seed of that split.
-
-    Returns:
-        Images to train on, and to validate on; None if there are no validation images.
-
-    Raises:
-        UserError: if there are no images or no classes, or if validation has classes that training lacks.
-        MissingPath: if a path does not exist.
+    Validation images may also be given as `val_data`, of no other classes, or be a share `val_split` of every class,
+    drawn by `seed`. The second result is None if there are none.
     """
     if data is None:
         raise UserError("no data given; --data names a folder with a folder per class, or a CSV file")
@@ -141,10 +112,8 @@ def _with_classes(images: Labelled, classes: list[str]) -> Labelled:
     """Numbers the classes of validation images as in training."""
     unknown = sorted(set(images.classes) - set(classes))
     if unknown:
-        raise UserError(
-            f"no images to train on for {counted(len(unknown), 'class', 'classes')} of the validation images: "
-            f"{few(unknown, 5)}"
-        )
+        number = counted(len(unknown), "class", "classes")
+        raise UserError(f"no images to train on for {number} of the validation images: {few(unknown, 5)}")
     place = torch.tensor([classes.index(name) for name in images.classes])
     return Labelled(images.items, place[images.labels], classes)
 
@@ -158,8 +127,7 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
     if root.is_file():
         return _of_table(root)
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
-    train = next((folders[name] for name in PART_NAMES["train"] if name in folders), None)
-    val = next((folders[name] for name in PART_NAMES["val"] if name in folders), None)
+    train, val = (next((folders[name] for name in names if name in folders), None) for names in PART_NAMES.values())
     if train is not None:
         return _of_folder(train), None if val is None else _of_folder(val, fewest=1)
     return _of_folder(root), None
@@ -195,11 +163,7 @@ def _of_table(file: Path) -> tuple[Labelled, Labelled | None]:
         if not (row[path_column] or "").strip() or not (row[label_column] or "").strip():
             raise UserError(f"line {number} of {file} lacks a path or a label")
     paths = [os.path.join(file.parent, row[path_column].strip()) for row in rows]  # noqa: PTH118
-    missing = [path for path in paths if not os.path.isfile(path)]  # noqa: PTH113
-    if missing:
-        raise MissingPath(
-            f"{len(missing):,} of the {len(paths):,} files that {file} names do not exist; the first is {missing[0]}"
-        )
+    check_files(paths, file)
     names = [row[label_column].strip() for row in rows]
     classes = sorted(set(names), key=lambda name: (not name.isdigit(), int(name) if name.isdigit() else 0, name))
     if len(classes) < 2:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from sparkmim.data.dataset import collate
+from sparkmim.data.dataset import collate, unchanged
 from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.samplers import StepBatchSampler
 
@@ -56,14 +56,10 @@ class _Marked(Dataset[tuple[int, Any, str]]):
             return place, None, str(error)
 
 
-def _single(samples: list[Any]) -> Any:
-    return samples[0]
-
-
 def one_by_one(source: Any, places: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
     """Yields places and items of a validation set in order; logs unreadable ones and leaves them out."""
     loader = DataLoader(
-        _Marked(source, places), 1, num_workers=workers if len(places) > _FEW else 0, collate_fn=_single,
+        _Marked(source, places), None, num_workers=workers if len(places) > _FEW else 0, collate_fn=unchanged,
         worker_init_fn=leave_signals_to_the_parent,
     )  # fmt: skip
     for place, item, complaint in loader:

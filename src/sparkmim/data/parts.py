@@ -24,10 +24,6 @@ def find_part(
         named: the two paths by their arguments, such as `val_annotations` and `val_images`.
         kind: makes the result from the two paths.
         find: finds the part in `data`.
-
-    Raises:
-        UserError: if only one path is named, or nothing is.
-        MissingPath: if the part does not exist.
     """
     first, second = named
     paths = [Path(path) for path in named.values() if path]

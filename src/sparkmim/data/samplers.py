@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch.utils.data import Sampler
@@ -17,6 +19,7 @@ def counted_seed(*parts: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     """The batches of one epoch for one process, as lists of `(epoch, index)`.
 
@@ -24,19 +27,8 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
     process its `batch_size` of them in turn, so the number of processes changes no step. Samples that do not fill a
     last step are left out, and appear in other epochs.
 
-    Args:
-        num_samples: size of the dataset.
-        batch_size: samples per step and process.
-        rank: number of this process.
-        world_size: number of processes.
-        seed: seed of the order.
-        epoch: number of the epoch.
-        start_step: first step, to resume within an epoch.
-        repeats: number of times that an image is repeated in a row (repeated augmentation, Hoffer et al., CVPR 2020).
-            An epoch keeps its length, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
-
-    Raises:
-        UserError: if the dataset does not fill one step, or an argument is out of range.
+    With `repeats`, an image is repeated so many times in a row (repeated augmentation, Hoffer et al., CVPR 2020). An
+    epoch keeps its length, and so shows fewer images; its batches hold `(epoch, index, repeat)`.
 
     Example:
         >>> sampler = EpochBatchSampler(num_samples=5, batch_size=2, epoch=3)
@@ -44,36 +36,26 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
         (2, [3, 3, 3, 3])
     """
 
-    def __init__(
-        self,
-        num_samples: int,
-        batch_size: int,
-        rank: int = 0,
-        world_size: int = 1,
-        seed: int = 0,
-        epoch: int = 0,
-        start_step: int = 0,
-        repeats: int = 1,
-    ) -> None:
-        if batch_size < 1 or world_size < 1 or not 0 <= rank < world_size:
-            raise UserError(f"batch_size {batch_size}, rank {rank} and world_size {world_size} do not go together")
-        if num_samples < batch_size * world_size:
-            largest = num_samples // world_size
-            processes = f" on each of {world_size} processes" if world_size > 1 else ""
+    num_samples: int
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+    seed: int = 0
+    epoch: int = 0
+    start_step: int = 0
+    repeats: int = 1
+
+    def __post_init__(self) -> None:
+        size, rank, world = self.batch_size, self.rank, self.world_size
+        if size < 1 or world < 1 or not 0 <= rank < world:
+            raise UserError(f"batch_size {size}, rank {rank} and world_size {world} do not go together")
+        if self.num_samples < size * world:
+            largest = self.num_samples // world
+            processes = f" on each of {world} processes" if world > 1 else ""
             advice = f"use a batch size of at most {largest}{processes}" if largest else "use fewer processes"
-            raise UserError(
-                f"one step takes {batch_size * world_size} images, but there are only {num_samples}; {advice}"
-            )
-        self.num_samples = num_samples
-        self.batch_size = batch_size
-        self.rank = rank
-        self.world_size = world_size
-        self.seed = seed
-        self.epoch = epoch
-        self.start_step = start_step
-        self.repeats = repeats
-        if not 0 <= start_step <= len(self):
-            raise UserError(f"start_step is {start_step}; an epoch has {len(self)} steps")
+            raise UserError(f"one step takes {size * world} images, but there are only {self.num_samples}; {advice}")
+        if not 0 <= self.start_step <= len(self):
+            raise UserError(f"start_step is {self.start_step}; an epoch has {len(self)} steps")
 
     def __len__(self) -> int:
         """Number of steps of the whole epoch, wherever iteration starts."""
@@ -91,47 +73,28 @@ class EpochBatchSampler(Sampler[list[tuple[int, ...]]]):
                 yield [(self.epoch, int(order[place // self.repeats]), place % self.repeats) for place in places]
 
 
+@dataclass(eq=False)
 class StepBatchSampler(Sampler[list[tuple[int, ...]]]):
     """The endless batches of all epochs, from the current step on.
 
-    Args:
-        samples: number of images in the data set.
-        batch_size: images per optimiser step, over all processes.
-        parts: batches that a step is split into on each process.
-        rank: number of this process.
-        world_size: number of processes.
-        seed: seed of the order.
-        position: returns the optimiser step to start at, called when iteration starts.
-        repeats: as for `EpochBatchSampler`.
+    The other arguments are those of `EpochBatchSampler`.
     """
 
-    def __init__(
-        self,
-        samples: int,
-        batch_size: int,
-        parts: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        position: Callable[[], int],
-        repeats: int = 1,
-    ) -> None:
-        self.samples = samples
-        self.local_batch = batch_size // (parts * world_size)
-        self.parts = parts
-        self.rank, self.world_size = rank, world_size
-        self.seed = seed
-        self.position = position
-        self.repeats = repeats
-        self.steps_per_epoch = samples // batch_size
+    samples: int
+    batch_size: int  # per optimiser step, over all processes
+    parts: int  # batches that a step is split into on each process
+    rank: int
+    world_size: int
+    seed: int
+    position: Callable[[], int]  # returns the optimiser step to start at, called when iteration starts
+    repeats: int = 1
 
     def __iter__(self) -> Iterator[list[tuple[int, ...]]]:
-        epoch, step = divmod(self.position(), self.steps_per_epoch)
+        steps, size = self.samples // self.batch_size, self.batch_size // (self.parts * self.world_size)
+        epoch, step = divmod(self.position(), steps)
         while True:
             batches = EpochBatchSampler(
-                self.samples, self.local_batch, rank=self.rank, world_size=self.world_size, seed=self.seed,
-                epoch=epoch, start_step=step * self.parts, repeats=self.repeats,
-            )  # fmt: skip
-            for _, batch in zip(range((self.steps_per_epoch - step) * self.parts), batches, strict=False):
-                yield batch
+                self.samples, size, self.rank, self.world_size, self.seed, epoch, step * self.parts, self.repeats
+            )
+            yield from itertools.islice(batches, (steps - step) * self.parts)
             epoch, step = epoch + 1, 0

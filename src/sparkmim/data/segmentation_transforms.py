@@ -38,10 +38,8 @@ def segmentation_transform(
     If the image is smaller than the square, it is padded with the mean colour, and its label map with `IGNORED`.
 
     Args:
-        shortest: usual length of the shorter side, in pixels.
-        crop: side of the square, in pixels.
-        mean: mean per channel, of images in 0…1, or of arrays in their own units.
-        std: standard deviation per channel, as mean.
+        shortest, crop: usual length of the shorter side, and side of the square, in pixels.
+        mean, std: per channel, of images in 0…1, or of arrays in their own units.
         flip: probability of mirroring.
         jitter: largest relative change of contrast and saturation; brightness changes by up to a quarter of it, the hue
             by up to a tenth of it times the full circle. Ignored for arrays.
@@ -70,9 +68,6 @@ def segmentation_resize(shortest: int, mean: Sequence[float], std: Sequence[floa
     """Makes the transform for evaluation, from `[C, H, W]` to normalised float32, without anything random.
 
     The shorter side is resized to `shortest`, unless the longer one would exceed four times that.
-
-    Raises:
-        UserError: if the size is out of range.
     """
     resize = detection_resize(shortest, LONGEST * shortest)
     whole: Callable[[Tensor], Tensor] = v2.Compose([resize, v2.Normalize(list(mean), list(std))])

@@ -15,22 +15,18 @@ class SkipLog:
         max_fraction: share of samples that others may stand in for.
         epoch_size: samples that this process sees in an epoch, if known. The share is judged from 100 samples or one
             epoch on, whichever is less.
-
-    Attributes:
-        seen: number of samples so far.
-        count: number of samples that others stood in for.
-        unique: path and reason of each unreadable image, in order of appearance.
     """
 
     def __init__(self, max_fraction: float = 0.1, epoch_size: int | None = None) -> None:
         self.max_fraction = max_fraction
         self.enough = 100 if epoch_size is None else min(100, epoch_size)
         self.seen = 0
-        self.count = 0
+        self.count = 0  # samples that others stood in for
         self._unique: dict[str, None] = {}
 
     @property
     def unique(self) -> list[str]:
+        """Path and reason of each unreadable image, in order of appearance."""
         return list(self._unique)
 
     def add(self, batch: Mapping[str, Any]) -> list[str]:
@@ -44,13 +40,9 @@ class SkipLog:
         return new
 
     def check(self, seen: int | None = None) -> None:
-        """Raises an error if too many images are unreadable.
+        """Raises `UnusableData` if others stood in for more than `max_fraction` of the samples.
 
-        Args:
-            seen: number of samples so far, if not all of them went through `add`.
-
-        Raises:
-            UnusableData: if others stood in for more than `max_fraction` of them.
+        `seen` is their number, if not all of them went through `add`.
         """
         seen = self.seen if seen is None else seen
         if seen >= self.enough and self.count > self.max_fraction * seen:

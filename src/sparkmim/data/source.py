@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from sparkmim.data.arrays import ARRAY_SUFFIXES, MissingPackage, to_array
+from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.augmentation import normalisation
 from sparkmim.data.decoding import UnreadableImage, to_image
 from sparkmim.data.discovery import SUFFIXES, find_images
@@ -24,19 +24,12 @@ _FIRST_LOOK = 200
 
 @dataclass(frozen=True)
 class Source:
-    """A data set, and how its items are read. `Source.of` decides whether they are images or arrays.
+    """A data set, and how its items are read. `Source.of` decides whether they are images or arrays."""
 
-    Attributes:
-        items: a sequence of paths, or a dataset.
-        arrays: whether items are arrays in their own units, of any channels and axes, rather than 8-bit images.
-        channels: channels of an item.
-        rank: number of spatial axes.
-    """
-
-    items: Any
-    arrays: bool
+    items: Any  # a sequence of paths, or a dataset
+    arrays: bool  # whether items are arrays in their own units, of any channels and axes, rather than 8-bit images
     channels: int
-    rank: int
+    rank: int  # number of spatial axes
 
     @classmethod
     def of(cls, items: Any, channels: int, rank: int, name: object = "the data set") -> Source:
@@ -44,9 +37,6 @@ class Source:
 
         Image files hold 1 or 3 channels and two axes: anything else is read as arrays, and so are paths without an
         image file among them.
-
-        Raises:
-            UserError: if arrays are needed, but all paths are image files.
         """
         arrays = rank != 2 or channels not in (1, 3)
         if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
@@ -62,12 +52,7 @@ class Source:
 
     @classmethod
     def of_files(cls, data: str | Path, channels: int, rank: int) -> Source:
-        """Finds the files of a folder or a text file, as `find_images` does; of images and arrays, one kind.
-
-        Raises:
-            MissingPath: if `data`, or a file that it names, does not exist.
-            UserError: if there are no files, or only image files where arrays are needed.
-        """
+        """Finds the files of a folder or a text file, as `find_images` does; of images and arrays, one kind."""
         paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
         found = cls.of(paths, channels, rank, data)
         return cls([path for path in paths if _is_array(path) == found.arrays], found.arrays, channels, rank)
@@ -87,11 +72,7 @@ class Source:
     def normalisation(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
     ) -> tuple[list[float], list[float]]:
-        """Settles mean and standard deviation per channel: what is given, else ImageNet's for images, else measured.
-
-        Raises:
-            UserError: if there is not one value per channel, or arrays cannot be measured.
-        """
+        """Settles mean and standard deviation per channel: what is given, else ImageNet's for images, else measured."""
         if mean is None or std is None:
             usual = normalisation(self.channels)
             if self.arrays:
@@ -113,40 +94,23 @@ def _is_array(path: str | Path) -> bool:
 
 
 def open_source(data: Any, channels: int, rank: int) -> Source:
-    """Opens a data set: a folder, a text file of paths, or a dataset.
-
-    Raises:
-        UserError: if there is nothing to read, or it cannot be read with these channels and axes.
-        MissingPath: if a path does not exist.
-    """
+    """Opens a data set: a folder, a text file of paths, or a dataset."""
     if data is None:
         raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
     if not isinstance(data, (str, Path)):
         return Source.of(data, channels, rank)
     source = Source.of_files(data, channels, rank)
-    if source.arrays:
-        _check_first(source)
+    if source.arrays:  # fail before a run begins, if they have another shape or their format cannot be read here
+        try:
+            source.read(source.items[0])
+        except UnreadableImage as error:
+            if "is of shape" in error.reason:
+                raise UserError(str(error)) from error
     return source
 
 
-def _check_first(source: Source) -> None:
-    """Fails before a run begins if the first array has another shape, or its format cannot be read here."""
-    try:
-        source.read(source.items[0])
-    except MissingPackage:
-        raise
-    except UnreadableImage as error:
-        if "is of shape" in error.reason:
-            raise UserError(str(error)) from error
-
-
 def images_source(images: Any, channels: int, rank: int) -> Source:
-    """Opens an argument `images`: what `open_source` takes, a single file, or a list of these.
-
-    Raises:
-        UserError: if there is nothing to read.
-        MissingPath: if a path does not exist.
-    """
+    """Opens an argument `images`: what `open_source` takes, a single file, or a list of these."""
     if images is None:
         raise UserError("no images given; --images names a folder, an image, or a text file of paths")
     if isinstance(images, list) and images and all(isinstance(part, (str, Path)) for part in images):

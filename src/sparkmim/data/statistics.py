@@ -18,19 +18,12 @@ from sparkmim.errors import UserError
 
 @dataclass
 class ChannelStatistics:
-    """Mean and standard deviation per channel.
-
-    Attributes:
-        mean: mean per channel; in 0…1 for image files, in the data's own units for arrays.
-        std: standard deviation per channel, over all values.
-        samples: number of samples read.
-        unreadable: path and reason of each unreadable sample.
-    """
+    """Mean and standard deviation per channel; in 0…1 for image files, in the data's own units for arrays."""
 
     mean: list[float]
     std: list[float]
-    samples: int
-    unreadable: list[str] = field(default_factory=list)
+    samples: int  # number of samples read
+    unreadable: list[str] = field(default_factory=list)  # path and reason of each unreadable sample
 
 
 def channel_statistics(
@@ -38,15 +31,8 @@ def channel_statistics(
 ) -> ChannelStatistics:
     """Measures mean and standard deviation on samples spread evenly over a data set.
 
-    Args:
-        source: sequence of items.
-        read: called as `read(item, name=...)`, returns `[C, *S]`.
-        scale: divisor of values, 255 for 8-bit images.
-        samples: maximum number of samples.
-        console: shows progress, if it is a terminal.
-
-    Raises:
-        UserError: if nothing can be read, or a channel has the same value everywhere.
+    Items are read as `[C, *S]` by `read(item, name=...)`, and divided by `scale`. Progress is shown if `console` is a
+    terminal.
     """
     count = min(samples, len(source))
     places = [place * len(source) // count for place in range(count)]

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from sparkmim._version import __version__
-from sparkmim.data import Labelled, open_labelled
 from sparkmim.data.inference import Preparation, still_batches
+from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.data.problems import counted
 from sparkmim.data.source import Source
 from sparkmim.errors import UserError

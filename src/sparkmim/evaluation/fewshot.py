@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sparkmim.data import counted_seed
 from sparkmim.data.labelled import Labelled
+from sparkmim.data.samplers import counted_seed
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
 
 

@@ -12,7 +12,7 @@ from PIL import Image
 from rich.console import Console
 from torch import Tensor
 
-from sparkmim.data import UnreadableImage
+from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import Scores, write_metrics

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
+from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import SparK

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkmim.data import IMAGENET_MEAN, IMAGENET_STD
+from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.interop.names import convnext_name, linear_weights, without_head

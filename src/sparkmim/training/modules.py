@@ -18,8 +18,8 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from sparkmim.data import counted_seed
 from sparkmim.data.label_maps import IGNORED
+from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UserError
 from sparkmim.models import SparK
 from sparkmim.models.classifier import head_of

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparkmim.data import normalisation
+from sparkmim.data.augmentation import normalisation
 from sparkmim.data.inference import Preparation, still_batches
 from sparkmim.data.source import images_source
 from sparkmim.drawing.pixels import Tones, to_array

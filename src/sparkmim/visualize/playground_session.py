@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,8 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparkmim.data import decode
-from sparkmim.data.decoding import UnreadableImage, pixels_of
+from sparkmim.data.decoding import UnreadableImage, decode, stored_size
 from sparkmim.data.problems import counted
 from sparkmim.data.source import Source
 from sparkmim.drawing.pixels import HIDDEN, at_pixels, to_array
@@ -131,7 +131,7 @@ class Playground:
         """
         name = Path(path).name
         try:
-            if pixels_of(path) > self.max_pixels:  # before any of them is decoded
+            if math.prod(stored_size(path)[0]) > self.max_pixels:  # before any of them is decoded
                 limit = f"{self.max_pixels / 1e6:.0f} megapixels"
                 raise Refused(f"{name} is larger than {limit}; send a smaller copy of it")
             image = decode(path, self.models[0].preparation.channels)
