@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,6 @@ _NOT_SHOWN = {"data", "out", "resume", "weights", "init_weights", "workers", "de
               "val_data", "save_minutes", "log_every", "picture_every", "max_unreadable", "mean", "std",
               "model"}  # fmt: skip
 """Settings that do not describe the weights, appear elsewhere in the card, or name local paths."""
-
-_MOST_SCORES = 40
 
 
 def write_folder(network: ExportableNetwork, folder: Path) -> int:
@@ -131,7 +130,7 @@ def model_card(network: ExportableNetwork, name: str) -> str:
         f"{'logits' if classes else 'features'} = model(images)"
         f"{'  # pretrained up to its last feature map' if network.is_custom and not classes else ''}\n```\n",
     ]
-    scores = [(key, f"{value:.6g}") for key, value in islice(_scores(known, run), _MOST_SCORES)]
+    scores = [(key, f"{value:.6g}") for key, value in islice(_scores(known, run), 40)]
     if scores:
         parts.append("## Scores\n\n" + _table(("", ""), scores))
     shown = [
@@ -167,11 +166,8 @@ def _scores(known: WeightsMetadata, run: Path | None) -> Iterator[tuple[str, flo
     numbers = {**known.figures, **known.given("step")}
     yield from ((key, float(numbers[key])) for key in ("top1", "top5", "loss", "epoch", "step") if key in numbers)
     for file in sorted(run.glob("*.json")) if run else []:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # not written by us
-        yield from _leaves(content, file.stem)
+        with suppress(ValueError):  # a file that is not ours
+            yield from _leaves(json.loads(file.read_text(encoding="utf-8")), file.stem)
 
 
 def _leaves(content: Any, path: str) -> Iterator[tuple[str, float]]:

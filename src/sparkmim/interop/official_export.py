@@ -78,11 +78,9 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
     unused = {"imn_m": (1, 1), "imn_s": (1, 1), "norm_black": size}  # buffers that the original registers
     module = {name: torch.zeros(1, channels, *shape) for name, shape in unused.items()}
     # The release has no such keys: its images are normalised as ImageNet's.
-    others = {
-        key: list(values)
-        for key, values, usual in (("mean", known.mean, IMAGENET_MEAN), ("std", known.std, IMAGENET_STD))
-        if values and list(values) != list(usual)
-    }
+    usual = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    colours = {key: list(values) for key, values in known.given("mean", "std").items()}
+    others = {key: values for key, values in colours.items() if values != usual[key]}
     return {
         "args": "",
         "input_size": size[0],

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal, TypeVar
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -112,8 +113,6 @@ class Weights:
             crop = CROP if known.crop is None else known.crop
         return Preparation(size, known.channels, known.mean, known.std, crop or None)
 
-    # Networks
-
     def encoder(self, model: str | nn.Module | None = None) -> nn.Module:
         """Returns the encoder with these weights."""
         encoder = self._new_encoder(model)
@@ -164,8 +163,6 @@ class Weights:
         )  # fmt: skip
         self.load_into(whole)
         return whole.eval()
-
-    # Loading into a network
 
     def load_into(self, model: SparK) -> None:
         """Loads encoder and decoder, or the encoder alone if the file holds no decoder."""
@@ -230,7 +227,10 @@ def open_weights(path: str | Path) -> Weights:
         path = _file_of_run(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else official.read(path)
+    if path.suffix == ".safetensors":
+        metadata, tensors = _read_metadata(path), load_file(path)
+    else:
+        tensors, metadata = official.read(path)
     return Weights(path, _kind_of(tensors, metadata), tensors, metadata)
 
 
@@ -265,12 +265,6 @@ def _read_metadata(path: Path) -> WeightsMetadata:
     except Exception as error:
         raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
     return WeightsMetadata.from_json(content, path)
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
-    metadata = _read_metadata(path)
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
 
 
 def load(path: str | Path) -> SparK:
