@@ -1,5 +1,1 @@
 """Foreign weight formats."""
-
-from sparkmim.interop import official
-
-__all__ = ["official"]

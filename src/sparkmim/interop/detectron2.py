@@ -10,8 +10,6 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor
-
 from sparkmim.errors import UserError
 from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.interop.names import without_head
@@ -41,22 +39,16 @@ def detectron2_file(network: ExportableNetwork) -> tuple[bytes, int]:
 
     A ResNet has six arrays per convolution: its weight, and weight, bias, mean, variance and batch counter of its norm;
     318 in a ResNet-50. Detectron2's SyncBN takes the counter, its frozen norm ignores it.
-
-    Raises:
-        UserError: if the network is neither an ordinary ResNet nor a custom one.
     """
-    arrays = {name: tensor.numpy() for name, tensor in _backbone(network).items()}
-    content: dict[str, Any] = {"model": arrays, "__author__": "sparkmim", "matching_heuristics": True}
-    return pickle.dumps(content, protocol=4), len(arrays)
-
-
-def _backbone(network: ExportableNetwork) -> dict[str, Tensor]:
     if network.is_custom:
-        return network.backbone_tensors()
-    if network.family != "resnet":
+        tensors = network.backbone_tensors()
+    elif network.family == "resnet":
+        tensors = {detectron2_name(name): tensor for name, tensor in without_head(network.timm_tensors()[1]).items()}
+    else:
         raise UserError(
             f"detectron2 takes ordinary ResNets, and {network.label} is not one; use mmdet for a ConvNeXt, or onnx for "
             "any network"
         )
-    _, tensors = network.timm_tensors()
-    return {detectron2_name(name): tensor for name, tensor in without_head(tensors).items()}
+    arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+    content: dict[str, Any] = {"model": arrays, "__author__": "sparkmim", "matching_heuristics": True}
+    return pickle.dumps(content, protocol=4), len(arrays)

@@ -59,16 +59,16 @@ def export_weights(
             result.address = push_folder(path, push, private)
         return result
     with replacing(path) as partial:
-        if format == "onnx":
-            result.difference = graphs.write_onnx(network, partial, image_size)
-        elif format == "torch-export":
-            result.difference = graphs.write_torch_export(network, partial, image_size)
+        if format in ("onnx", "torch-export"):
+            write = graphs.write_onnx if format == "onnx" else graphs.write_torch_export
+            result.difference = write(network, partial, image_size)
         elif format == "detectron2":
             content, result.tensors = detectron2_file(network)
             partial.write_bytes(content)
         else:
             entries = _entries(network, format)
-            result.tensors = len(_innermost(entries))
+            tensors = entries.get("module", entries.get("state_dict", entries)).values()
+            result.tensors = sum(isinstance(value, Tensor) for value in tensors)
             if path.suffix == ".safetensors":
                 partial.write_bytes(to_bytes(entries, {"format": "pt"}))
             else:
@@ -85,13 +85,6 @@ def _entries(network: ExportableNetwork, format: str) -> dict[str, Any]:
     if format == "spark":
         return original_file(network)
     return openmmlab_checkpoint(network, detection=format == "mmdet")
-
-
-def _innermost(entries: dict[str, Any]) -> dict[str, Tensor]:
-    """Returns the tensors in the content of a file."""
-    for key in ("module", "state_dict"):
-        entries = entries.get(key, entries)
-    return {name: value for name, value in entries.items() if isinstance(value, Tensor)}
 
 
 def _check(format: str, out: Path, image_size: int | Sequence[int] | None, overwrite: bool, push: str | None) -> None:

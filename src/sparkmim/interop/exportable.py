@@ -32,19 +32,12 @@ _PLAIN_CONVNEXT = re.compile(r"convnext(v2)?_(atto|femto|pico|nano|tiny|small|ba
 
 @dataclass(frozen=True)
 class ExportableNetwork:
-    """A network with its weights.
-
-    Attributes:
-        weights: the file's content.
-        name: timm's name without a tag, `torchvision/NAME`, `file.py:factory`, or "" if unknown.
-        module: the classifier if the weights are a classifier's, else the encoder; in evaluation mode.
-        classes: their names; None for an encoder.
-    """
+    """A network with its weights: a classifier if they are a classifier's, else an encoder."""
 
     weights: Weights
-    name: str
-    module: nn.Module
-    classes: list[str] | None
+    name: str  # timm's without a tag, `torchvision/NAME`, `file.py:factory`, or "" if unknown
+    module: nn.Module  # in evaluation mode
+    classes: list[str] | None  # None for an encoder
 
     @property
     def label(self) -> str:
@@ -84,9 +77,6 @@ class ExportableNetwork:
 
         For an encoder, that is into `timm.create_model(name, num_classes=0)`. A custom network has its factory's name,
         under which it can be registered in timm, and keeps its tensors' names.
-
-        Raises:
-            UserError: if timm has no such network.
         """
         import timm
 
@@ -106,24 +96,14 @@ class ExportableNetwork:
             target = timm.create_model(base, num_classes=len(self.classes or ()), in_chans=self.weights.channels)
         tensors = tensors_of(self.module)
         if base != self.name:
-            tensors = {
-                name: tensors[torchvision_name(name)].reshape(tensor.shape)
-                for name, tensor in target.state_dict().items()
-            }
+            wanted = target.state_dict().items()
+            tensors = {name: tensors[torchvision_name(name)].reshape(tensor.shape) for name, tensor in wanted}
         check_fit(target, tensors, f"timm's {base}")
         return base, tensors
 
 
 def open_exportable(path: str | Path, model: str | nn.Module | None = None) -> ExportableNetwork:
-    """Opens weights and builds their network.
-
-    Args:
-        path: run folder, one of our weight files, or an original SparK file.
-        model: the network's name, or a module, which is copied; None for the name in the file.
-
-    Raises:
-        UserError: if there are no weights, they do not fit, or no name is known.
-    """
+    """Opens weights as `open_weights` does, and builds their network; a module given as `model` is copied."""
     weights, model = open_weights(path), own_module(model)
     classes = weights.classes if weights.kind == "classifier" else None
     module = weights.encoder(model) if classes is None else weights.classifier(model)
@@ -135,16 +115,7 @@ def open_exportable(path: str | Path, model: str | nn.Module | None = None) -> E
 
 
 def check_fit(target: nn.Module, tensors: Mapping[str, Tensor], what: str) -> None:
-    """Checks that names and shapes of tensors are exactly those of a network.
-
-    Args:
-        target: the network.
-        tensors: by name.
-        what: the network's name, for the message.
-
-    Raises:
-        UserError: if they differ.
-    """
+    """Checks that names and shapes of tensors are exactly those of a network, which a message calls `what`."""
     own = {name: tensor.shape for name, tensor in target.state_dict().items()}
     given = {name: tensor.shape for name, tensor in tensors.items()}
     different = sorted(name for name in own.keys() | given.keys() if own.get(name) != given.get(name))

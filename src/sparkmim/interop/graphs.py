@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from sparkmim.errors import UserError
 from sparkmim.interop.exportable import ExportableNetwork
+from sparkmim.interop.official import first_line
 from sparkmim.models import Hierarchy
 from sparkmim.models.classifier import PooledClassifier
 from sparkmim.models.hierarchy import rank_of
@@ -39,13 +41,10 @@ class FeatureMaps(nn.Module):
         # runs to its end, and export leaves out what no output depends on.
         encoder, maps = self.hierarchy.encoder, {}
 
-        def keep(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, __: Any, output: Tensor) -> None:
-                maps[name] = output
+        def keep(name: str, _: nn.Module, __: Any, output: Tensor) -> None:
+            maps[name] = output
 
-            return hook
-
-        handles = [encoder.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+        handles = [encoder.get_submodule(name).register_forward_hook(partial(keep, name)) for name in names]
         try:
             encoder(images)
         finally:
@@ -71,12 +70,7 @@ def write_onnx(network: ExportableNetwork, path: Path, image_size: int | Sequenc
 
     The input is `images` `[batch, C, *S]`, of any batch size. A classifier's output is `logits` `[batch, classes]`; an
     encoder has one output per feature map, `stride4` and so on. The metadata hold image size, mean, std and classes.
-
-    Returns:
-        The largest difference, or None if not compared.
-
-    Raises:
-        UserError: if a package is missing, the network cannot be exported, or the outputs differ.
+    Returns the largest difference, or None if not compared.
     """
     if sum(tensor.nbytes for tensor in network.module.state_dict().values()) > _LARGEST:
         raise UserError(f"{network.label} is larger than an ONNX file can be, 2 GB; export it as torch-export")
@@ -102,23 +96,13 @@ def write_onnx(network: ExportableNetwork, path: Path, image_size: int | Sequenc
 def write_torch_export(network: ExportableNetwork, path: Path, image_size: int | Sequence[int] | None) -> float:
     """Writes a `torch.export` program, reads it again, and compares its outputs with the network's.
 
-    It maps images to logits, or to a tuple of feature maps.
-
-    Returns:
-        The largest difference.
-
-    Raises:
-        UserError: if the network cannot be traced, or the outputs differ.
+    It maps images to logits, or to a tuple of feature maps. Returns the largest difference.
     """
     program, _, size = _traceable(network, image_size)
     exported = _exported(network, program, size)
     torch.export.save(exported, path, extra_files={"sparkmim.json": json.dumps(_metadata(network, size))})
-    module = torch.export.load(path).module()
     images = _images(network, size, 3)
-    with torch.no_grad():
-        outputs = module(images)
-    found = [outputs] if isinstance(outputs, Tensor) else list(outputs)
-    return _difference(network, "torch-export", program, images, found)
+    return _difference(network, "torch-export", program, images, _outputs(torch.export.load(path).module(), images))
 
 
 def _traceable(
@@ -140,27 +124,22 @@ def _traceable(
 
 def _exported(network: ExportableNetwork, program: nn.Module, size: Sequence[int]) -> torch.export.ExportedProgram:
     batch = torch.export.Dim("batch", min=1, max=65535)
+    images = _images(network, size, 2)
     try:
         with torch.no_grad():
-            return torch.export.export(
-                program, (_images(network, size, 2),), dynamic_shapes=({0: batch},), strict=False
-            )
+            return torch.export.export(program, (images,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # torch raises many kinds
-        reason = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"torch.export cannot trace {network.label} at {'×'.join(map(str, size))}: {reason}; give another "
-            "image_size, or export its weights as timm"
+            f"torch.export cannot trace {network.label} at {'×'.join(map(str, size))}: {first_line(error)}; give "
+            "another image_size, or export its weights as timm"
         ) from error
 
 
 def _difference(
     network: ExportableNetwork, format: str, program: nn.Module, images: Tensor, found: Sequence[Tensor]
 ) -> float:
-    with torch.no_grad():
-        outputs = program(images)
-    expected = [outputs] if isinstance(outputs, Tensor) else list(outputs)
     worst = 0.0
-    for one, other in zip(expected, found, strict=True):
+    for one, other in zip(_outputs(program, images), found, strict=True):
         difference = (one - other).abs().max().item()
         worst = max(worst, difference)
         if not difference <= TOLERANCE * max(1.0, one.abs().max().item()):  # NaN must fail too
@@ -170,12 +149,17 @@ def _difference(
     return worst
 
 
+def _outputs(program: nn.Module, images: Tensor) -> list[Tensor]:
+    with torch.no_grad():
+        outputs = program(images)
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
 def _images(network: ExportableNetwork, size: Sequence[int], batch: int) -> Tensor:
     return torch.randn(batch, network.weights.channels, *size, generator=torch.Generator().manual_seed(batch))
 
 
 def _metadata(network: ExportableNetwork, size: Sequence[int]) -> dict[str, str]:
     known = network.weights.metadata
-    values: dict[str, Any] = {"model": network.name, "image_size": list(size), "mean": known.mean, "std": known.std,
-                              "classes": network.classes}  # fmt: skip
+    values = {"model": network.name, "image_size": list(size), **known.given("mean", "std"), "classes": network.classes}
     return {f"sparkmim.{key}": json.dumps(value) for key, value in values.items() if value}

@@ -11,6 +11,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,18 +33,9 @@ _NOT_SHOWN = {"data", "out", "resume", "weights", "init_weights", "workers", "de
               "model"}  # fmt: skip
 """Settings that do not describe the weights, appear elsewhere in the card, or name local paths."""
 
-_MOST_SCORES = 40
-
 
 def write_folder(network: ExportableNetwork, folder: Path) -> int:
-    """Writes a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, if timm has the network.
-
-    Returns:
-        The number of tensors.
-
-    Raises:
-        UserError: if timm has no such network.
-    """
+    """Writes a folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads; returns how many tensors."""
     name, tensors = network.timm_tensors()
     contents = {
         WEIGHTS_FILE: to_bytes(tensors, {"format": "pt"}),
@@ -58,13 +51,8 @@ def write_folder(network: ExportableNetwork, folder: Path) -> int:
 def push_folder(folder: Path, repository: str, private: bool) -> str:
     """Uploads the folder's three files to a repository on the hub, which is created if it does not exist.
 
-    `HF_ENDPOINT` overrides the hub's address; the token is that of `hf auth login` or `HF_TOKEN`.
-
-    Returns:
-        The repository's address.
-
-    Raises:
-        UserError: if the hub refuses or cannot be reached; the folder is kept.
+    `HF_ENDPOINT` overrides the hub's address; the token is that of `hf auth login` or `HF_TOKEN`. Returns the
+    repository's address.
     """
     from huggingface_hub import HfApi
 
@@ -72,11 +60,9 @@ def push_folder(folder: Path, repository: str, private: bool) -> str:
     try:
         address = api.create_repo(repository, private=private, exist_ok=True)
         api.upload_folder(
-            repo_id=address.repo_id,
-            folder_path=folder,
-            allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
+            repo_id=address.repo_id, folder_path=folder, allow_patterns=[CONFIG_FILE, WEIGHTS_FILE, CARD_FILE],
             commit_message="Add a network pretrained with sparkmim",
-        )
+        )  # fmt: skip
     except Exception as error:  # hub, token, name and connection each have their own classes
         reason = " ".join(str(error.__cause__ or error).split())[:200]
         raise UserError(
@@ -90,13 +76,12 @@ def _config(network: ExportableNetwork, name: str) -> dict[str, Any]:
     import timm
 
     known = network.weights.metadata
-    size, channels = known.image_size or [224, 224], known.channels
     crop = 0.95 if known.crop is None else known.crop
     source = None if network.is_custom else timm.models.get_pretrained_cfg(name)
     pretrained: dict[str, Any] = {
         "tag": "sparkmim",
         "custom_load": False,
-        "input_size": [channels, *size],
+        "input_size": [known.channels, *(known.image_size or (224, 224))],
         "fixed_input_size": False,
         "interpolation": "bicubic",
         "crop_pct": crop or 1.0,
@@ -104,37 +89,34 @@ def _config(network: ExportableNetwork, name: str) -> dict[str, Any]:
         "num_classes": len(network.classes or ()),
     }
     pretrained |= {key: list(value) for key, value in known.given("mean", "std").items()}
-    for key in ("first_conv", "classifier"):
-        if (value := getattr(source, key, None)) is not None:
-            pretrained[key] = value
-    if channels != 3:
-        pretrained.pop("first_conv", None)  # or timm would adapt the weights from three channels
-    config: dict[str, Any] = {
+    # With first_conv, timm would adapt the weights from three channels.
+    layers = ("first_conv", "classifier") if known.channels == 3 else ("classifier",)
+    pretrained |= {key: value for key in layers if (value := getattr(source, key, None)) is not None}
+    config = {
         "architecture": name,
         "num_classes": len(network.classes or ()),
-        "num_features": network.module.num_features if hasattr(network.module, "num_features") else None,
+        "num_features": getattr(network.module, "num_features", None),
         "pretrained_cfg": pretrained,
+        "label_names": network.classes or None,
     }
-    if network.classes:
-        config["label_names"] = network.classes
     return {key: value for key, value in config.items() if value is not None}
 
 
 def model_card(network: ExportableNetwork, name: str) -> str:
     """Returns the model card: the hub's header, facts, how to load the network, scores and settings of the run."""
     known, classes = network.weights.metadata, network.classes
+    size = known.image_size or (224, 224)
     task = "image-classification" if classes else "image-feature-extraction"
     run = network.weights.path.parent.parent if network.weights.path.parent.name == "weights" else None
     settings = _settings(run)
     header: dict[str, Any] = {"pipeline_tag": task, "tags": [task, "sparkmim"]}
     if not network.is_custom:
-        header = {"library_name": "timm", **header, "tags": ["timm", *header["tags"]]}
+        header = {"library_name": "timm", "pipeline_tag": task, "tags": ["timm", task, "sparkmim"]}
     parameters = sum(parameter.numel() for parameter in network.module.parameters()) / 1e6
-    size = known.image_size or [224, 224]
     what = f"a classifier of {len(classes)} classes" if classes else "an image encoder without a classifier"
     facts = {
         "network": f"{name}, {parameters:.1f} M parameters, {what}",
-        "images": f"{'×'.join(map(str, size))} pixels, {network.weights.channels} channels",
+        "images": f"{'×'.join(map(str, size))} pixels, {known.channels} channels",
         "mean": _shown(known.mean),
         "std": _shown(known.std),
         "training": _training(network, settings),
@@ -144,16 +126,18 @@ def model_card(network: ExportableNetwork, name: str) -> str:
         f"---\n{yaml.safe_dump(header, sort_keys=False)}---\n\n# {name}\n",
         _table(("", ""), [(key, value) for key, value in facts.items() if value]),
         f"## Load it\n\n```python\n{_loading(network)}"
-        f"images = ...  # [B, {network.weights.channels}, {', '.join(map(str, size))}], normalised by mean and std\n"
+        f"images = ...  # [B, {known.channels}, {', '.join(map(str, size))}], normalised by mean and std\n"
         f"{'logits' if classes else 'features'} = model(images)"
         f"{'  # pretrained up to its last feature map' if network.is_custom and not classes else ''}\n```\n",
     ]
-    scores = list(_scores(known, run))
+    scores = [(key, f"{value:.6g}") for key, value in islice(_scores(known, run), 40)]
     if scores:
-        parts.append(
-            "## Scores\n\n" + _table(("", ""), [(key, f"{value:.6g}") for key, value in scores[:_MOST_SCORES]])
-        )
-    shown = [(key, _shown(value)) for key, value in settings.items() if _may_be_shown(key, value)]
+        parts.append("## Scores\n\n" + _table(("", ""), scores))
+    shown = [
+        (key, _shown(value))
+        for key, value in settings.items()
+        if key not in _NOT_SHOWN and value is not None and not (isinstance(value, str) and os.sep in value)
+    ]
     if shown:
         parts.append("## Settings of the run\n\n" + _table(("setting", "value"), shown))
     return "\n".join(parts)
@@ -179,17 +163,11 @@ def _loading(network: ExportableNetwork) -> str:
 
 def _scores(known: WeightsMetadata, run: Path | None) -> Iterator[tuple[str, float]]:
     """Returns numbers by name: those in the weights' metadata, then those in the run folder's JSON files."""
-    for key in ("top1", "top5", "loss", "epoch"):
-        if key in known.figures:
-            yield key, float(known.figures[key])
-    if known.step is not None:
-        yield "step", float(known.step)
+    numbers = {**known.figures, **known.given("step")}
+    yield from ((key, float(numbers[key])) for key in ("top1", "top5", "loss", "epoch", "step") if key in numbers)
     for file in sorted(run.glob("*.json")) if run else []:
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError:
-            continue  # not written by us
-        yield from _leaves(content, file.stem)
+        with suppress(ValueError):  # a file that is not ours
+            yield from _leaves(json.loads(file.read_text(encoding="utf-8")), file.stem)
 
 
 def _leaves(content: Any, path: str) -> Iterator[tuple[str, float]]:
@@ -217,10 +195,6 @@ def _settings(run: Path | None) -> dict[str, Any]:
     return settings if isinstance(settings, dict) else {}
 
 
-def _may_be_shown(key: str, value: Any) -> bool:
-    return key not in _NOT_SHOWN and value is not None and not (isinstance(value, str) and os.sep in value)
-
-
 def _shown(value: Any) -> str:
     if isinstance(value, list | tuple):
         return ", ".join(_shown(one) for one in value)
@@ -228,5 +202,4 @@ def _shown(value: Any) -> str:
 
 
 def _table(header: tuple[str, str], rows: list[tuple[str, str]]) -> str:
-    lines = [f"| {key} | {value} |" for key, value in (header, ("---", "---"), *rows)]
-    return "\n".join(lines) + "\n"
+    return "".join(f"| {key} | {value} |\n" for key, value in (header, ("---", "---"), *rows))

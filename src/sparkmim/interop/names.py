@@ -8,13 +8,8 @@ from collections.abc import Mapping
 from torch import Tensor
 
 _TORCHVISION_BLOCK = {
-    "conv_dw": "block.0",
-    "norm": "block.2",
-    "mlp.fc1": "block.3",
-    "mlp.fc2": "block.5",
-    "gamma": "layer_scale",
-}
-_TORCHVISION_HEAD = {"head.norm": "classifier.0", "head.fc": "classifier.2"}
+    "conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5", "gamma": "layer_scale",
+}  # fmt: skip
 
 
 def torchvision_name(name: str) -> str:
@@ -31,18 +26,13 @@ def torchvision_name(name: str) -> str:
         return f"features.{2 * int(match[1])}.{match[2]}"
     if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(conv_dw|norm|mlp\.fc1|mlp\.fc2|gamma)(.*)", name):
         return f"features.{2 * int(match[1]) + 1}.{match[2]}.{_TORCHVISION_BLOCK[match[3]]}{match[4]}"
-    for timm_part, part in _TORCHVISION_HEAD.items():
-        if name.startswith(f"{timm_part}."):
-            return part + name.removeprefix(timm_part)
-    return name
+    return name.replace("head.norm.", "classifier.0.").replace("head.fc.", "classifier.2.")
 
 
 def convnext_name(name: str, parts: Mapping[str, str]) -> str:
-    """Translates a ConvNeXt tensor's name to the original's scheme: `stages.i.j`, `downsample_layers.i`.
+    """Translates timm's name of a ConvNeXt tensor to the original's scheme: `stages.i.j`, `downsample_layers.i`.
 
-    Args:
-        name: timm's.
-        parts: new names of the parts of a block, by timm's; others keep theirs.
+    `parts` renames the parts of a block; others keep their names.
 
     >>> convnext_name("stages.2.blocks.4.mlp.fc1.weight", {"mlp.fc1": "pwconv1"})
     'stages.2.4.pwconv1.weight'
@@ -52,9 +42,7 @@ def convnext_name(name: str, parts: Mapping[str, str]) -> str:
     if match := re.fullmatch(r"stages\.(\d+)\.blocks\.(\d+)\.(.+)", name):
         stage, block, rest = match.groups()
         for timm_part, part in parts.items():
-            if rest == timm_part or rest.startswith(f"{timm_part}."):
-                rest = part + rest.removeprefix(timm_part)
-                break
+            rest = re.sub(rf"^{re.escape(timm_part)}\b", part, rest)
         return f"stages.{stage}.{block}.{rest}"
     name = re.sub(r"^stem\.", "downsample_layers.0.", name)
     return re.sub(r"^stages\.(\d+)\.downsample\.", r"downsample_layers.\1.", name)
@@ -67,7 +55,12 @@ def without_head(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def linear_weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Returns the tensors with pointwise layers as linear, `[out, in]`; timm may have 1×1 convolutions there."""
-    return {
-        name: tensor.flatten(1) if re.search(r"\.mlp\.fc\d\.weight$", name) else tensor
-        for name, tensor in tensors.items()
-    }
+    pointwise = re.compile(r"\.mlp\.fc\d\.weight$")
+    return {name: tensor.flatten(1) if pointwise.search(name) else tensor for name, tensor in tensors.items()}
+
+
+def shaped_like(tensor: Tensor, own: Tensor | None) -> Tensor:
+    """Reshapes a linear layer's weight to that of a 1×1 convolution in its place, and the reverse."""
+    if own is not None and own.shape != tensor.shape and own.shape[:2] == tensor.shape[:2]:
+        return tensor.view(own.shape) if own.numel() == tensor.numel() else tensor
+    return tensor

@@ -17,27 +17,16 @@ from torch import Tensor
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.names import shaped_like
 from sparkmim.models import SparK
 
 _LEFTOVERS = {"imn_m", "imn_s", "norm_black", "config"}
 """Entries of released files that the model does not use."""
 
-_DECODER = [
-    (r"dense_decoder\.dec\.(\d+)\.up_sample\.", r"decoder.blocks.\1.upsample."),
-    (r"dense_decoder\.dec\.(\d+)\.conv\.0\.", r"decoder.blocks.\1.conv1."),
-    (r"dense_decoder\.dec\.(\d+)\.conv\.1\.", r"decoder.blocks.\1.norm1."),
-    (r"dense_decoder\.dec\.(\d+)\.conv\.3\.", r"decoder.blocks.\1.conv2."),
-    (r"dense_decoder\.dec\.(\d+)\.conv\.4\.", r"decoder.blocks.\1.norm2."),
-    (r"dense_decoder\.proj\.", r"decoder.head."),
-]
-_CONVNEXT = [
-    (r"^downsample_layers\.0\.", r"stem."),
-    (r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample."),
-    (r"^stages\.(\d+)\.(\d+)\.dwconv\.", r"stages.\1.blocks.\2.conv_dw."),
-    (r"^stages\.(\d+)\.(\d+)\.pwconv1\.", r"stages.\1.blocks.\2.mlp.fc1."),
-    (r"^stages\.(\d+)\.(\d+)\.pwconv2\.", r"stages.\1.blocks.\2.mlp.fc2."),
-    (r"^stages\.(\d+)\.(\d+)\.(norm|gamma)", r"stages.\1.blocks.\2.\3"),
-]
+CONVNEXT = {"conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
+DENSIFY = {"norm": "densify_norms", "project": "densify_projs", "mask_token": "mask_tokens"}
+DECODER = {"upsample": "up_sample", "conv1": "conv.0", "norm1": "conv.1", "conv2": "conv.3", "norm2": "conv.4"}
+"""The original's names of a layer's parts, by ours."""
 
 
 def encoder_name(name: str) -> str:
@@ -46,61 +35,55 @@ def encoder_name(name: str) -> str:
     >>> encoder_name("downsample_layers.1.0.weight"), encoder_name("layer1.0.conv1.weight")
     ('stages.1.downsample.0.weight', 'layer1.0.conv1.weight')
     """
-    for pattern, replacement in _CONVNEXT:
-        name = re.sub(pattern, replacement, name)
+    name = re.sub(r"^downsample_layers\.0\.", "stem.", name)
+    name = re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample.", name)
+    for ours, theirs in {**CONVNEXT, "norm": "norm", "gamma": "gamma"}.items():
+        name = re.sub(rf"^stages\.(\d+)\.(\d+)\.{theirs}\b", rf"stages.\1.blocks.\2.{ours}", name)
     return name
 
 
 def parameter_name(name: str, maps: int = 4) -> str:
     """Translates the name of a tensor in the original `module` dictionary to ours.
 
-    Args:
-        name: the original name.
-        maps: number of feature maps that the model decodes from; the original counts them from the deepest.
+    `maps` is the number of feature maps that the model decodes from; the original counts them from the deepest.
     """
     if name.startswith("sparse_encoder.sp_cnn."):
         return "encoder." + encoder_name(name.removeprefix("sparse_encoder.sp_cnn."))
-    if match := re.match(r"(densify_norms|densify_projs|mask_tokens)\.(\d+)(.*)", name):
-        part = {"densify_norms": "norm", "densify_projs": "project", "mask_tokens": "mask_token"}[match[1]]
-        return f"densify.{maps - 1 - int(match[2])}.{part}{match[3]}"
-    for pattern, replacement in _DECODER:
-        name = re.sub(pattern, replacement, name)
-    return name
+    for ours, theirs in DENSIFY.items():
+        if match := re.fullmatch(rf"{theirs}\.(\d+)(.*)", name):
+            return f"densify.{maps - 1 - int(match[1])}.{ours}{match[2]}"
+    for ours, theirs in DECODER.items():
+        if match := re.fullmatch(rf"dense_decoder\.dec\.(\d+)\.{theirs}\.(.+)", name):
+            return f"decoder.blocks.{match[1]}.{ours}.{match[2]}"
+    return name.replace("dense_decoder.proj.", "decoder.head.")
 
 
 def translated(module: Mapping[str, Any], maps: int | None = None) -> dict[str, Tensor]:
     """Translates an original `module` dictionary, leaving out what the model does not use.
 
-    Names in an encoder alone, or in a classifier, become timm's.
-
-    Args:
-        module: tensors by name.
-        maps: number of feature maps that the model decodes from; None for the number of mask tokens.
+    Names in an encoder alone, or in a classifier, become timm's. `maps` as for `parameter_name`; None for the number of
+    mask tokens.
     """
-    if not any(name.startswith("sparse_encoder.") for name in module):
-        return {encoder_name(name): tensor for name, tensor in module.items() if name not in _LEFTOVERS}
-    maps = maps or sum(name.startswith("mask_tokens.") for name in module)
-    return {parameter_name(name, maps): tensor for name, tensor in module.items() if name not in _LEFTOVERS}
+    used = {name: tensor for name, tensor in module.items() if name not in _LEFTOVERS}
+    if not any(name.startswith("sparse_encoder.") for name in used):
+        return {encoder_name(name): tensor for name, tensor in used.items()}
+    maps = maps or sum(name.startswith("mask_tokens.") for name in used)
+    return {parameter_name(name, maps): tensor for name, tensor in used.items()}
 
 
 def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     """Loads an original `module` dictionary, encoder and decoder, into a model.
 
-    Parameters that pretraining never reaches, such as a classifier's, are not in it and stay as they are.
-
-    Raises:
-        UserError: if a tensor is missing, has no place in the model, or has another shape; nothing is loaded then.
+    Parameters that pretraining never reaches, such as a classifier's, are not in it and stay as they are. If a tensor
+    is missing, has no place in the model, or has another shape, raises UserError and loads nothing.
     """
     if "module" in state_dict and not isinstance(state_dict["module"], Tensor):
         state_dict = state_dict["module"]
     own = model.state_dict()
-    tensors = translated(state_dict, len(model.densify))
-    for name, tensor in tensors.items():  # a Linear of the original may be a 1×1 convolution here
-        if name in own and tensor.shape == own[name].shape[:2] and tensor.numel() == own[name].numel():
-            tensors[name] = tensor.view(own[name].shape)
-    optional = set(model.unreached_parameters)
+    given = translated(state_dict, len(model.densify))
+    tensors = {name: shaped_like(tensor, own.get(name)) for name, tensor in given.items()}
     problems = {
-        "missing": sorted(own.keys() - tensors.keys() - optional),
+        "missing": sorted(own.keys() - tensors.keys() - set(model.unreached_parameters)),
         "without a place in the model": sorted(tensors.keys() - own.keys()),
         "of another shape": sorted(
             f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
@@ -108,13 +91,13 @@ def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
             if own[name].shape != tensors[name].shape
         ),
     }
-    if any(problems.values()):
-        shown = "; ".join(
-            f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-            for what, names in problems.items()
-            if names
-        )
-        raise UserError(f"the weights do not fit this model ({shown})")
+    shown = [
+        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if shown:
+        raise UserError(f"the weights do not fit this model ({'; '.join(shown)})")
     model.load_state_dict({**own, **tensors})
 
 
@@ -131,11 +114,7 @@ _CONVNEXTS = {
 def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
     """Recognises a ResNet or ConvNeXt by its blocks per stage and, for a ConvNeXt, the width of its stem.
 
-    Args:
-        tensors: the encoder's, under timm's names.
-
-    Returns:
-        timm's name of the network, or None.
+    Takes the encoder's tensors under timm's names; returns timm's name of the network.
     """
 
     def blocks(pattern: str) -> int:
@@ -157,26 +136,16 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
 
     Recognised are: encoder and decoder (`*_withdecoder_*_spark_style.pth`), an encoder alone (`*_timm_style.pth`,
     `*_official_style.pth`), a fine-tuned classifier (`*_1kfinetuned_*.pth`), and a plain state dict, also under the key
-    `state_dict` or `model`.
-
-    Returns:
-        The tensors under our names, and the metadata that content and names give.
-
-    Raises:
-        UserError: if the file holds no weights, or unusable metadata.
+    `state_dict` or `model`. Returns the tensors under our names, and the metadata that content and names give.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read as a PyTorch weight file: {_first_line(error)}") from error
-    module = content
-    for key in ("module", "state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            module = content[key]
-            break
-    named = (
-        {name: value for name, value in module.items() if isinstance(value, Tensor)} if isinstance(module, dict) else {}
-    )
+        raise UserError(f"{path} cannot be read as a PyTorch weight file: {first_line(error)}") from error
+    content = content if isinstance(content, dict) else {}
+    inner = (content.get(key) for key in ("module", "state_dict", "model"))
+    module = next((value for value in inner if isinstance(value, dict)), content)
+    named = {name: value for name, value in module.items() if isinstance(value, Tensor)}
     if not named or not all(isinstance(name, str) for name in module):
         raise UserError(f"{path} holds no weights: neither tensors by name, nor a `module` entry with them")
     tensors = translated(named)
@@ -194,13 +163,20 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
     }
     known |= {key: content[key] for key in ("mean", "std") if isinstance(content.get(key), list)}  # our exports
     if "decoder.head.weight" in tensors:
-        known["channels"] = tensors["decoder.head.weight"].shape[0]
-        known["patch_size"] = 2 ** len({name.split(".")[2] for name in tensors if name.startswith("decoder.blocks.")})
-        known["decoder"] = "spark"
-        known["decoder_width"] = tensors["decoder.blocks.0.upsample.weight"].shape[0]
+        known |= {
+            "channels": tensors["decoder.head.weight"].shape[0],
+            "patch_size": 2 ** decoder_blocks(tensors),
+            "decoder": "spark",
+            "decoder_width": tensors["decoder.blocks.0.upsample.weight"].shape[0],
+        }
     return tensors, WeightsMetadata.from_json(known, path)
 
 
-def _first_line(error: Exception) -> str:
+def decoder_blocks(tensors: Mapping[str, Tensor]) -> int:
+    """Counts the decoder's blocks, each of which doubles the resolution."""
+    return len({name.split(".")[2] for name in tensors if name.startswith("decoder.blocks.")})
+
+
+def first_line(error: Exception) -> str:
     """Returns the first line of a message of PyTorch, which says what happened."""
     return str(error).strip().partition("\n")[0]

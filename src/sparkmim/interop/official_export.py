@@ -13,18 +13,11 @@ from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.interop.names import convnext_name, linear_weights, without_head
-
-_CONVNEXT = {"conv_dw": "dwconv", "mlp.fc1": "pwconv1", "mlp.fc2": "pwconv2"}
-_DENSIFY = {"norm": "densify_norms", "project": "densify_projs", "mask_token": "mask_tokens"}
-_DECODER = {"upsample": "up_sample", "conv1": "conv.0", "norm1": "conv.1", "conv2": "conv.3", "norm2": "conv.4"}
+from sparkmim.interop.official import CONVNEXT, DECODER, DENSIFY, decoder_blocks
 
 
 def original_name(name: str, maps: int = 4) -> str:
-    """Translates the name of a tensor of `SparK` to the original's.
-
-    Args:
-        name: ours; an encoder's is `encoder.` and timm's name.
-        maps: number of feature maps that the model decodes from; the original counts them from the deepest.
+    """Translates the name of a tensor of `SparK`, with `maps` feature maps, to the original's.
 
     >>> original_name("densify.3.project.bias"), original_name("decoder.blocks.1.norm2.bias")
     ('densify_projs.0.bias', 'dense_decoder.dec.1.conv.4.bias')
@@ -32,11 +25,11 @@ def original_name(name: str, maps: int = 4) -> str:
     'sparse_encoder.sp_cnn.stages.1.0.pwconv1.bias'
     """
     if name.startswith("encoder."):
-        return "sparse_encoder.sp_cnn." + convnext_name(name.removeprefix("encoder."), _CONVNEXT)
+        return "sparse_encoder.sp_cnn." + convnext_name(name.removeprefix("encoder."), CONVNEXT)
     if match := re.fullmatch(r"densify\.(\d+)\.(norm|project|mask_token)(.*)", name):
-        return f"{_DENSIFY[match[2]]}.{maps - 1 - int(match[1])}{match[3]}"
+        return f"{DENSIFY[match[2]]}.{maps - 1 - int(match[1])}{match[3]}"
     if match := re.fullmatch(r"decoder\.blocks\.(\d+)\.(\w+)\.(.+)", name):
-        return f"dense_decoder.dec.{match[1]}.{_DECODER[match[2]]}.{match[3]}"
+        return f"dense_decoder.dec.{match[1]}.{DECODER[match[2]]}.{match[3]}"
     return name.replace("decoder.head.", "dense_decoder.proj.")
 
 
@@ -47,9 +40,6 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
     (`*_withdecoder_1kpretrained_spark_style.pth`). An encoder or classifier gives the encoder alone at the top level: a
     ResNet under timm's names (`*_timm_style.pth`), a ConvNeXt under those of its own release (`*_official_style.pth`).
     A custom network keeps its names; register it in the original's code to use it there.
-
-    Raises:
-        UserError: if the original has no such network or decoder, or the images do not have three channels.
     """
     known = network.weights.metadata
     name, encoder = _encoder(network)
@@ -58,32 +48,25 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
 
     size, channels = known.image_size or (), known.channels
     # A custom network has to be registered in the original's code, where its decoder can be given other channels too.
-    if known.decoder not in (None, "spark") or len({*size}) != 1 or len(size) != 2 or (
-        channels != 3 and not network.is_custom
-    ):  # fmt: skip
-        raise UserError(
-            "the original SparK has one decoder, spark, and square images of 3 channels; export the encoder alone "
-            "(its file encoder.safetensors)"
-        )
+    usable = known.decoder in (None, "spark") and (channels == 3 or network.is_custom)
+    remedy = "export the encoder alone (its file encoder.safetensors)"
+    if not usable or len(size) != 2 or size[0] != size[1]:
+        raise UserError(f"the original SparK has one decoder, spark, and square images of 3 channels; {remedy}")
     tensors = network.weights.tensors
     maps = sum(key.endswith(".mask_token") for key in tensors)
-    blocks = len({key.split(".")[2] for key in tensors if key.startswith("decoder.blocks.")})
-    if known.patch_size not in (None, 2**blocks):
+    stride = 2 ** decoder_blocks(tensors)
+    if known.patch_size not in (None, stride):
         raise UserError(
-            f"the original SparK hides patches of the network's stride, {2**blocks}, not of {known.patch_size}; "
-            "export the encoder alone (its file encoder.safetensors)"
+            f"the original SparK hides patches of the network's stride, {stride}, not of {known.patch_size}; {remedy}"
         )
-    if known.stages and (stride := network.weights.hierarchy_of(network.module, whole=True).stride) != 2**blocks:
+    if known.stages and (deepest := network.weights.hierarchy_of(network.module, whole=True).stride) != stride:
         raise UserError(
-            f"the original SparK reconstructs from the deepest map, at stride {stride}, but this was trained at stride "
-            f"{2**blocks} (--stages); export the encoder alone (its file encoder.safetensors)"
+            f"the original SparK reconstructs from the deepest map, at stride {deepest}, but this was trained at "
+            f"stride {stride} (--stages); {remedy}"
         )
     given = {f"sparse_encoder.sp_cnn.{key}": tensor for key, tensor in encoder.items()}
-    given |= {
-        original_name(key, maps): tensor.contiguous()
-        for key, tensor in tensors.items()
-        if not key.startswith("encoder.")
-    }
+    decoder = {key: tensor.contiguous() for key, tensor in tensors.items() if not key.startswith("encoder.")}
+    given |= {original_name(key, maps): tensor for key, tensor in decoder.items()}
     config = {
         "mask_ratio": 0.6 if known.mask_ratio is None else known.mask_ratio,
         "densify_norm_str": "bn" if "densify.0.norm.running_mean" in tensors else "ln",
@@ -92,20 +75,19 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
         "sparse_encoder.input_size": size[0],
         "dense_decoder.width": tensors["decoder.blocks.0.upsample.weight"].shape[0],
     }
-    module = {**_unused(size[0], channels), **_in_order(given)}
+    unused = {"imn_m": (1, 1), "imn_s": (1, 1), "norm_black": size}  # buffers that the original registers
+    module = {name: torch.zeros(1, channels, *shape) for name, shape in unused.items()}
     # The release has no such keys: its images are normalised as ImageNet's.
-    others = {
-        key: list(values)
-        for key, values, usual in (("mean", known.mean, IMAGENET_MEAN), ("std", known.std, IMAGENET_STD))
-        if values and list(values) != list(usual)
-    }
+    usual = {"mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD)}
+    colours = {key: list(values) for key, values in known.given("mean", "std").items()}
+    others = {key: values for key, values in colours.items() if values != usual[key]}
     return {
         "args": "",
         "input_size": size[0],
         "arch": name,
         "epoch": int(known.figures.get("epoch", 0)),
         "performance_desc": "",
-        "module": {**module, "config": config},
+        "module": {**module, **_in_order(given), "config": config},
         "optimizer": {},
         "is_pretrain": True,
         **others,
@@ -113,7 +95,7 @@ def original_file(network: ExportableNetwork) -> dict[str, Any]:
 
 
 def _encoder(network: ExportableNetwork) -> tuple[str, dict[str, Tensor]]:
-    """Returns the original's name of the network, and its tensors under the names that it uses."""
+    """Returns the network's name and tensors as the original names them."""
     if network.is_custom:
         return network.factory, network.backbone_tensors()
     if network.family is None or network.name.startswith("convnextv2"):
@@ -122,15 +104,8 @@ def _encoder(network: ExportableNetwork) -> tuple[str, dict[str, Tensor]]:
             "timm, onnx or torch-export"
         )
     name, tensors = network.timm_tensors()
-    return name, {
-        convnext_name(key, _CONVNEXT): tensor for key, tensor in linear_weights(without_head(tensors)).items()
-    }
-
-
-def _unused(size: int, channels: int) -> dict[str, Tensor]:
-    """Returns buffers that the original registers but does not use."""
-    shapes = {"imn_m": (1, 1), "imn_s": (1, 1), "norm_black": (size, size)}
-    return {name: torch.zeros(1, channels, *shape) for name, shape in shapes.items()}
+    tensors = linear_weights(without_head(tensors))
+    return name, {convnext_name(key, CONVNEXT): tensor for key, tensor in tensors.items()}
 
 
 def _in_order(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

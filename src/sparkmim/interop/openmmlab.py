@@ -30,24 +30,17 @@ def openmmlab_name(name: str) -> str:
     >>> openmmlab_name("stages.0.blocks.1.mlp.fc1.bias"), openmmlab_name("head.norm.bias")
     ('backbone.stages.0.1.pointwise_conv1.bias', 'backbone.norm3.bias')
     """
-    for head in ("fc.", "head.fc."):
-        if name.startswith(head):
-            return "head.fc." + name.removeprefix(head)
+    if name.startswith(("fc.", "head.fc.")):
+        return f"head.fc.{name.rpartition('.')[2]}"
     if name.startswith("head.norm."):
-        return "backbone.norm3." + name.removeprefix("head.norm.")
+        return name.replace("head.norm.", "backbone.norm3.")
     return "backbone." + convnext_name(name, _CONVNEXT)
 
 
 def openmmlab_checkpoint(network: ExportableNetwork, detection: bool) -> dict[str, Any]:
     """Returns the content of a `.pth` file: `state_dict` and `meta`.
 
-    Args:
-        network: what to export.
-        detection: whether to leave out the layers after the last map. They are a classifier's head, or a ConvNeXt
-            encoder's last norm, which is untrained.
-
-    Raises:
-        UserError: if the network is neither an ordinary ResNet or ConvNeXt nor a custom one.
+    `detection` leaves out the layers after the last map: a classifier's head, or the untrained last norm of a ConvNeXt.
     """
     name, tensors = _custom(network, detection) if network.is_custom else _known(network, detection)
     meta: dict[str, Any] = {"sparkmim_version": __version__, "model": name}

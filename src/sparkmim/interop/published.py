@@ -30,29 +30,27 @@ class PublishedWeights:
     decoder: bool = False
 
 
-def _drive(identity: str) -> str:
-    return f"https://drive.google.com/file/d/{identity}/view?usp=share_link"
-
+_DRIVE = "https://drive.google.com/file/d/{}/view?usp=share_link"
 
 PUBLISHED = [
     PublishedWeights("resnet50", 224, 80.6, 26, 4.1, "resnet50_1kpretrained_timm_style.pth",
-                     _drive("1H8605HbxGvrsu4x4rIoNr-Wkd7JkxFPQ")),
+                     _DRIVE.format("1H8605HbxGvrsu4x4rIoNr-Wkd7JkxFPQ")),
     PublishedWeights("resnet101", 224, 82.2, 45, 7.9, "resnet101_1kpretrained_timm_style.pth",
-                     _drive("1ZwTztjU-_rfvOVfLoce9SMw2Fx0DQfoO")),
+                     _DRIVE.format("1ZwTztjU-_rfvOVfLoce9SMw2Fx0DQfoO")),
     PublishedWeights("resnet152", 224, 82.7, 60, 11.6, "resnet152_1kpretrained_timm_style.pth",
-                     _drive("1FOVuECnzQAI-OzE-hnrqW7tVpg8kTziM")),
+                     _DRIVE.format("1FOVuECnzQAI-OzE-hnrqW7tVpg8kTziM")),
     PublishedWeights("resnet200", 224, 83.1, 65, 15.1, "resnet200_1kpretrained_timm_style.pth",
-                     _drive("1_Q4e30qqhjchrdyW3fT6P98Ga-WnQ57s")),
+                     _DRIVE.format("1_Q4e30qqhjchrdyW3fT6P98Ga-WnQ57s")),
     PublishedWeights("convnext_small", 224, 84.1, 50, 8.7, "convnextS_1kpretrained_official_style.pth",
-                     _drive("1Ah6lgDY5YDNXoXHQHklKKMbEd08RYivN")),
+                     _DRIVE.format("1Ah6lgDY5YDNXoXHQHklKKMbEd08RYivN")),
     PublishedWeights("convnext_base", 224, 84.8, 89, 15.4, "convnextB_1kpretrained_official_style.pth",
-                     _drive("1ZjWbqI1qoBcqeQijI5xX9E-YNkxpJcYV")),
+                     _DRIVE.format("1ZjWbqI1qoBcqeQijI5xX9E-YNkxpJcYV")),
     PublishedWeights("convnext_large", 224, 85.4, 198, 34.4, "convnextL_1kpretrained_official_style.pth",
-                     _drive("1qfYzGUpYBzuA88_kXkVl4KNUwfutMVfw")),
+                     _DRIVE.format("1qfYzGUpYBzuA88_kXkVl4KNUwfutMVfw")),
     PublishedWeights("convnext_large", 384, 86.0, 198, 101.0, "convnextL_384_1kpretrained_official_style.pth",
-                     _drive("1YgWNXJjI89l35P4ksAmBNWZ2JZCpj9n4")),
+                     _DRIVE.format("1YgWNXJjI89l35P4ksAmBNWZ2JZCpj9n4")),
     PublishedWeights("convnext_large", 384, 86.0, 198, 101.0, "cnxL384_withdecoder_1kpretrained_spark_style.pth",
-                     _drive("1ZI9Jgtb3fKWE_vDFEly29w-1FWZSNwa0"), decoder=True),
+                     _DRIVE.format("1ZI9Jgtb3fKWE_vDFEly29w-1FWZSNwa0"), decoder=True),
 ]  # fmt: skip
 """In the order of the authors' list."""
 

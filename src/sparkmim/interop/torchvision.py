@@ -16,9 +16,6 @@ def torchvision_tensors(network: ExportableNetwork) -> dict[str, Tensor]:
 
     A timm encoder has no classifier: to load it strictly, set `fc` of torchvision's network, or `classifier[2]` of a
     ConvNeXt, to `nn.Identity()`.
-
-    Raises:
-        UserError: if torchvision has no such network.
     """
     from torchvision.models import get_model
 
@@ -33,12 +30,11 @@ def torchvision_tensors(network: ExportableNetwork) -> dict[str, Tensor]:
         raise UserError(f"torchvision's networks take 3 channels, not {network.weights.channels}; use the format timm")
     name, tensors = network.timm_tensors()
     with torch.device("meta"):
-        target = get_model(name, weights=None, **({"num_classes": len(network.classes)} if network.classes else {}))
-    if not network.classes:
-        if hasattr(target, "fc"):
-            target.fc = nn.Identity()
-        else:
-            target.classifier[2] = nn.Identity()
+        target = get_model(name, weights=None, num_classes=len(network.classes or ()) or 1000)
+    if not network.classes and hasattr(target, "fc"):
+        target.fc = nn.Identity()
+    elif not network.classes:
+        target.classifier[2] = nn.Identity()
     shapes = {key: tensor.shape for key, tensor in target.state_dict().items()}
     renamed = {torchvision_name(key): tensor for key, tensor in linear_weights(tensors).items()}
     # Layer scale is [C] in timm, and [C, 1, 1] here.

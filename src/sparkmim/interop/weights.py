@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 from safetensors import safe_open
+from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.interop import official
 from sparkmim.interop.metadata import WeightsMetadata
+from sparkmim.interop.names import shaped_like
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
 from sparkmim.models.detector import create_detector
@@ -29,23 +31,16 @@ CLASSIFIER_FILE = "classifier.safetensors"
 DETECTOR_FILE = "detector.safetensors"
 SEGMENTER_FILE = "segmenter.safetensors"
 
+Module = TypeVar("Module", bound=nn.Module)
 Kind = Literal["pretrained", "encoder", "classifier", "detector", "segmenter"]
-
-
-# Writing
+"""Model of a file; `pretrained` is encoder and decoder."""
 
 
 def save(model: SparK, folder: Path, metadata: WeightsMetadata, suffix: str = "") -> None:
     """Writes the encoder alone, under its own names, and the whole model.
 
     `encoder.safetensors` loads strictly into the network it came from (`timm.create_model(name, num_classes=0)`);
-    `spark.safetensors` into `SparK`.
-
-    Args:
-        model: the model.
-        folder: created if it does not exist.
-        metadata: of both files.
-        suffix: put before the file ending, such as `_ema` for averaged weights.
+    `spark.safetensors` into `SparK`. `suffix`, such as `_ema` for averaged weights, goes before the file ending.
     """
     write(model.encoder, folder / ENCODER_FILE.replace(".", f"{suffix}."), metadata)
     write(model, folder / MODEL_FILE.replace(".", f"{suffix}."), metadata)
@@ -63,18 +58,12 @@ def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach().cpu().contiguous().clone() for name, tensor in module.state_dict().items()}
 
 
-# Reading
-
-
 @dataclass(frozen=True)
 class Weights:
     """The content of a run folder or weight file.
 
-    Attributes:
-        path: the file.
-        kind: `pretrained` (encoder and decoder), `encoder`, `classifier`, `detector` or `segmenter`.
-        tensors: state dict of that model.
-        metadata: what the file says about the model; others' files say less.
+    Methods that build a network take its name, or a module to load into; None for the name in the file. They return it
+    in evaluation mode, and raise UserError if the weights do not fit or no name is known.
     """
 
     path: Path
@@ -94,22 +83,14 @@ class Weights:
 
     @property
     def model(self) -> str:
-        """The network's name.
-
-        Raises:
-            UserError: if the file does not name it: it was made from a Python object, or is not recognised.
-        """
+        """The network's name; a UserError if it was made from a Python object, or is not recognised."""
         if not self.metadata.model:
             raise UserError(f"{self.path} does not name its network; give it as --model (from Python, a module)")
         return self.metadata.model
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes.
-
-        Raises:
-            UserError: if the file holds no classifier.
-        """
+        """Names of the classes; a UserError if the file holds no classifier."""
         if self.kind != "classifier":
             raise UserError(f"{self.path} holds no classifier; `sparkmim finetune` makes one from it")
         return list(self.metadata.classes or ())
@@ -122,9 +103,7 @@ class Weights:
     def preparation(self, image_size: int | Sequence[int] | None = None, crop: float | None = None) -> Preparation:
         """Returns how images become the network's input: as in training, except for what is given.
 
-        Args:
-            image_size: side in pixels, or one size per axis.
-            crop: share of the resized image that the centre crop shows; 0 for the whole image.
+        `crop` is the share of the resized image that the centre crop shows; 0 for the whole image.
         """
         known = self.metadata
         size = tuple(known.image_size or (224, 224))
@@ -134,71 +113,46 @@ class Weights:
             crop = CROP if known.crop is None else known.crop
         return Preparation(size, known.channels, known.mean, known.std, crop or None)
 
-    # Networks
-
     def encoder(self, model: str | nn.Module | None = None) -> nn.Module:
-        """Returns the encoder with these weights, in evaluation mode.
-
-        Args:
-            model: its name, or a module to load into; None for the name in the file.
-
-        Raises:
-            UserError: if the weights do not fit, or no name is known.
-        """
+        """Returns the encoder with these weights."""
         encoder = self._new_encoder(model)
         self.load_into_encoder(encoder)
         return encoder.eval()
 
     def encoder_hierarchy(self, model: str | nn.Module | None = None) -> Hierarchy:
-        """Returns the encoder with these weights and its pretrained feature maps, in evaluation mode.
-
-        Arguments and errors as for `encoder`.
-        """
+        """Returns the encoder with these weights and its pretrained feature maps."""
         hierarchy = self.hierarchy_of(self._new_encoder(model))
         self.load_into_encoder(hierarchy.encoder, hierarchy)
         return hierarchy.eval()
 
     def classifier(self, model: str | nn.Module | None = None) -> nn.Module:
-        """Returns the classifier with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        """Returns the classifier with these weights."""
         known = self.metadata
-        classifier = create_classifier(
-            model or self.model, len(self.classes), known.channels, image_size=known.image_size,
-            feature_modules=known.feature_modules,
-        )  # fmt: skip
-        _load(classifier, self.tensors, self.path)
-        return classifier.eval()
+        settings = known.given("image_size", "feature_modules")
+        classifier = create_classifier(model or self.model, len(self.classes), known.channels, **settings)
+        return _load(classifier, self.tensors, self.path).eval()
 
     def detector(self, model: str | nn.Module | None = None) -> nn.Module:
-        """Returns the detector with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        """Returns the detector with these weights."""
         if self.kind != "detector":
             raise UserError(f"{self.path} holds no detector; `sparkmim detect` makes one from it")
         known = self.metadata
         settings = known.given("masks", "mean", "std", "box_head", "norm", "long_side", "feature_modules")
         settings["short_side"] = known.eval_short_side
         detector = create_detector(self._new_encoder(model), len(known.classes or ()), **settings)
-        _load(detector, self.tensors, self.path)
-        return detector.eval()
+        return _load(detector, self.tensors, self.path).eval()
 
     def segmenter(self, model: str | nn.Module | None = None) -> Segmenter:
-        """Returns the segmenter with these weights, in evaluation mode; arguments and errors as for `encoder`."""
+        """Returns the segmenter with these weights."""
         if self.kind != "segmenter":
             raise UserError(f"{self.path} holds no segmenter; `sparkmim segment` makes one from it")
         known = self.metadata
         settings = known.given("norm", "image_size", "feature_modules")
         segmenter = create_segmenter(self._new_encoder(model), len(known.classes or ()), known.channels, **settings)
-        _load(segmenter, self.tensors, self.path)
-        return segmenter.eval()
+        return _load(segmenter, self.tensors, self.path).eval()
 
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:
-        """Returns the whole model, in evaluation mode; its decoder is new if the file holds an encoder alone.
-
-        Args:
-            model: the encoder's name, or a module; None for the name in the file.
-            image_size: one size per axis; None for that of training.
-
-        Raises:
-            UserError: if the file does not say how to build it, or the image size does not fit.
-        """
+        """Returns the whole model; its decoder is new if the file holds an encoder alone."""
         known = self.metadata
         size = image_size or known.image_size
         if size is None:
@@ -210,19 +164,13 @@ class Weights:
         self.load_into(whole)
         return whole.eval()
 
-    # Loading into a network
-
     def load_into(self, model: SparK) -> None:
-        """Loads encoder and decoder, or the encoder alone if the file holds no decoder.
-
-        Raises:
-            UserError: if the weights do not fit.
-        """
+        """Loads encoder and decoder, or the encoder alone if the file holds no decoder."""
         if self.kind != "pretrained":
             self.load_into_encoder(model.encoder, model.hierarchy)
             return
         own, unreached = model.state_dict(), set(model.unreached_parameters)
-        tensors = {name: _shaped_like(tensor, own.get(name)) for name, tensor in self.tensors.items()}
+        tensors = {name: shaped_like(tensor, own.get(name)) for name, tensor in self.tensors.items()}
         kept = {name: own[name] for name in own if _belongs(name, unreached) and name not in tensors}
         _load(model, {**kept, **tensors}, self.path)
 
@@ -230,28 +178,22 @@ class Weights:
         """Loads an encoder, or the encoder in a classifier.
 
         Tensors that no feature map depends on (a classifier, a norm before it) are loaded where they fit, and otherwise
-        left as they are; all others must be there and fit.
-
-        Args:
-            encoder: any network; of a `PooledClassifier`, its encoder is meant.
-            hierarchy: its feature maps, if they have been found before; None to find them.
-
-        Raises:
-            UserError: if the weights do not fit.
+        left as they are; all others must be there and fit. `hierarchy` holds the encoder's feature maps, if they have
+        been found before.
         """
         encoder = encoder_of(encoder)
         own, optional = encoder.state_dict(), set((hierarchy or self.hierarchy_of(encoder, whole=True)).unreached)
-        tensors = {name: _shaped_like(tensor, own.get(name)) for name, tensor in self.encoder_tensors.items()}
+        tensors = {name: shaped_like(tensor, own.get(name)) for name, tensor in self.encoder_tensors.items()}
         heads = {name.partition(".")[0] for name in optional} | _HEADS
-        wanted = {
-            name: tensor
-            for name, tensor in tensors.items()
-            if (name in own and own[name].shape == tensor.shape) or not (
-                _belongs(name, optional) or (name not in own and name.partition(".")[0] in heads)
-            )
-        }  # fmt: skip
-        kept = {name: tensor for name, tensor in own.items() if name not in wanted and _belongs(name, optional)}
-        _load(encoder, {**kept, **wanted}, self.path)
+
+        def wanted(name: str) -> bool:
+            if name in own and own[name].shape == tensors[name].shape:
+                return True
+            return not _belongs(name, optional) and (name in own or name.partition(".")[0] not in heads)
+
+        given = {name: tensor for name, tensor in tensors.items() if wanted(name)}
+        kept = {name: tensor for name, tensor in own.items() if name not in given and _belongs(name, optional)}
+        _load(encoder, {**kept, **given}, self.path)
 
     def backbone_tensors(self, encoder: nn.Module) -> dict[str, Tensor]:
         """Returns an encoder's tensors, except for those that no feature map depends on, such as a classifier's."""
@@ -279,16 +221,16 @@ def open_weights(path: str | Path) -> Weights:
 
     Of a run folder, this is the classifier with the best validation accuracy, averaged or not; the best detector or
     segmenter; or the pretrained model.
-
-    Raises:
-        UserError: if there are no weights, or their metadata are unusable.
     """
     path = Path(path)
     if path.is_dir():
         path = _file_of_run(path)
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
-    tensors, metadata = _read_safetensors(path) if path.suffix == ".safetensors" else official.read(path)
+    if path.suffix == ".safetensors":
+        metadata, tensors = _read_metadata(path), load_file(path)
+    else:
+        tensors, metadata = official.read(path)
     return Weights(path, _kind_of(tensors, metadata), tensors, metadata)
 
 
@@ -308,8 +250,7 @@ def _file_of_run(folder: Path) -> Path:
         for end in ("_best", "_ema_best", "", "_ema")
     ]
     found = [file for file in files if file.is_file()]
-    best = [file for file in found if file.stem.endswith("_best")]
-    if best:
+    if best := [file for file in found if file.stem.endswith("_best")]:
         return max(best, key=lambda file: _read_metadata(file).figures.get("top1", 0.0))
     found.append(folder / "weights" / MODEL_FILE)
     if not found[0].is_file():
@@ -326,12 +267,6 @@ def _read_metadata(path: Path) -> WeightsMetadata:
     return WeightsMetadata.from_json(content, path)
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
-    metadata = _read_metadata(path)
-    with safe_open(path, framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118
-
-
 def load(path: str | Path) -> SparK:
     """Builds the `SparK` model of a run folder or weight file, in evaluation mode.
 
@@ -341,23 +276,16 @@ def load(path: str | Path) -> SparK:
     return open_weights(path).spark()
 
 
-def _shaped_like(tensor: Tensor, own: Tensor | None) -> Tensor:
-    """Reshapes a linear layer's weight to that of a 1×1 convolution in its place, and the reverse."""
-    if own is not None and own.shape != tensor.shape and own.shape[:2] == tensor.shape[:2]:
-        return tensor.view(own.shape) if own.numel() == tensor.numel() else tensor
-    return tensor
-
-
 def _belongs(name: str, parameters: set[str]) -> bool:
     """Tells whether a tensor is one of the parameters, or in a module that has one of them."""
     parent = name.rpartition(".")[0]
     return name in parameters or (bool(parent) and any(other.rpartition(".")[0] == parent for other in parameters))
 
 
-def _load(module: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+def _load(module: Module, tensors: Mapping[str, Tensor], path: Path) -> Module:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        lines = str(error).splitlines()
-        detail = " ".join(line.strip() for line in lines[1:3])[:300]
+        detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
         raise UserError(f"the weights in {path} do not fit this model: {detail}") from error
+    return module
