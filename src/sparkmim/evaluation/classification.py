@@ -57,12 +57,8 @@ def score_classifier(
 ) -> ClassificationScores:
     """Scores a classifier; in a distributed run, on the images of all processes.
 
-    Args:
-        model: maps images to logits.
-        batches: dicts with `image`, `label` and `skipped`, for this process; skipped images do not count.
-        classes: names.
-        device: of the model.
-        precision: returns the context of a forward pass.
+    Batches are dicts with `image`, `label` and `skipped`, for this process; skipped images do not count. `precision`
+    returns the context of a forward pass.
 
     Raises:
         UnusableData: if no image can be read.

@@ -65,12 +65,8 @@ def evaluate_coco(
     Crowds and degenerate boxes are kept. Where pycocotools would fail, the ground truth is completed: missing areas and
     flags are filled in, and for `segm` an annotation without a mask becomes a crowd of the size of its box, so that
     detections on it are ignored. Annotations without a box of four numbers (for `segm`, without a mask either) are left
-    out. For `segm`, the area of an object is that of its mask, as in Detectron2 and MMDetection.
-
-    Args:
-        ground_truth: annotation file or its content.
-        detections: in COCO's result format, as `coco_results` makes them; not modified.
-        kinds: `bbox`, `segm` or both.
+    out. For `segm`, the area of an object is that of its mask, as in Detectron2 and MMDetection. Detections are in
+    COCO's result format, as `coco_results` makes them, and are not modified.
 
     Raises:
         UserError: if a detection belongs to an unknown image or lacks what a kind needs, or if the file is not in

@@ -115,7 +115,8 @@ def _networks(settings: EvaluateSettings, device: torch.device) -> list[FrozenNe
     ]
     if settings.compare is not None:
         other = open_weights(settings.compare)
-        found.append(("compare", other, frozen_hierarchy(other, None if other.metadata.model else model, device)))
+        named = model if other.metadata.model is None else None
+        found.append(("compare", other, frozen_hierarchy(other, named, device)))
     networks = []
     for name, opened, hierarchy in found:
         preparation = opened.preparation(settings.image_size, settings.crop)

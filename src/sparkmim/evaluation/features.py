@@ -74,11 +74,7 @@ def frozen_hierarchy(weights: Weights, model: str | nn.Module | None, device: to
 
 
 def check_stage(stage: int | None, hierarchy: Hierarchy, name: str) -> int:
-    """Returns the stage, or the deepest if None.
-
-    Raises:
-        UserError: if the network has no such stage.
-    """
+    """Returns the stage, or the deepest if None; refuses one that the network does not have."""
     count = len(hierarchy.strides)
     if stage is not None and not 1 <= stage <= count:
         stages = counted(count, "stage")

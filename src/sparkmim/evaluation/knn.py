@@ -11,10 +11,10 @@ _SIMILARITIES = 2**26
 
 
 def knn_predict(bank: Tensor, labels: Tensor, queries: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Predicts the class of each query by a vote of its `k` nearest neighbours, weighted by `exp(cosine / temperature)`.
+    """Predicts classes, long `[m]`, by a vote of the nearest neighbours, weighted by `exp(cosine / temperature)`.
 
-    Takes features `[n, C]` and labels, long `[n]`, of the bank, and features `[m, C]`; returns classes, long `[m]`. All
-    of the bank vote if it has fewer than `k`.
+    Takes features `[n, C]` and labels, long `[n]`, of the bank, which all vote if they are fewer than `k`, and features
+    `[m, C]`.
     """
     bank, queries = F.normalize(bank, dim=1), F.normalize(queries, dim=1)
     classes = int(labels.max()) + 1

@@ -18,7 +18,6 @@ RATES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
 HELD_OUT = 0.2
 """Share of the training features of each class that is held out to choose the learning rate."""
 
-_MOMENTUM = 0.9
 _FEWEST_STEPS = 1000
 
 
@@ -88,7 +87,7 @@ def fit_by_rates(
     steps = max(epochs * steps_per_epoch, _FEWEST_STEPS)
     weight = torch.zeros(len(rates) * classes, width, device=device, requires_grad=True)
     bias = torch.zeros(len(rates) * classes, device=device, requires_grad=True)
-    optimiser = torch.optim.SGD([weight, bias], lr=1.0, momentum=_MOMENTUM, nesterov=True)
+    optimiser = torch.optim.SGD([weight, bias], lr=1.0, momentum=0.9, nesterov=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, steps)
     scale = torch.tensor(rates, device=device)
     generator = torch.Generator().manual_seed(seed)

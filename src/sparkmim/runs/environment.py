@@ -15,12 +15,7 @@ from sparkmim._version import __version__
 
 
 def environment(accelerator: str, processes: int) -> dict[str, Any]:
-    """Returns the time, the versions and the hardware, in values that JSON takes; None where they are unknown.
-
-    Args:
-        accelerator: cpu or cuda.
-        processes: over all machines; `threads` counts those of one process.
-    """
+    """Returns the time, the versions and the hardware, in values that JSON takes; None where they are unknown."""
     cuda = accelerator == "cuda"
     return {
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -30,11 +25,11 @@ def environment(accelerator: str, processes: int) -> dict[str, Any]:
         **{name: import_module(name).__version__ for name in ("torchvision", "timm", "lightning")},
         "platform": platform.platform(),
         "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # of each process
         "memory_gib": _memory(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
         "cuda": torch.version.cuda if cuda else None,
-        "processes": processes,
+        "processes": processes,  # on all machines
     }
 
 

@@ -21,43 +21,24 @@ _FROM_PYTHON = "# Python objects, to be given again: "
 
 
 class RunFolder:
-    """A folder that holds one run.
-
-    Attributes:
-        path: the folder.
-        config: arguments as the user gave them; `--config` takes this file.
-        checkpoint: everything that resuming needs.
-        weights: folder of weight files.
-        history: events, one JSON object per line; see `runs.history`.
-        pictures: folder of PNG files.
-        metrics: validation figures of the finished run.
-        evaluation: folder of the results of `sparkmim evaluate`.
-        tensorboard: folder of TensorBoard event files.
-        log: messages with their times.
-        environment: machine and versions at the start and at each resumption.
-        report: HTML page that shows all of this.
-    """
+    """A folder that holds one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.checkpoint = self.path / CHECKPOINT
+        self.config = self.path / "config.yaml"  # arguments as the user gave them; `--config` takes this file
+        self.checkpoint = self.path / CHECKPOINT  # everything that resuming needs
         self.weights = self.path / "weights"
-        self.history = self.path / "history.jsonl"
+        self.history = self.path / "history.jsonl"  # events; see `runs.history`
         self.pictures = self.path / "pictures"
-        self.metrics = self.path / "metrics.json"
-        self.evaluation = self.path / "evaluation"
+        self.metrics = self.path / "metrics.json"  # validation figures of the finished run
+        self.evaluation = self.path / "evaluation"  # results of `sparkmim evaluate`
         self.tensorboard = self.path / "tensorboard"
         self.log = self.path / "log.txt"
-        self.environment = self.path / "environment.json"
+        self.environment = self.path / "environment.json"  # at the start and at each resumption
         self.report = self.path / "report.html"
 
     def check_new(self) -> None:
-        """Checks that a new run can start here.
-
-        Raises:
-            UserError: if the folder is not empty, or the path is a file.
-        """
+        """Refuses a path where no new run can start: a file, or a folder that is not empty."""
         if self.config.is_file():
             raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
         if self.path.is_dir() and any(self.path.iterdir()):
@@ -66,11 +47,7 @@ class RunFolder:
             raise UserError(f"{self.path} is a file; --out names a folder")
 
     def read_config(self) -> dict[str, Any]:
-        """Reads the arguments of a run, and names of those that were Python objects under `from_python`.
-
-        Raises:
-            UserError: if there is no run, or its config is damaged.
-        """
+        """Reads the arguments of a run, and under `from_python` the names of those that were Python objects."""
         if not self.config.is_file():
             raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one there")
         try:
@@ -85,19 +62,14 @@ class RunFolder:
             arguments["from_python"] = first.removeprefix(_FROM_PYTHON).split(", ")
         return arguments
 
-    def write_config(
-        self, asked: Mapping[str, Any], settled: Mapping[str, Any], from_python: Sequence[str] = ()
-    ) -> None:
-        """Saves arguments in a form that `--config` takes.
+    def write_config(self, asked: Mapping[str, Any], settled: Mapping[str, Any], objects: Sequence[str] = ()) -> None:
+        """Saves arguments as the user gave them; notes the settled values of those left open as comments.
 
-        Args:
-            asked: values as the user gave them; None or `auto` where the decision was left open.
-            settled: values in force, noted as comments beside the open ones.
-            from_python: arguments that are Python objects, which no file can hold.
+        `objects` names the arguments that are Python objects, which no file can hold.
         """
-        plain = {name: None if name in from_python else value for name, value in asked.items()}
-        notes = settled_notes(plain, {**settled, **dict.fromkeys(from_python)})
-        head = f"{_FROM_PYTHON}{', '.join(from_python)}\n" if from_python else ""
+        plain = {name: None if name in objects else value for name, value in asked.items()}
+        notes = settled_notes(plain, {**settled, **dict.fromkeys(objects)})
+        head = f"{_FROM_PYTHON}{', '.join(objects)}\n" if objects else ""
         with replacing(self.config) as partial:
             partial.write_text(head + commented_yaml(plain, notes), encoding="utf-8")
 
@@ -109,11 +81,7 @@ class RunFolder:
 
 
 def read_json(path: Path) -> Any:
-    """Reads a JSON file; None if there is none.
-
-    Raises:
-        UserError: if it is damaged.
-    """
+    """Reads a JSON file; None if there is none. Refuses a damaged one."""
     if not path.is_file():
         return None
     try:

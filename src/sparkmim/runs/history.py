@@ -31,26 +31,20 @@ Kind = Literal[
 | `checkpoint`, `stop`, `finish` | – |
 """
 
-_KINDS = get_args(Kind)
+_KEPT = ("start", "resume", "stop", "unreadable", "warning")
+"""Kinds of events that are kept although their steps were lost."""
 
 logger = logging.getLogger("sparkmim")
 
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened in a run.
-
-    Attributes:
-        kind: kind of event.
-        step: optimiser steps done when it happened.
-        time: with a time zone.
-        fields: further values by name, as JSON takes them; see `Kind`.
-    """
+    """Something that happened in a run."""
 
     kind: Kind
-    step: int
-    time: datetime
-    fields: dict[str, Any]
+    step: int  # optimiser steps done when it happened
+    time: datetime  # with a time zone
+    fields: dict[str, Any]  # further values by name, as JSON takes them; see `Kind`
 
     def to_json(self) -> str:
         """Returns the event as a line of `history.jsonl`, without the newline."""
@@ -59,13 +53,9 @@ class Event:
 
     @classmethod
     def from_json(cls, line: str) -> Event:
-        """Reads one line of `history.jsonl`.
-
-        Raises:
-            ValueError, KeyError, TypeError: if the line is no event.
-        """
+        """Reads one line of `history.jsonl`; raises ValueError, KeyError or TypeError if it is no event."""
         found = json.loads(line)
-        if not isinstance(found, dict) or found.get("event") not in _KINDS:
+        if not isinstance(found, dict) or found.get("event") not in get_args(Kind):
             raise ValueError("not an event of a run")
         time = datetime.fromisoformat(str(found.pop("time", "")))
         return cls(found.pop("event"), int(found.pop("step")), time, found)
@@ -75,15 +65,12 @@ Listener = Callable[[Event], None]
 
 
 class History:
-    """Appends events to `history.jsonl` and passes them to listeners.
-
-    Args:
-        path: the file; None to inform listeners only, as on all ranks but the first.
-    """
+    """Appends events to `history.jsonl` and passes them to listeners; to these only on all ranks but the first."""
 
     def __init__(self, path: Path | None) -> None:
         if path is not None and path.is_file():
-            _remove_cut_line(path)
+            whole = path.read_bytes().rfind(b"\n") + 1
+            os.truncate(path, whole)  # a last line that was cut off by a kill
         self.path = path
         self.listeners: list[Listener] = [_to_log]
 
@@ -98,20 +85,8 @@ class History:
         return event
 
 
-def _remove_cut_line(path: Path) -> None:
-    """Removes a last line that was cut off by a kill, so that the next event starts on a new line."""
-    content = path.read_bytes()
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-
-
 def read_history(path: Path) -> list[Event]:
-    """Reads the events of a run, except those of lost steps and a last line that is not complete.
-
-    Raises:
-        UserError: if another line is damaged.
-    """
+    """Reads the events of a run, except those of lost steps and a last line that is not complete."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     events: list[Event] = []
     for number, line in enumerate(lines, 1):
@@ -125,11 +100,7 @@ def read_history(path: Path) -> list[Event]:
 
 
 def without_lost_steps(events: Sequence[Event]) -> list[Event]:
-    """Drops what happened after the checkpoint that a killed run was resumed from.
-
-    Args:
-        events: in the order in which they happened.
-    """
+    """Drops what happened after the checkpoint that a killed run was resumed from."""
     kept: list[Event] = []
     for event in events:
         if event.kind == "resume":
@@ -138,44 +109,39 @@ def without_lost_steps(events: Sequence[Event]) -> list[Event]:
     return kept
 
 
-_KEPT = ("start", "resume", "stop", "unreadable", "warning")
-"""Kinds of events that are kept although their steps were lost."""
-
-
 # The log
 
 
-def sentence(event: Event) -> tuple[int, str] | None:
-    """Returns level and message of an event in `log.txt`; None for events that are not written there."""
+def _sentence(event: Event) -> str | None:
+    """Returns the message of an event in `log.txt`; None for events that are not written there."""
     said = event.fields
     match event.kind:
         case "start":
-            return logging.INFO, f"started: {said['steps']} steps in all"
+            return f"started: {said['steps']} steps in all"
         case "resume":
-            return logging.INFO, f"resumed at step {event.step}: {said['steps']} steps in all"
+            return f"resumed at step {event.step}: {said['steps']} steps in all"
         case "epoch":
-            return logging.INFO, (
-                f"epoch {said['epoch']}/{said['epochs']}  step {event.step}  loss {said['loss']:.4f}  rate "
-                f"{said['learning_rate']:.3g}  {said['images_per_second']:.0f} images/s"
-            )
+            figures = f"loss {said['loss']:.4f}  rate {said['learning_rate']:.3g}"
+            speed = f"{said['images_per_second']:.0f} images/s"
+            return f"epoch {said['epoch']}/{said['epochs']}  step {event.step}  {figures}  {speed}"
         case "validation":
             figures = "  ".join(f"{name} {value:.4g}" for name, value in said["figures"].items())
             average = " of the average" if said["weights"] == "ema" else ""
-            return logging.INFO, f"step {event.step}  validation{average}: {figures}"
+            return f"step {event.step}  validation{average}: {figures}"
         case "unreadable":
             part = "validation image left out" if said["part"] == "validation" else "image skipped"
-            return logging.WARNING, f"unreadable {part}: {said['image']}: {said['reason']}"
+            return f"unreadable {part}: {said['image']}: {said['reason']}"
         case "stop":
-            return logging.INFO, f"stopped at step {event.step} on request; continue with --resume"
+            return f"stopped at step {event.step} on request; continue with --resume"
         case "finish":
-            return logging.INFO, f"finished at step {event.step}"
+            return f"finished at step {event.step}"
         case _:
             return None
 
 
 def _to_log(event: Event) -> None:
-    if said := sentence(event):
-        logger.log(*said, extra={"event": event})
+    if said := _sentence(event):
+        logger.log(logging.WARNING if event.kind == "unreadable" else logging.INFO, said, extra={"event": event})
 
 
 class _Warnings(logging.Handler):
@@ -192,13 +158,7 @@ class _Warnings(logging.Handler):
 
 @contextmanager
 def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[None]:
-    """Within this context, appends the package's messages to a file, and records warnings in the history.
-
-    Args:
-        history: history of the run.
-        log: the file.
-        step: returns the optimiser steps done.
-    """
+    """Within this context, appends the package's messages to a file, and records warnings in the history."""
     file = logging.FileHandler(log, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     handlers = [file, _Warnings(history, step)]
@@ -217,6 +177,4 @@ def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[Non
 
 def settled_settings(events: Sequence[Event]) -> Mapping[str, Any]:
     """Returns the settings of the last start or resumption; empty if there is none."""
-    begun = [event for event in events if event.kind in ("start", "resume")]
-    settings: Mapping[str, Any] = begun[-1].fields["settings"] if begun else {}
-    return settings
+    return next((event.fields["settings"] for event in reversed(events) if event.kind in ("start", "resume")), {})

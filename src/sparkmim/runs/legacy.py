@@ -26,10 +26,7 @@ Picture = tuple[Path, int, int]
 def read_legacy(folder: RunFolder, settings: Mapping[str, Any], later: list[Event]) -> list[Event]:
     """Reads the events of a run that an earlier version wrote, in the order in which they happened.
 
-    Args:
-        folder: the run folder.
-        settings: values in force.
-        later: the run's history, if it was resumed by this version.
+    `later` is the run's history, if it was resumed by this version.
     """
     until = later[0].time.timestamp() if later else math.inf
     messages = [(time, said) for time, said in _messages(folder.log) if time.timestamp() + 1 <= until]
@@ -64,12 +61,12 @@ def _scalar_events(scalars: Mapping[str, list[Point[float]]]) -> list[Event]:
         for time, step, value in points:
             values[step, weights][validation[2] if validation else tag] = value
             times[step, weights] = min(time, times.get((step, weights), time))
-    events = []
-    for (step, weights), figures in values.items():
-        kind: Kind = "validation" if weights else "step"
-        fields: dict[str, Any] = {"weights": weights, "figures": figures} if weights else {**figures}
-        events.append(Event(kind, step, _local(times[step, weights]), fields))
-    return events
+    return [
+        Event("validation", step, _local(times[step, weights]), {"weights": weights, "figures": figures})
+        if weights
+        else Event("step", step, _local(times[step, weights]), {**figures})
+        for (step, weights), figures in values.items()
+    ]
 
 
 def _message_events(messages: list[tuple[datetime, str]], sessions: list[dict[str, Any]]) -> list[Event]:
@@ -87,8 +84,7 @@ def _message_events(messages: list[tuple[datetime, str]], sessions: list[dict[st
             part = "validation" if match[1] else "training"
             events.append(Event("unreadable", 0, time, {"image": image, "reason": reason, "part": part}))
     for session in left:
-        kind = "resume" if session is not sessions[0] else "start"
-        events.append(_beginning(kind, _local(0), None, session))
+        events.append(_beginning("start" if session is sessions[0] else "resume", _local(0), None, session))
     return events
 
 
@@ -108,32 +104,26 @@ def _messages(log: Path) -> list[tuple[datetime, str]]:
         return []
     text = log.read_text(encoding="utf-8", errors="replace")
     parts = re.split(r"^(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)  ", text, flags=re.MULTILINE)[1:]
-    return [
-        (datetime.fromisoformat(time).astimezone(), said.rstrip("\n"))
-        for time, said in zip(parts[::2], parts[1::2], strict=True)
-    ]
+    pairs = zip(parts[::2], parts[1::2], strict=True)
+    return [(datetime.fromisoformat(time).astimezone(), said.rstrip("\n")) for time, said in pairs]
 
 
 # TensorBoard's own reader verifies checksums of all pictures byte by byte, in Python: minutes for a long run. Its event
 # files are records of length, checksum, protocol buffer, checksum.
 
 
-def read_tensorboard(
-    folder: Path, until: float = math.inf
-) -> tuple[dict[str, list[Point[float]]], list[Point[Picture]]]:
+def read_tensorboard(folder: Path, until: float) -> tuple[dict[str, list[Point[float]]], list[Point[Picture]]]:
     """Reads scalars by tag, and places of reconstructions, from all event files in a folder.
 
-    Where a run was killed and resumed from an earlier checkpoint, the lost steps are left out.
-
-    Args:
-        folder: the folder.
-        until: time in seconds since 1970 from which on events are left out.
+    Where a run was killed and resumed from an earlier checkpoint, the lost steps are left out, and so is everything
+    from the time `until` on, in seconds since 1970.
     """
     from tensorboard.compat.proto.event_pb2 import Event as Record  # type: ignore[import-untyped]
 
     scalars: dict[str, list[Point[float]]] = defaultdict(list)
     pictures: list[Point[Picture]] = []
-    for path in sorted(folder.glob("events.out.tfevents.*"), key=_age):
+    files = folder.glob("events.out.tfevents.*")  # to sort by the second in the name, and the time of the last change
+    for path in sorted(files, key=lambda file: (file.name.split(".")[3], file.stat().st_mtime_ns)):
         for offset, content in _records(path):
             record = Record.FromString(content)
             if record.wall_time >= until:
@@ -155,11 +145,6 @@ def read_picture(path: Path, offset: int, size: int) -> bytes:
         file.seek(offset)
         record = Record.FromString(file.read(size))
     return bytes(next(value.image.encoded_image_string for value in record.summary.value if value.tag == PICTURES))
-
-
-def _age(path: Path) -> tuple[str, int]:
-    """Returns the second in the file's name, and the time of its last change."""
-    return path.name.split(".")[3], path.stat().st_mtime_ns
 
 
 def _records(path: Path) -> Iterator[tuple[int, bytes]]:

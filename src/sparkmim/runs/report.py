@@ -24,7 +24,7 @@ from sparkmim.drawing.pixels import GAP
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.results import EvaluationResult, Score
-from sparkmim.runs.config import decided_by, open_value
+from sparkmim.runs.config import decided_by
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.run import Run
 
@@ -36,33 +36,21 @@ MOMENTS = 5
 MOST_LINES = 50
 """Most skipped images, and most classes, that are listed."""
 
-_FEW = 10
-"""Longer lists of skipped images are folded."""
-
-_TILE = 160
-"""Largest side of an image among the reconstructions, in pixels."""
-
-_SMALL = 96
-"""Images up to this side are shown pixel by pixel."""
+_FEW = 10  # longer lists of skipped images are folded
+_TILE = 160  # largest side of an image among the reconstructions, in pixels
+_SMALL = 96  # images up to this side are shown pixel by pixel
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Writes the report of a run, which may be finished, stopped or still training.
-
-    Args:
-        run: run folder.
-        out: HTML file, which is replaced; None for `report.html` in the run folder.
-
-    Returns:
-        path of the report.
-
-    Raises:
-        UserError: if there is no such run, a file in its folder is damaged, or out is no HTML file.
-    """
+    """Writes the report of a run, finished or not, by default to `report.html` in its folder; returns the path."""
     path = RunFolder(run).report if out is None else Path(out)
     if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
         raise UserError(f"out is {path}; it names a file that ends in .html")
-    page = _template().render(_page(Run.read(run)))
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.get_template("report.html.jinja").render(_page(Run.read(run)))
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
@@ -75,14 +63,6 @@ def renew_report(run: str | Path) -> Path | None:
     except Exception as error:
         log.warning("the report could not be written: %s; try `sparkmim report %s`", error, run)
         return None
-
-
-def _template() -> jinja2.Template:
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
-    )  # fmt: skip
-    return environment.get_template("report.html.jinja")
 
 
 # What the template shows: names and values as text, pictures as data URIs.
@@ -98,9 +78,10 @@ class Entry:
 
 
 def _page(run: Run) -> dict[str, Any]:
+    model = str(run.settings.get("model")).rpartition(":")[2]  # the network's name, or that of its factory
     return {
-        "network": _network(run),
-        "kind": _kind(run),
+        "network": "A network from Python" if "model" in run.objects else model,
+        "kind": next((kind for setting, kind in _KINDS.items() if setting in run.settings), "Pretraining"),
         "data": run.asked.get("data"),
         "data_from_python": "data" in run.objects,
         "began": f"{run.started.day} {run.started:%B %Y}",
@@ -119,15 +100,6 @@ def _page(run: Run) -> dict[str, Any]:
 
 _KINDS = {"box_head": "Detection", "reduce_labels": "Segmentation", "layer_decay": "Fine-tuning"}
 """Kinds of training, by a setting that neither those further down nor pretraining have."""
-
-
-def _kind(run: Run) -> str:
-    return next((kind for setting, kind in _KINDS.items() if setting in run.settings), "Pretraining")
-
-
-def _network(run: Run) -> str:
-    """Returns the network's name, or that of its factory."""
-    return "A network from Python" if "model" in run.objects else str(run.settings.get("model")).rpartition(":")[2]
 
 
 # Summary
@@ -167,11 +139,11 @@ def _duration(seconds: float) -> str:
 def _devices(run: Run) -> Entry:
     if not run.sessions:
         return Entry("Devices", str(run.settings.get("accelerator", "not known")))
-    now = run.sessions[-1]
+    now, processes = run.sessions[-1], run.sessions[-1]["processes"]
     if now["gpus"]:
-        return Entry("Devices", f"{now['processes']} × {now['gpus'][0]}")
-    processes = f"{now['processes']} processes × " if now["processes"] > 1 else ""
-    return Entry("Devices", str(now["cpu"]), processes + counted(now["threads"], "thread"))
+        return Entry("Devices", f"{processes} × {now['gpus'][0]}")
+    threads = counted(now["threads"], "thread")
+    return Entry("Devices", str(now["cpu"]), f"{processes} processes × {threads}" if processes > 1 else threads)
 
 
 # Curves
@@ -310,11 +282,8 @@ def _validation(run: Run) -> dict[str, Any] | None:
     if best is None or metrics is None:
         return None
     names = {"best_model": "best", "last_model": "last", "best_ema": "best average", "last_ema": "last average"}
-    rows = [
-        (label, f"{found['top1']:.2%}", f"{found['top5']:.2%}", f"{found['loss']:.4g}")
-        for name, label in names.items()
-        if (found := metrics.get(name))
-    ]
+    scores = [(label, metrics[name]) for name, label in names.items() if metrics.get(name)]
+    rows = [(label, f"{row['top1']:.2%}", f"{row['top5']:.2%}", f"{row['loss']:.4g}") for label, row in scores]
     worst_first = sorted(best["per_class"].items(), key=lambda item: item[1])
     rest = worst_first[MOST_LINES:]
     more = f"and {counted(len(rest), 'class', 'classes')} from {rest[0][1]:.1%} on, in metrics.json" if rest else ""
@@ -323,27 +292,21 @@ def _validation(run: Run) -> dict[str, Any] | None:
     if path.is_file():
         with Image.open(path) as picture:
             confusion = {"image": _data_uri("png", path.read_bytes()), "width": picture.width, "height": picture.height}
-    return {
-        "rows": rows,
-        "images": counted(metrics["validation_images"], "image"),
-        "classes": worst_first[:MOST_LINES],
-        "more": more,
-        "confusion": confusion,
-    }
+    images = counted(metrics["validation_images"], "image")
+    return {"rows": rows, "images": images, "classes": worst_first[:MOST_LINES], "more": more, "confusion": confusion}
 
 
 def _evaluation(found: dict[str, Any]) -> dict[str, Any]:
     """Returns the table that `sparkmim evaluate` prints, and the data it was measured on."""
     rows = [Score(**row) for row in found["rows"]]
     table = EvaluationResult(found["protocol"], rows, found["classes"], [], None).table()
-    images = found["images"]
+    train, classes = counted(found["images"]["train"], "image"), counted(len(found["classes"]), "class", "classes")
+    test = f"{found['images']['test']:,}"
     return {
         "name": str(table.title).removesuffix(" accuracy"),
         "heads": [str(column.header) for column in table.columns],
         "rows": zip(*(map(str, column.cells) for column in table.columns), strict=True),
-        "said": f"Frozen features, {counted(images['train'], 'image')} of "
-        f"{counted(len(found['classes']), 'class', 'classes')} to learn from, {images['test']:,} to test on; "
-        f"{found['method']}.",
+        "said": f"Frozen features, {train} of {classes} to learn from, {test} to test on; {found['method']}.",
     }
 
 
@@ -351,23 +314,11 @@ def _skipped(unreadable: list[str]) -> dict[str, Any] | None:
     if not unreadable:
         return None
     more = len(unreadable) - MOST_LINES
-    rest = [f"and {more:,} more, in log.txt"] if more > 0 else []
-    return {
-        "count": counted(len(unreadable), "image"),
-        "open": len(unreadable) <= _FEW,
-        "lines": unreadable[:MOST_LINES] + rest,
-    }
+    lines = unreadable[:MOST_LINES] + ([f"and {more:,} more, in log.txt"] if more > 0 else [])
+    return {"count": counted(len(unreadable), "image"), "open": len(unreadable) <= _FEW, "lines": lines}
 
 
 # Settings and environment
-
-
-@dataclass(frozen=True)
-class Group:
-    """Entries under a title."""
-
-    title: str
-    entries: list[Entry]
 
 
 _GROUPS = {
@@ -391,20 +342,20 @@ _GROUPS = {
 }  # fmt: skip
 
 
-def _settings(run: Run) -> list[Group]:
+def _settings(run: Run) -> list[tuple[str, list[Entry]]]:
+    """Returns the settings by group."""
     shown = {name: value for name, value in run.settings.items() if name != "resume"}
     named = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "Others": tuple(name for name in shown if name not in named)}
-    found = [Group(title, [_setting(run, name) for name in names if name in shown]) for title, names in groups.items()]
-    return [group for group in found if group.entries]
+    found = [(title, [_setting(run, name) for name in names if name in shown]) for title, names in groups.items()]
+    return [(title, entries) for title, entries in found if entries]
 
 
 def _setting(run: Run, name: str) -> Entry:
     value = run.settings[name]
     if name in run.objects:
         return Entry(name, "a Python object")
-    left_open = name in run.asked and open_value(name, run.asked[name]) and not open_value(name, value)
-    return Entry(name, _plain(value), decided_by(name) if left_open else "")
+    return Entry(name, _plain(value), decided_by(name, run.asked.get(name, value), value))
 
 
 def _plain(value: Any) -> str:
@@ -424,7 +375,7 @@ _ENVIRONMENT = {
 }  # fmt: skip
 
 
-def _environment(sessions: list[dict[str, Any]]) -> list[Group]:
+def _environment(sessions: list[dict[str, Any]]) -> list[tuple[str, list[Entry]]]:
     """Returns the environment of the start, and what was different at each resumption."""
     groups = []
     for place, session in enumerate(sessions):
@@ -435,7 +386,7 @@ def _environment(sessions: list[dict[str, Any]]) -> list[Group]:
             for name, label in _ENVIRONMENT.items()
             if (value := session.get(name)) not in (None, []) and value != before.get(name)
         ]
-        groups.append(Group(f"{'Resumed' if place else 'Started'} {date}", entries))
+        groups.append((f"{'Resumed' if place else 'Started'} {date}", entries))
     return groups
 
 

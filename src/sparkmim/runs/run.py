@@ -19,39 +19,24 @@ from sparkmim.runs.legacy import read_legacy, read_picture
 
 @dataclass(frozen=True)
 class Run:
-    """A run, in whatever state it is.
-
-    Attributes:
-        folder: run folder.
-        events: history of the run.
-        asked: arguments as the user gave them.
-        objects: names of the arguments that were Python objects, which no file can hold.
-        metrics: content of `metrics.json`; None if there is none.
-        evaluations: results of `sparkmim evaluate` in the folder.
-    """
+    """A run, in whatever state it is."""
 
     folder: RunFolder
     events: list[Event]
-    asked: dict[str, Any]
-    objects: list[str]
+    asked: dict[str, Any]  # arguments as the user gave them
+    objects: list[str]  # names of the arguments that were Python objects, which no file can hold
     metrics: dict[str, Any] | None
-    evaluations: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]  # results of `sparkmim evaluate` in the folder
 
     @classmethod
     def read(cls, path: str | Path) -> Run:
-        """Reads a run folder, also one of a version that wrote no `history.jsonl`.
-
-        Raises:
-            UserError: if the folder holds no run, or a file in it is damaged.
-        """
+        """Reads a run folder, also one of a version that wrote no `history.jsonl`."""
         folder = RunFolder(path)
         if not folder.path.exists():
             raise UserError(f"{folder.path} does not exist; name the run folder of a training")
         if not folder.config.is_file():
-            raise UserError(
-                f"{folder.path} holds no run, for there is no {folder.config.name} in it; name the run folder of a "
-                "training"
-            )
+            missing = f"{folder.path} holds no run, for there is no {folder.config.name} in it"
+            raise UserError(f"{missing}; name the run folder of a training")
         asked = folder.read_config()
         objects = list(asked.pop("from_python", ()))
         events = read_history(folder.history) if folder.history.is_file() else []
