@@ -88,8 +88,8 @@ class Playground:
                 )
             if model.grid != self.grid or model.preparation.image_size != self.size:
                 raise UserError(
-                    f"{model.path} has {_times(model.grid)} patches on {_times(model.preparation.image_size)} pixels, "
-                    f"but {self.models[0].path} {_times(self.grid)} on {_times(self.size)}; only models of the same "
+                    f"{model.path} has {times(model.grid)} patches on {times(model.preparation.image_size)} pixels, "
+                    f"but {self.models[0].path} {times(self.grid)} on {times(self.size)}; only models of the same "
                     "patches can be compared under one mask"
                 )
             if model.preparation.channels != self.channels:
@@ -220,5 +220,5 @@ def to_bytes(pixels: Any) -> Any:
     return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
 
 
-def _times(sizes: Sequence[int]) -> str:
+def times(sizes: Sequence[int]) -> str:
     return "×".join(map(str, sizes))
