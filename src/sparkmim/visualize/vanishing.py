@@ -333,9 +333,7 @@ def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Ma
     )  # fmt: skip
 
 
-def _draw_values(
-    part: SubFigure, values: Mapping[str, Any], image: Tensor, visible: Tensor, tones: Tones
-) -> None:  # fmt: skip
+def _draw_values(part: SubFigure, values: Mapping[str, Any], image: Tensor, visible: Tensor, tones: Tones) -> None:
     """Draws an image whole, as sparse and as dense convolution see it, each above a histogram of pixel values."""
     _title(part, "What a network is given")
     whole = to_array(tones(image))[0]
