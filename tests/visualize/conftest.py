@@ -69,7 +69,7 @@ def unusable(written: Written, network: str) -> list[tuple[dict[str, Any], str]]
     diverged = create_encoder(network)
     nn.init.constant_(next(diverged.parameters()), float("nan"))
     return [
-        ({"weights": written(signals, "signals", image_size=[64], channels=2), "model": signals},
+        ({"weights": written(signals, "signals", image_size=[64], channels=2, mean=None, std=None), "model": signals},
          "signals, which are no pictures; `sparkmim embed` writes features"),
         ({"weights": written(diverged, "diverged", model=network)},
          r"stage \d of .*diverged.safetensors gives values that are not finite"),

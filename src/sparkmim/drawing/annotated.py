@@ -42,33 +42,24 @@ _MOST_NAMES = 40
 
 
 def draw_detections(image: Tensor, output: Mapping[str, Tensor], classes: Sequence[str]) -> Tensor:
-    """Draws boxes, names and masks of detections that score above `SURE`.
+    """Draws boxes, names and masks of detections that score above `SURE` on float `[3, H, W]` in 0…1, as uint8.
 
-    Args:
-        image: float `[3, H, W]` in 0…1.
-        output: torchvision's dictionary of boxes, labels (from 1), scores and, optionally, masks.
-        classes: names of the classes.
-
-    Returns:
-        uint8 `[3, H, W]`.
+    `output` is torchvision's dictionary of boxes, labels (from 1), scores and, optionally, masks.
     """
     canvas = (255 * image.cpu()).round().to(torch.uint8)
-    sure = (output["scores"] > SURE).cpu()
-    labels = output["labels"].cpu()[sure]
-    if not len(labels):
+    sure = output["scores"] > SURE
+    found = {name: values[sure].cpu() for name, values in output.items()}
+    labels, scores = found["labels"].tolist(), found["scores"].tolist()
+    if not labels:
         return canvas
-    names = [
-        f"{classes[label - 1]} {score:.0%}"
-        for label, score in zip(labels.tolist(), output["scores"].cpu()[sure].tolist(), strict=True)
-    ]
-    colours = [COLOURS[label % len(COLOURS)] for label in labels.tolist()]
-    if "masks" in output:
-        masks = output["masks"].cpu()[sure, 0] > 0.5
-        canvas = draw_segmentation_masks(canvas, masks, alpha=0.5, colors=colours)
-    width = max(2, min(canvas.shape[1:]) // 200)
+    names = [f"{classes[label - 1]} {score:.0%}" for label, score in zip(labels, scores, strict=True)]
+    colours = [COLOURS[label % len(COLOURS)] for label in labels]
+    if "masks" in found:
+        canvas = draw_segmentation_masks(canvas, found["masks"][:, 0] > 0.5, alpha=0.5, colors=colours)
+    side = min(canvas.shape[1:])
     boxed: Tensor = draw_bounding_boxes(
-        canvas, output["boxes"].cpu()[sure], names, colours, width=width, fill_labels=True, label_colors="white",
-        font=_font_file(), font_size=max(10, min(canvas.shape[1:]) // 32),
+        canvas, found["boxes"], names, colours, width=max(2, side // 200), fill_labels=True, label_colors="white",
+        font=_font_file(), font_size=max(10, side // 32),
     )  # fmt: skip
     return boxed
 
@@ -91,8 +82,7 @@ def class_colour(number: int) -> tuple[int, int, int]:
         ((31, 111, 139), (200, 85, 61))
     """
     if number < len(COLOURS):
-        red, green, blue = ImageColor.getrgb(COLOURS[number])[:3]
-        return red, green, blue
+        return ImageColor.getrgb(COLOURS[number])[:3]
     hue = number * 0.618034 % 1  # the golden ratio: far from all hues before
     bright, full = ((0.95, 0.45), (0.6, 0.75), (0.8, 0.9))[number % 3]
     red, green, blue = (round(255 * part) for part in colorsys.hsv_to_rgb(hue, full, bright))
@@ -100,21 +90,13 @@ def class_colour(number: int) -> tuple[int, int, int]:
 
 
 def draw_classes(image: Tensor, labels: Tensor) -> Tensor:
-    """Draws a label map in colours over its image in grey; ignored pixels keep the image's colours.
+    """Draws a label map, long `[H, W]`, in colours over its image in grey; ignored pixels keep the image's colours.
 
-    Args:
-        image: float `[3, H, W]` in 0…1.
-        labels: long `[H, W]`.
-
-    Returns:
-        uint8 `[3, H, W]`.
+    From float `[3, H, W]` in 0…1 to uint8.
     """
-    count = int(labels.max()) + 1
-    colours = [class_colour(number) for number in range(max(1, count))]
-    palette = torch.tensor(colours, dtype=torch.float32)  # [classes, 3]
-    labels = labels.cpu()
-    over = palette[labels.clamp(min=0)].permute(2, 0, 1)  # [3, h, w]
-    pixels = 255 * image.cpu()
+    labels, pixels = labels.cpu(), 255 * image.cpu()
+    colours = [class_colour(number) for number in range(max(1, int(labels.max()) + 1))]
+    over = torch.tensor(colours, dtype=torch.float32)[labels.clamp(min=0)].permute(2, 0, 1)  # [3, H, W]
     grey = pixels.mean(0, keepdim=True)
     mixed = torch.where(labels == IGNORED, pixels, (1 - _OPACITY) * grey + _OPACITY * over)
     return mixed.round().to(torch.uint8)
@@ -128,41 +110,27 @@ def side_by_side(pictures: Sequence[Tensor]) -> Tensor:
 
 
 def with_legend(picture: Tensor, labels: Sequence[Tensor], classes: Sequence[str]) -> Tensor:
-    """Adds a legend with the classes of some label maps below a picture.
-
-    Args:
-        picture: uint8 `[3, H, W]`; a small one is enlarged by a whole factor.
-        labels: label maps, long, of any shape.
-        classes: names of all classes.
-
-    Returns:
-        uint8 `[3, H + rows, W]`.
-    """
+    """Adds a legend with the classes of some label maps below a uint8 picture `[3, H, W]`, enlarged if small."""
     larger = max(1, min(-(-_SMALLEST // min(picture.shape[1:])), _LARGEST // max(picture.shape[1:])))
     picture = picture.repeat_interleave(larger, 1).repeat_interleave(larger, 2)
     width = int(picture.shape[2])
     size = max(12, min(width, int(picture.shape[1])) // 36)
     font = ImageFont.truetype(_font_file(), size)
-    entries = _entries(torch.cat([part.flatten().cpu() for part in labels]), classes, width, font)
-    line = 2 * size
-    rows: list[list[tuple[str, str, int]]] = [[]]
-    left = size
-    for colour, name in entries:
+    placed: list[tuple[str, str, int, int]] = []
+    left, top = size, size // 2
+    for colour, name in _entries(torch.cat([part.flatten().cpu() for part in labels]), classes, width, font):
         extent = round(font.getlength(name)) + 3 * size
-        if left + extent > width and rows[-1]:
-            rows.append([])
-            left = size
-        rows[-1].append((colour, name, left))
+        if left + extent > width and left > size:
+            left, top = size, top + 2 * size
+        placed.append((colour, name, left, top))
         left += extent
-    legend = Image.new("RGB", (width, line * len(rows) + size), "white")
+    legend = Image.new("RGB", (width, top + 3 * size - size // 2), "white")
     draw = ImageDraw.Draw(legend)
-    for number, row in enumerate(rows):
-        top = size // 2 + number * line
-        for colour, name, left in row:
-            draw.rectangle((left, top + size // 2, left + size, top + size // 2 + size), fill=colour)
-            draw.text((left + 1.5 * size, top + size), name, fill="black" if colour != "white" else QUIET, font=font,
-                      anchor="lm")  # fmt: skip
-    below = torch.from_numpy(np.array(legend)).permute(2, 0, 1)  # [3, rows, w]
+    for colour, name, left, top in placed:
+        draw.rectangle((left, top + size // 2, left + size, top + size // 2 + size), fill=colour)
+        fill = QUIET if colour == "white" else "black"
+        draw.text((left + 1.5 * size, top + size), name, fill=fill, font=font, anchor="lm")
+    below = torch.from_numpy(np.array(legend)).permute(2, 0, 1)  # [3, rows, W]
     return torch.cat([picture, below], 1)
 
 
@@ -180,13 +148,9 @@ def _entries(labels: Tensor, classes: Sequence[str], width: int, font: FreeTypeF
 
 
 def save_label_map(path: Path, labels: Tensor, classes: int, reduced: bool = False) -> None:
-    """Writes a label map as PNG: with a palette of class colours or, for more than 256 values, as 16-bit grey.
+    """Writes a label map, long `[H, W]`, as PNG: with a palette or, for more than 256 values, as 16-bit grey.
 
-    Args:
-        path: the file.
-        labels: long `[H, W]`, from 0 on.
-        classes: number of classes.
-        reduced: whether to write class 0 as 1, and so on, as in training maps whose 0 is ignored.
+    `reduced` writes class 0 as 1, and so on, as in training maps whose 0 is ignored.
     """
     values = (labels.cpu() + reduced).numpy()
     if classes + reduced > 256:

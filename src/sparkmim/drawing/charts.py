@@ -30,13 +30,7 @@ _STEPS = (1, 2, 2.5, 5, 10)
 
 @dataclass(frozen=True)
 class Curve:
-    """A scalar over the steps of a run.
-
-    Attributes:
-        steps: optimiser steps, ascending.
-        values: value at each step.
-        times: time of logging, in seconds since 1970.
-    """
+    """A scalar over the steps of a run, ascending, with the time of each in seconds since 1970."""
 
     steps: list[int]
     values: list[float]
@@ -45,14 +39,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve and its appearance.
-
-    Attributes:
-        curve: the curve.
-        label: name in the legend.
-        colour: colour of the line.
-        faint: whether it is drawn as the background of another line.
-    """
+    """A curve and its appearance; a faint one is the background of another line."""
 
     curve: Curve
     label: str = ""
@@ -86,17 +73,11 @@ def thinned(curve: Curve, most: int = MOST_POINTS) -> tuple[Any, Any]:
 
 
 def draw_chart(lines: Sequence[Line], form: Form) -> str:
-    """Draws curves over steps as SVG text.
-
-    Args:
-        lines: from back to front.
-        form: format of the values: `number`, `count` (axis from zero) or `share` (in percent).
-    """
+    """Draws lines, from back to front, as SVG text; the axis of a `count` starts at zero, a `share` is in percent."""
     from matplotlib import rc_context
     from matplotlib.ticker import EngFormatter, FixedFormatter, FixedLocator, MaxNLocator
 
-    style: Any = {"svg.fonttype": "none", "svg.hashsalt": "sparkmim", "font.family": "DejaVu Sans"}
-    with rc_context(style):
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "sparkmim", "font.family": "DejaVu Sans"}):
         figure = new_figure(_WIDTH / 96, _HEIGHT / 96)
         axes = figure.add_axes((0.13, 0.2, 0.85, 0.73))
         for line in lines:

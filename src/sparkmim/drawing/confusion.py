@@ -17,14 +17,7 @@ _MOST_NAMES = 60
 
 
 def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path, title: str = "") -> None:
-    """Draws a confusion matrix, each row as shares of its true class, and saves it.
-
-    Args:
-        confusion: counts `[classes][classes]`, true classes in rows.
-        classes: names of the classes.
-        path: the PNG file.
-        title: title above the matrix.
-    """
+    """Draws counts `[classes][classes]`, true classes in rows, as shares of their row, and saves the picture."""
     counts = np.asarray(confusion, dtype=np.float64)
     shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
     n = len(classes)

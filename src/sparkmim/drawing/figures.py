@@ -10,6 +10,7 @@ import numpy as np
 
 from sparkmim.errors import UserError
 from sparkmim.files import new_file, replacing
+from sparkmim.results import PictureResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -31,11 +32,7 @@ QUIET = "#5f6368"
 
 
 def check_picture(out: str | Path | None, overwrite: bool) -> Path | None:
-    """Checks the path of a picture, before any work is done for it.
-
-    Raises:
-        UserError: if its suffix is not in `FORMATS`, or the file exists already.
-    """
+    """Refuses the path of a picture whose suffix is not in `FORMATS`, or that exists, before any work is done."""
     if out is None:
         return None
     if Path(out).suffix.lower() not in FORMATS:
@@ -43,10 +40,11 @@ def check_picture(out: str | Path | None, overwrite: bool) -> Path | None:
     return new_file(out, overwrite)
 
 
-def write_picture(figure: Figure, path: Path) -> None:
-    """Saves a figure in the format of its suffix."""
-    with replacing(path) as partial:
-        figure.savefig(partial)
+def write_picture(result: PictureResult, **arguments: Any) -> None:
+    """Saves the figure of a result in the format of its path's suffix, if it has a path."""
+    if result.out is not None:
+        with replacing(result.out) as partial:
+            result.figure(**arguments).savefig(partial)
 
 
 def sample_photograph() -> str:
@@ -82,12 +80,7 @@ def show_picture(axes: Any, pixels: Any, title: str = "", note: str = "") -> Non
 
 
 def tile_size(pictures: Any, side: float, narrowest: float) -> tuple[float, float]:
-    """Returns the width and height of pictures, with the area of a square unless that is too narrow.
-
-    Args:
-        pictures: `[..., H, W, 3]`.
-        side: side of the square, in inches.
-        narrowest: smallest width, for the caption.
+    """Returns the width and height of pictures `[..., H, W, 3]`, with a square's area unless too narrow for captions.
 
     Example:
         >>> import numpy as np
@@ -99,28 +92,19 @@ def tile_size(pictures: Any, side: float, narrowest: float) -> tuple[float, floa
     return wide, wide * height / width
 
 
-def axes_at(figure: Figure, left: float, top: float, size: tuple[float, float]) -> Any:
-    """Adds axes of a width and height, at a distance from the figure's left and top edges."""
-    whole_width, whole_height = figure.get_size_inches()
+def picture_at(figure: Figure, left: float, top: float, size: tuple[float, float], pixels: Any) -> Any:
+    """Draws a picture of a width and height, at a distance from the figure's left and top edges; returns its axes."""
+    width, height = figure.get_size_inches()
     wide, tall = size
-    return figure.add_axes(
-        (left / whole_width, 1 - (top + tall) / whole_height, wide / whole_width, tall / whole_height)
-    )
+    axes = figure.add_axes((left / width, 1 - (top + tall) / height, wide / width, tall / height))
+    show_picture(axes, pixels)
+    return axes
 
 
 def write_at(figure: Figure, left: float, top: float, text: str, **style: Any) -> None:
-    """Writes text, with `$` as a letter, at a distance from the figure's left and top edges.
-
-    Args:
-        figure: the figure.
-        left: to the text's left edge, or to what `ha` in `style` names.
-        top: to the text's top edge, or to what `va` in `style` names.
-        text: the text.
-        style: keyword arguments of `Figure.text`.
-    """
-    whole_width, whole_height = figure.get_size_inches()
-    style = {"va": "top", "fontsize": 9, **style}
-    figure.text(left / whole_width, 1 - top / whole_height, text, parse_math=False, **style)
+    """Writes text, with `$` as a letter, at a distance from the figure's left and top edges; style as `Figure.text`."""
+    width, height = figure.get_size_inches()
+    figure.text(left / width, 1 - top / height, text, parse_math=False, **{"va": "top", "fontsize": 9, **style})
 
 
 def shortened(name: str, most: int) -> str:

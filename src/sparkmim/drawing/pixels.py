@@ -49,20 +49,14 @@ def at_pixels(visible: Tensor, size: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Tones:
-    """Conversion of normalised values to colours.
-
-    Attributes:
-        mean: mean that images were normalised by, in 0…1; for arrays in other units 0.5, to show two and a half
-            deviations on both sides of their mean.
-        std: as mean; for arrays 0.2.
-    """
+    """Conversion to colours of values normalised by a mean and deviation in 0…1."""
 
     mean: Sequence[float]
     std: Sequence[float]
 
     @classmethod
     def of(cls, channels: int, mean: Sequence[float] | None, std: Sequence[float] | None) -> Tones:
-        """Returns the tones for a mean and deviation; None for arrays in other units."""
+        """Returns the tones for a mean and deviation; for None, of arrays, shows 2.5 deviations around the mean."""
         if mean is None or std is None:
             return cls([0.5] * channels, [0.2] * channels)
         return cls(mean, std)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from sparkmim.drawing.figures import (
     QUIET,
-    axes_at,
     check_picture,
     new_figure,
+    picture_at,
     shortened,
-    show_picture,
     tile_size,
     write_at,
     write_picture,
@@ -78,8 +77,7 @@ def run_features(
         names=shown.names, inputs=shown.pixels, maps=colours, explained=explained, draw=draw_features,
         unreadable=shown.unreadable, out=out,
     )  # fmt: skip
-    if out is not None:
-        write_picture(result.figure(), out)
+    write_picture(result)
     return result
 
 
@@ -87,14 +85,10 @@ def run_features(
 
 
 def principal_components(points: Tensor, count: int = 3) -> tuple[Tensor, Tensor]:
-    """Computes principal components in float64, deterministically: the largest entry of a direction is positive.
+    """Computes principal components of `[m, C]` in float64; the largest entry of a direction is positive.
 
-    Args:
-        points: `[m, C]`.
-        count: maximum number of directions; those without variance, but for float32's rounding, are left out.
-
-    Returns:
-        Centred coordinates `[m, d]`, by descending variance, and the share of the variance along each, `[d]`.
+    Returns centred coordinates `[m, d]`, by descending variance, and the share of the variance along each, `[d]`.
+    Directions without variance, but for float32's rounding, are left out, so d may be below `count`.
     """
     points = points.double()
     rounding = _ROUNDING**2 * points.square().sum(1).mean()
@@ -117,14 +111,8 @@ def principal_components(points: Tensor, count: int = 3) -> tuple[Tensor, Tensor
 def as_colours(maps: Tensor) -> tuple[Any, float]:
     """Shows the three directions of most variance over all positions as red, green and blue, each stretched to 0…1.
 
-    A single direction, as of maps with one channel, gives grey pictures; of two, blue is constant.
-
-    Args:
-        maps: `[n, C, *S]`, of images or volumes.
-
-    Returns:
-        float32 in 0…1, `[n, H, W, 3]`, for volumes the middle slice; and the share of the variance shown, 0 for
-        constant maps.
+    A single direction, as of maps with one channel, gives grey pictures; of two, blue is constant. Maps `[n, C, *S]`
+    become float32 `[n, H, W, 3]`, for volumes the middle slice; the second value is the share of the variance shown.
     """
     points = maps.flatten(2).transpose(1, 2).flatten(0, 1)  # [n · positions, C]
     coordinates, shares = principal_components(points)
@@ -155,22 +143,18 @@ def draw_features(result: FeaturesResult) -> Figure:
     size = wide, tall = tile_size(result.inputs, _SIDE, _NARROWEST)
     rows, columns = len(result.names), 1 + len(result.maps)
     figure = new_figure(_LEFT + columns * (wide + _GAP) - _GAP + _EDGE, _TOP + rows * (tall + _GAP) - _GAP + _EDGE)
-    height = result.inputs.shape[1]
-    titles = [
-        "input",
-        *(f"stage {stage} · stride {round(height / maps.shape[1])}" for stage, maps in result.maps.items()),
-    ]
-    notes = ["", *(f"{share:.0%} of variance" for share in result.explained.values())]
-    for column, pictures in enumerate((result.inputs, *result.maps.values())):
+    drawn = [("input", "", result.inputs)]
+    for stage, maps in result.maps.items():
+        stride = round(result.inputs.shape[1] / maps.shape[1])
+        drawn.append((f"stage {stage} · stride {stride}", f"{result.explained[stage]:.0%} of variance", maps))
+    quiet = {"fontsize": 8, "color": QUIET}
+    for column, (title, note, pictures) in enumerate(drawn):
         left = _LEFT + column * (wide + _GAP)
-        write_at(figure, left + wide / 2, _TOP - 0.24, titles[column], va="bottom", ha="center")
-        write_at(figure, left + wide / 2, _TOP - 0.08, notes[column], va="bottom", ha="center", fontsize=8, color=QUIET)
+        write_at(figure, left + wide / 2, _TOP - 0.24, title, va="bottom", ha="center")
+        write_at(figure, left + wide / 2, _TOP - 0.08, note, va="bottom", ha="center", **quiet)
         for row, picture in enumerate(pictures):
-            show_picture(axes_at(figure, left, _TOP + row * (tall + _GAP), size), picture)
+            picture_at(figure, left, _TOP + row * (tall + _GAP), size, picture)
     for row, name in enumerate(result.names):
-        label = shortened(Path(name).stem, max(8, int(13 * tall)))
-        write_at(
-            figure, _LEFT - 0.08, _TOP + row * (tall + _GAP) + tall / 2, label, ha="right", va="center", rotation=90,
-            fontsize=8, color=QUIET,
-        )  # fmt: skip
+        label, middle = shortened(Path(name).stem, max(8, int(13 * tall))), _TOP + row * (tall + _GAP) + tall / 2
+        write_at(figure, _LEFT - 0.08, middle, label, ha="right", va="center", rotation=90, **quiet)
     return figure

@@ -25,14 +25,7 @@ from sparkmim.models import Hierarchy
 
 @dataclass(frozen=True)
 class FrozenEncoder:
-    """A pretrained encoder, ready for images.
-
-    Attributes:
-        weights: the opened weight file.
-        preparation: how images become its input.
-        hierarchy: its feature maps, in evaluation mode and without gradients.
-        device: where the encoder is.
-    """
+    """A pretrained encoder in evaluation mode, without gradients, and the preparation of its images."""
 
     weights: Weights
     preparation: Preparation
@@ -54,22 +47,15 @@ def open_encoder(
     accelerator: str,
     check_axes: Callable[[int, str], None] = refuse_signals,
 ) -> FrozenEncoder:
-    """Opens weights as a frozen encoder.
+    """Opens weights as a frozen encoder; arguments that are None are those of the weights.
 
-    Args:
-        weights: run folder or weight file.
-        model: name of the network or a module, which is copied; None for what the weights name.
-        image_size: size other than that of training.
-        crop: share of the resized image that the centre crop shows; None for that of the weights.
-        accelerator: auto, cpu or cuda.
-        check_axes: refuses networks by number of spatial axes and path of the weights, before they are built.
+    `check_axes` refuses networks by number of spatial axes and path of the weights, before they are built.
     """
     device = device_named(accelerator)
     opened = open_weights(weights)
     preparation = opened.preparation(image_size, crop)
     check_axes(preparation.rank, str(opened.path))
-    hierarchy = frozen_hierarchy(opened, model, device)
-    return FrozenEncoder(opened, preparation, hierarchy, device)
+    return FrozenEncoder(opened, preparation, frozen_hierarchy(opened, model, device), device)
 
 
 def check_finite(features: Tensor, stage: int, path: Path) -> None:
@@ -83,17 +69,9 @@ def check_finite(features: Tensor, stage: int, path: Path) -> None:
 
 @dataclass(frozen=True)
 class InputImages:
-    """Images as a network takes them, and as people see them.
+    """Images as a network takes them, normalised, and as people see them; with path and reason of each skipped one."""
 
-    Attributes:
-        images: normalised, `[n, C, *S]`, on the device.
-        names: names of the n images.
-        tones: conversion to colours.
-        unreadable: path and reason of each skipped image.
-        preparation: how images became input, with mean and std.
-    """
-
-    images: Tensor
+    images: Tensor  # [n, C, *S], on the device
     names: list[str]
     tones: Tones
     unreadable: list[str]
@@ -106,12 +84,7 @@ class InputImages:
 
 
 def read_images(images: Any, preparation: Preparation, limit: int, device: torch.device) -> InputImages:
-    """Reads the first `limit` readable images.
-
-    Raises:
-        UserError: if no image can be read.
-        MissingPath: if a path does not exist.
-    """
+    """Reads the first `limit` readable images; refuses if there is none."""
     source = images_source(images, preparation.channels, preparation.rank)
     preparation = preparation.settled(source)
     found: list[Tensor] = []
@@ -132,9 +105,7 @@ def read_images(images: Any, preparation: Preparation, limit: int, device: torch
 
 def tones_of(preparation: Preparation, arrays: bool = False) -> Tones:
     """Returns the conversion to colours of prepared images, or of arrays in units of their own."""
-    mean, std = preparation.mean, preparation.std
     if arrays:
-        mean = std = None
-    elif mean is None or std is None:
-        mean, std = normalisation(preparation.channels)
-    return Tones.of(preparation.channels, mean, std)
+        return Tones.of(preparation.channels, None, None)
+    mean, std = normalisation(preparation.channels)
+    return Tones(preparation.mean or mean, preparation.std or std)

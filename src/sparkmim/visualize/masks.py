@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,13 @@ _VISIBLE, _HIDDEN = "xX1#", ".0-_"
 
 
 def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
-    """Reads a mask of patches from a file, a text or an array.
+    """Reads a mask of patches, bool `[*grid]`, true where visible; refuses one that hides all or nothing.
 
     Args:
         mask: path of a picture, bright where visible; path of a text file, or the text itself: a row per line, or
             rows separated by `/`, with `x`, `X`, `1` or `#` for visible and `.`, `0`, `-` or `_` for hidden patches;
             for volumes, the rows of all slices in order. Or a boolean array of the grid's shape.
         grid: patches per axis.
-
-    Returns:
-        bool `[*grid]`, true where visible.
-
-    Raises:
-        UserError: if it is none of these, has another shape, or hides all or nothing.
 
     Example:
         >>> mask_given("x. / .x", (2, 2))
@@ -42,49 +36,41 @@ def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
         path = Path(mask)
         if path.suffix.lower() in SUFFIXES:
             return _checked(_of_picture(path, grid))
-        if path.suffix.lower() == ".txt":
-            return mask_of_text(_read(path), grid, str(path))
-        return mask_of_text(str(mask), grid)
+        if path.suffix.lower() != ".txt":
+            return mask_of_text(str(mask), grid)
+        try:
+            return mask_of_text(path.read_text(encoding="utf-8-sig"), grid, str(path))
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"the mask {path} cannot be read: {error}") from error
     found = torch.as_tensor(mask).bool().cpu()
     if list(found.shape) != list(grid):
-        raise UserError(f"the mask is of shape {list(found.shape)}, but there are {_times(grid)} patches")
+        raise UserError(f"the mask is of shape {list(found.shape)}, but there are {times(grid)} patches")
     return _checked(found)
 
 
 def patches_given(visible: Any, grid: Sequence[int]) -> Tensor:
-    """Returns a mask that shows some patches and hides all others.
+    """Returns a mask, bool `[*grid]`, that shows some patches and hides all others.
 
     Args:
         visible: the patches to show, as text `"row,col row,col ..."` or tuples; one number per axis of the grid,
             counted from 0 at the top left.
         grid: patches per axis.
 
-    Returns:
-        bool `[*grid]`, true where visible.
-
-    Raises:
-        UserError: if a patch does not exist, or all or none are named.
-
     Example:
         >>> patches_given("0,0 1,1", (2, 2))
         tensor([[ True, False],
                 [False,  True]])
     """
-    places: Iterable[Sequence[int]]
     if isinstance(visible, str):
         words = visible.replace(";", " ").split()
         if not all(re.fullmatch(r"\d+(,\d+)*", word) for word in words):
             raise UserError(f"visible is {visible!r}; write the patches to show by row and column, such as '0,0 2,1'")
-        places = [[int(number) for number in word.split(",")] for word in words]
-    else:
-        places = visible
+        visible = [[int(number) for number in word.split(",")] for word in words]
     found = torch.zeros(tuple(grid), dtype=torch.bool)
-    for place in places:
+    for place in visible:
         if len(place) != len(grid) or any(not 0 <= at < cells for at, cells in zip(place, grid, strict=True)):
-            last = ",".join(str(cells - 1) for cells in grid)
-            raise UserError(
-                f"there is no patch {','.join(map(str, place))}; they run from {','.join('0' * len(grid))} to {last}"
-            )
+            first, last = ",".join("0" * len(grid)), ",".join(str(cells - 1) for cells in grid)
+            raise UserError(f"there is no patch {','.join(map(str, place))}; they run from {first} to {last}")
         found[tuple(place)] = True
     return _checked(found)
 
@@ -96,19 +82,7 @@ def mask_text(visible: Tensor) -> str:
 
 
 def mask_of_text(text: str, grid: Sequence[int], name: str = "the mask") -> Tensor:
-    """Reads a mask from text, as `mask_given` does, but never opens a file.
-
-    Args:
-        text: the mask.
-        grid: patches per axis.
-        name: name of the mask in errors.
-
-    Returns:
-        bool `[*grid]`, true where visible.
-
-    Raises:
-        UserError: if it holds other letters, has another shape, or hides all or nothing.
-    """
+    """Reads a mask from text, as `mask_given` does, but never opens a file; `name` is its name in errors."""
     rows = [row for row in re.split(r"[\n/]", text.replace(" ", "").replace("\r", "")) if row]
     wanted = int(torch.Size(grid[:-1]).numel())
     strange = sorted(set("".join(rows)) - set(_VISIBLE + _HIDDEN))
@@ -118,14 +92,14 @@ def mask_of_text(text: str, grid: Sequence[int], name: str = "the mask") -> Tens
     if len(rows) != wanted or any(len(row) != grid[-1] for row in rows):
         *others, widest = sorted({len(row) for row in rows})
         widths = " or ".join([*map(str, others), counted(widest, "patch", "patches")])
-        raise UserError(f"{name} has {counted(len(rows), 'row')} of {widths}, but there are {_times(grid)} patches")
+        raise UserError(f"{name} has {counted(len(rows), 'row')} of {widths}, but there are {times(grid)} patches")
     return _checked(torch.tensor([[sign in _VISIBLE for sign in row] for row in rows]).view(tuple(grid)))
 
 
 def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
     """Reads a mask from a picture: a patch is visible if its part of the picture is bright on average."""
     if len(grid) != 2:
-        raise UserError(f"{path} is a picture, but there are {_times(grid)} patches; write the mask as text")
+        raise UserError(f"{path} is a picture, but there are {times(grid)} patches; write the mask as text")
     try:
         with Image.open(path) as picture:
             grey = picture.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
@@ -136,13 +110,6 @@ def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
     return torch.tensor(list(grey.tobytes())).view(tuple(grid)) > 127
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the mask {path} cannot be read: {error}") from error
-
-
 def _checked(visible: Tensor) -> Tensor:
     count, patches = int(visible.sum()), visible.numel()
     if count in (0, patches):
@@ -151,5 +118,6 @@ def _checked(visible: Tensor) -> Tensor:
     return visible
 
 
-def _times(grid: Sequence[int]) -> str:
-    return "×".join(map(str, grid))
+def times(sizes: Sequence[int]) -> str:
+    """Joins sizes to text such as `4×6`."""
+    return "×".join(map(str, sizes))

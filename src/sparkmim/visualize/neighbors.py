@@ -18,11 +18,10 @@ from sparkmim.data.source import Source, images_source
 from sparkmim.drawing.figures import (
     ACCENT,
     QUIET,
-    axes_at,
     check_picture,
     new_figure,
+    picture_at,
     shortened,
-    show_picture,
     tile_size,
     write_at,
     write_picture,
@@ -42,8 +41,6 @@ _PER_LINE = 10
 _SIDE, _NARROWEST, _GAP, _CAPTION = 1.3, 1.15, 0.1, 0.42  # inches
 _BESIDE_QUERY, _BELOW_QUERY = 0.4, 0.12
 _TOP, _EDGE = 0.4, 0.12
-
-_SMALL = {"fontsize": 6.5, "color": QUIET}
 
 
 def run_neighbors(
@@ -105,8 +102,7 @@ def run_neighbors(
         unreadable=list(dict.fromkeys([*asked.unreadable, *found.unreadable])),
         out=out,
     )
-    if out is not None:
-        write_picture(result.figure(), out)
+    write_picture(result)
     return result
 
 
@@ -119,17 +115,9 @@ def _name(source: Source, place: int) -> str:
 def _nearest(
     names: Sequence[str], bank: Tensor, queries: Sequence[str], wanted: Tensor, k: int
 ) -> tuple[list[list[int]], list[list[float]]]:
-    """Finds the nearest neighbours of each query: no file twice, and never the query itself.
+    """Finds up to k rows of the bank `[n, C]` nearest to each of the wanted features `[m, C]`, and cosine similarities.
 
-    Args:
-        names: names of the n images to search.
-        bank: their features, `[n, C]`.
-        queries: names of the m queries.
-        wanted: their features, `[m, C]`.
-        k: maximum number of neighbours.
-
-    Returns:
-        for each query, rows of its neighbours in the bank, nearest first, and their cosine similarities.
+    No file is found twice, nor the query itself.
     """
     bank, wanted = F.normalize(bank, dim=1), F.normalize(wanted, dim=1)
     rows: list[list[int]] = []
@@ -171,37 +159,31 @@ def _read_again(
 def draw_neighbors(result: NeighborsResult) -> Figure:
     """Draws a row per query: the query in a frame, and its neighbours with their cosine similarity and name."""
     size = wide, tall = tile_size(result.pictures[result.queries[0]], _SIDE, _NARROWEST)
-    most = max(map(len, result.neighbors))
-    columns = min(most, _PER_LINE)
+    columns = min(max(map(len, result.neighbors)), _PER_LINE)
     lines = [max(1, -(-len(found) // _PER_LINE)) for found in result.neighbors]
-    start = _EDGE + wide + _BESIDE_QUERY
-    line = tall + _CAPTION
-    figure = new_figure(
-        start + columns * (wide + _GAP) - _GAP + _EDGE, _TOP + sum(lines) * line + (len(lines) - 1) * _BELOW_QUERY
-    )
+    start, line = _EDGE + wide + _BESIDE_QUERY, tall + _CAPTION
+    height = _TOP + sum(lines) * line + (len(lines) - 1) * _BELOW_QUERY
+    figure = new_figure(start + columns * (wide + _GAP) - _GAP + _EDGE, height)
+    in_folders = len({Path(path).parent for found in result.neighbors for path in found}) > 1
+
+    def captioned(path: str, left: float, top: float, below: float) -> Any:
+        """Draws a picture above the stem of its path, with the folder if there are several: often the class."""
+        axes = picture_at(figure, left, top, size, result.pictures[path])
+        name = Path(path)
+        said = f"{name.parent.name}/{name.stem}" if in_folders and name.parent.name else name.stem
+        said = shortened(said, int(wide * 16))
+        write_at(figure, left + wide / 2, top + tall + below, said, ha="center", fontsize=6.5, color=QUIET)
+        return axes
+
     write_at(figure, _EDGE + wide / 2, 0.16, "query", ha="center", color=ACCENT)
     write_at(figure, start, 0.16, f"nearest at stage {result.stage}, with cosine similarity")
-    in_folders = len({Path(path).parent for found in result.neighbors for path in found}) > 1
     top = _TOP
     for query, found, cosines, count in zip(result.queries, result.neighbors, result.similarities, lines, strict=True):
-        axes = axes_at(figure, _EDGE, top, size)
-        show_picture(axes, result.pictures[query])
-        axes.spines[:].set(visible=True, color=ACCENT, linewidth=2.5)
-        centre = _EDGE + wide / 2
-        write_at(figure, centre, top + tall + 0.06, _caption(query, in_folders, wide), ha="center", **_SMALL)
+        captioned(query, _EDGE, top, 0.06).spines[:].set(visible=True, color=ACCENT, linewidth=2.5)
         for place, (path, cosine) in enumerate(zip(found, cosines, strict=True)):
             below, beside = divmod(place, _PER_LINE)
             left, upper = start + beside * (wide + _GAP), top + below * line
-            show_picture(axes_at(figure, left, upper, size), result.pictures[path])
-            centre = left + wide / 2
-            write_at(figure, centre, upper + tall + 0.05, f"{cosine:.3f}", ha="center", fontsize=8)
-            write_at(figure, centre, upper + tall + 0.19, _caption(path, in_folders, wide), ha="center", **_SMALL)
+            captioned(path, left, upper, 0.19)
+            write_at(figure, left + wide / 2, upper + tall + 0.05, f"{cosine:.3f}", ha="center", fontsize=8)
         top += count * line + _BELOW_QUERY
     return figure
-
-
-def _caption(path: str, in_folders: bool, wide: float) -> str:
-    """Returns the stem of a path, with its folder if there are several, as that is often the class."""
-    name = Path(path)
-    said = f"{name.parent.name}/{name.stem}" if in_folders and name.parent.name else name.stem
-    return shortened(said, int(wide * 16))

@@ -21,11 +21,7 @@ SAMPLES = 12
 
 
 def sample_images(images: Any, playground: Playground) -> list[str]:
-    """Returns paths of readable images to pick from, spread evenly over those given.
-
-    Raises:
-        UserError: if there is none, or they are no files.
-    """
+    """Returns paths of readable images to pick from, spread evenly over those given; refuses if there is none."""
     if images is None:
         return [sample_photograph()]
     source = images_source(images, playground.channels, 2)

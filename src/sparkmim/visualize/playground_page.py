@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -37,13 +37,7 @@ _CSS = """
 
 
 def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> Any:
-    """Builds the page.
-
-    Args:
-        playground: the models, and what visitors can do with them.
-        samples: paths of images to pick from; the first is shown at the start.
-        folder: folder of pictures to download, one per visitor.
-    """
+    """Builds the page: samples are images to pick from, the first at the start; folder holds pictures to download."""
     names = _labels([model.path for model in playground.models])
 
     def picture_of(request: gr.Request) -> Path:
@@ -56,23 +50,20 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
                 if time.time() - file.stat().st_mtime > FORGET:
                     file.unlink()
 
-    def refused(error: Refused) -> Any:
-        gr.Warning(str(error), duration=8, title="Not possible")
-        return (gr.skip(),) * len(shown)
-
     def render(session: Session, request: gr.Request) -> Any:
         view = playground.view(session)
         file = picture_of(request)
         forget_old()
         strip(view).save(file)
-        return (
-            session,
-            to_bytes(view.seen),
-            *map(to_bytes, view.rebuilt),
-            _status(session, view, names),
-            mask_text(session.visible),
-            str(file),
-        )
+        pictures = map(to_bytes, (view.seen, *view.rebuilt))
+        return session, *pictures, _status(session, view, names), mask_text(session.visible), str(file)
+
+    def attempt(request: gr.Request, change: Callable[..., Session], *arguments: Any) -> Any:
+        try:
+            return render(change(*arguments), request)
+        except Refused as error:
+            gr.Warning(str(error), duration=8, title="Not possible")
+            return (gr.skip(),) * len(shown)
 
     def start(ratio: float, request: gr.Request) -> Any:
         return render(playground.open(samples[0], ratio), request)
@@ -84,10 +75,7 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
         return (gr.skip(),) * len(shown) if path is None else open_file(path, session, ratio, request)
 
     def open_file(path: str, session: Session | None, ratio: float, request: gr.Request) -> Any:
-        try:
-            return render(playground.open(path, ratio, session.seed if session else 0), request)
-        except Refused as error:
-            return refused(error)
+        return attempt(request, playground.open, path, ratio, session.seed if session else 0)
 
     def slide(session: Session, ratio: float, request: gr.Request) -> Any:
         return render(replace(session, visible=playground.draw(ratio, session.seed)), request)
@@ -97,16 +85,10 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
         return render(replace(session, visible=playground.draw(ratio, seed), seed=seed), request)
 
     def click(session: Session, where: gr.SelectData, request: gr.Request) -> Any:
-        try:
-            return render(playground.toggle(session, *where.index), request)
-        except Refused as error:
-            return refused(error)
+        return attempt(request, playground.toggle, session, *where.index)
 
     def write(session: Session, text: str, request: gr.Request) -> Any:
-        try:
-            return render(playground.written(session, text), request)
-        except Refused as error:
-            return refused(error)
+        return attempt(request, playground.written, session, text)
 
     def leave(request: gr.Request) -> None:
         picture_of(request).unlink(missing_ok=True)
@@ -127,9 +109,8 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
             for place, name in enumerate(names):
                 with gr.Column(min_width=280):
                     gr.Markdown(f"**Rebuilt by {name}**" if len(names) > 1 else "**Rebuilt**")
-                    rebuilt.append(
-                        gr.Image(elem_id=f"rebuilt-{place}", alt_text="The image with hidden patches rebuilt", **look)
-                    )
+                    alt = "The image with hidden patches rebuilt"
+                    rebuilt.append(gr.Image(elem_id=f"rebuilt-{place}", alt_text=alt, **look))
         status = gr.Markdown(elem_id="status")
         with gr.Row():
             with gr.Column(min_width=280):
@@ -173,14 +154,12 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
 
 
 def _status(session: Session, view: View, names: Sequence[str]) -> str:
-    hidden = int((~session.visible).sum())
-    losses = ", ".join(
-        f"{name} **{loss:.3f}**" if len(names) > 1 else f"**{loss:.3f}**"
-        for name, loss in zip(names, view.losses, strict=True)
-    )
-    name = session.name.replace("`", "'")
-    hides = f"`{name}`: **{hidden} of {session.visible.numel()}** patches hidden"
-    return f"{hides}; error over these: {losses} (1 is a flat guess)."
+    losses = [f"**{loss:.3f}**" for loss in view.losses]
+    if len(names) > 1:
+        losses = [f"{name} {loss}" for name, loss in zip(names, losses, strict=True)]
+    file = session.name.replace("`", "'")
+    hides = f"`{file}`: **{int((~session.visible).sum())} of {session.visible.numel()}** patches hidden"
+    return f"{hides}; error over these: {', '.join(losses)} (1 is a flat guess)."
 
 
 def _labels(paths: Sequence[Path]) -> list[str]:
@@ -198,11 +177,7 @@ def _thumbnail(path: str) -> Image.Image:
 
 
 def serve(app: Any, host: str, port: int | None) -> None:
-    """Serves the page until Ctrl-C.
-
-    Raises:
-        UserError: if the port is taken.
-    """
+    """Serves the page until Ctrl-C; refuses a port that is taken."""
     fonts = ["ui-sans-serif", "system-ui", "sans-serif"]
     theme = gr.themes.Default(primary_hue="cyan", neutral_hue="slate", font=fonts)
     try:

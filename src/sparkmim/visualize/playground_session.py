@@ -20,14 +20,11 @@ from sparkmim.drawing.pixels import HIDDEN, at_pixels, to_array
 from sparkmim.errors import UserError
 from sparkmim.models.masking import random_visible
 from sparkmim.visualize.inputs import tones_of
-from sparkmim.visualize.masks import mask_of_text
+from sparkmim.visualize.masks import mask_of_text, times
 from sparkmim.visualize.reconstruct import Reconstructor
 
 SHOWN_SIDE = 448
 """Minimum shorter side of a picture, reached by a whole factor, so that patches of small images can be clicked."""
-
-GRID = np.array([1.0, 1.0, 1.0], np.float32)
-"""Colour of the lines between patches."""
 
 
 class Refused(UserError):
@@ -36,30 +33,17 @@ class Refused(UserError):
 
 @dataclass(frozen=True)
 class Session:
-    """State of one visitor.
+    """State of one visitor: an image, and a mask drawn by a seed."""
 
-    Attributes:
-        image: the decoded image, uint8 `[C, H, W]`, shrunk if much larger than needed.
-        name: name of the file.
-        visible: the mask, bool `[*grid]`.
-        seed: seed of the random mask.
-    """
-
-    image: Tensor
+    image: Tensor  # uint8 [C, H, W], shrunk if much larger than needed
     name: str
-    visible: Tensor
+    visible: Tensor  # bool [*grid]
     seed: int
 
 
 @dataclass(frozen=True)
 class View:
-    """Pictures and errors shown of a session.
-
-    Attributes:
-        seen: the image with hidden patches in grey and lines between patches, enlarged, float32 `[H, W, 3]`.
-        rebuilt: each model's reconstruction with visible pixels pasted in, at the same size.
-        losses: each model's error over hidden patches.
-    """
+    """Enlarged pictures, float32 `[H, W, 3]`: the masked image, and each model's reconstruction and its error."""
 
     seen: Any
     rebuilt: list[Any]
@@ -67,15 +51,7 @@ class View:
 
 
 class Playground:
-    """Models that rebuild hidden patches of images.
-
-    Args:
-        models: one model, or several to compare under the same mask.
-        max_pixels: maximum number of pixels of an image.
-
-    Raises:
-        UserError: if a model is not for images, or their patches differ.
-    """
+    """Models that rebuild hidden patches of images of at most `max_pixels`, compared under the same mask."""
 
     def __init__(self, models: Sequence[Reconstructor], max_pixels: int = 50_000_000) -> None:
         self.models = list(models)
@@ -88,8 +64,8 @@ class Playground:
                 )
             if model.grid != self.grid or model.preparation.image_size != self.size:
                 raise UserError(
-                    f"{model.path} has {_times(model.grid)} patches on {_times(model.preparation.image_size)} pixels, "
-                    f"but {self.models[0].path} {_times(self.grid)} on {_times(self.size)}; only models of the same "
+                    f"{model.path} has {times(model.grid)} patches on {times(model.preparation.image_size)} pixels, "
+                    f"but {self.models[0].path} {times(self.grid)} on {times(self.size)}; only models of the same "
                     "patches can be compared under one mask"
                 )
             if model.preparation.channels != self.channels:
@@ -124,16 +100,11 @@ class Playground:
         return self.models[0].model.mask_ratio
 
     def open(self, path: str | Path, ratio: float, seed: int = 0) -> Session:
-        """Reads an image and hides patches at random.
-
-        Raises:
-            Refused: if the image is too large, or cannot be read.
-        """
+        """Reads an image and hides patches at random; raises `Refused` if it is too large, or cannot be read."""
         name = Path(path).name
         try:
             if math.prod(stored_size(path)[0]) > self.max_pixels:  # before any of them is decoded
-                limit = f"{self.max_pixels / 1e6:.0f} megapixels"
-                raise Refused(f"{name} is larger than {limit}; send a smaller copy of it")
+                raise Refused(f"{name} is larger than {self.max_pixels / 1e6:.0f} megapixels; send a smaller copy")
             image = decode(path, self.models[0].preparation.channels)
         except UnreadableImage as error:
             raise Refused(f"{name} cannot be read as an image: {error.reason}") from error
@@ -144,19 +115,14 @@ class Playground:
         factor = min(image.shape[1:]) // (2 * max(self.size))
         if factor < 2:
             return image
-        pooled = torch.nn.functional.avg_pool2d(image.float()[None], factor)[0]
-        return pooled.round().to(torch.uint8)
+        return torch.nn.functional.avg_pool2d(image.float()[None], factor)[0].round().to(torch.uint8)
 
     def draw(self, ratio: float, seed: int) -> Tensor:
         """Draws a random mask; with the same seed, a larger ratio hides what a smaller one hides, and more."""
         return random_visible(1, self.grid, ratio, torch.Generator().manual_seed(seed))[0]
 
     def toggle(self, session: Session, x: float, y: float) -> Session:
-        """Hides or shows the patch at a pixel of the enlarged picture.
-
-        Raises:
-            Refused: if that would leave no hidden or no visible patch.
-        """
+        """Hides or shows the patch at a pixel of the enlarged picture; raises `Refused` for the last of a kind."""
         row, column = (
             min(int(at) * cells // (pixels * self.scale), cells - 1)
             for at, cells, pixels in zip((y, x), self.grid, self.size, strict=True)
@@ -164,16 +130,12 @@ class Playground:
         visible = session.visible.clone()
         visible[row, column] = not visible[row, column]
         if visible.all() or not visible.any():
-            what = "the last visible patch" if not visible.any() else "the last hidden patch"
-            raise Refused(f"that is {what}; a model needs something to see, and something to rebuild")
+            kind = "hidden" if visible.all() else "visible"
+            raise Refused(f"that is the last {kind} patch; a model needs something to see, and something to rebuild")
         return replace(session, visible=visible)
 
     def written(self, session: Session, text: str) -> Session:
-        """Takes a mask as text.
-
-        Raises:
-            Refused: if the text is no mask.
-        """
+        """Takes a mask as text; raises `Refused` if it is none."""
         try:
             return replace(session, visible=mask_of_text(text, self.grid))
         except UserError as error:
@@ -199,26 +161,21 @@ class Playground:
         return pixels.repeat(self.scale, 0).repeat(self.scale, 1)
 
     def _with_lines(self, pixels: Any) -> Any:
-        """Draws faint lines between patches."""
+        """Draws faint white lines between patches."""
         pixels = pixels.copy()
         height, width = (side // cells for side, cells in zip(pixels.shape[:2], self.grid, strict=True))
-        pixels[height::height] = 0.5 * pixels[height::height] + 0.5 * GRID
-        pixels[:, width::width] = 0.5 * pixels[:, width::width] + 0.5 * GRID
+        pixels[height::height] = 0.5 * pixels[height::height] + 0.5
+        pixels[:, width::width] = 0.5 * pixels[:, width::width] + 0.5
         return pixels
 
 
 def strip(view: View) -> Image.Image:
     """Joins all pictures of a view, side by side."""
-    pictures = [view.seen, *view.rebuilt]
     gap = np.ones((view.seen.shape[0], 8, 3), np.float32)
-    joined = np.concatenate([part for picture in pictures for part in (gap, picture)][1:], axis=1)
-    return Image.fromarray(to_bytes(joined))
+    parts = [part for picture in (view.seen, *view.rebuilt) for part in (gap, picture)][1:]
+    return Image.fromarray(to_bytes(np.concatenate(parts, axis=1)))
 
 
 def to_bytes(pixels: Any) -> Any:
     """Converts `[H, W, 3]` in 0…1 to uint8."""
     return (np.clip(pixels, 0, 1) * 255).round().astype(np.uint8)
-
-
-def _times(sizes: Sequence[int]) -> str:
-    return "×".join(map(str, sizes))

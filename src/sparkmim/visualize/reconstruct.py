@@ -36,31 +36,15 @@ _CELL = 1.9
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Images as a model rebuilds them under masks.
+    """Images as a model rebuilds them under masks; `ReconstructResult` says what each is."""
 
-    Attributes:
-        predicted: the decoder's output in the images' units, on visible patches too, `[B, C, *S]`.
-        pasted: predicted where hidden, the image where visible.
-        errors: mean squared error of each patch in units of the patch's variance, `[B, *grid]`.
-    """
-
-    predicted: Tensor
-    pasted: Tensor
-    errors: Tensor
+    predicted: Tensor  # [B, C, *S], in the images' units
+    pasted: Tensor  # [B, C, *S]
+    errors: Tensor  # [B, *grid]
 
 
 class Reconstructor:
-    """A pretrained model with its decoder, and the preparation of its images.
-
-    Args:
-        weights: run folder of pretraining, or weight file with a decoder, ours or original SparK's.
-        model: name of the network or a module, which is copied; None for what the weights name.
-        image_size: size other than that of training.
-        accelerator: auto, cpu or cuda.
-
-    Raises:
-        UserError: if the file holds no decoder, or the size does not fit.
-    """
+    """A pretrained model with its decoder, and the preparation of its images; arguments as of `reconstruct`."""
 
     def __init__(
         self,
@@ -88,23 +72,15 @@ class Reconstructor:
 
     @torch.no_grad()
     def __call__(self, images: Tensor, visible: Tensor) -> Reconstruction:
-        """Rebuilds images.
-
-        Args:
-            images: normalised, `[B, C, *S]`.
-            visible: bool `[B, *grid]`.
-        """
+        """Rebuilds normalised images `[B, C, *S]` from the patches of a mask, bool `[B, *grid]`."""
         output = self.model(images.to(self.device), visible.to(self.device))
         block = [self.model.patch_size] * len(self.grid)
         patches = to_patches(output.images, block)  # [B, patches, C · p²]
         mean, deviation = patch_statistics(patches)
         predicted = to_patches(output.prediction.to(patches.dtype), block)
         errors = (predicted - (patches - mean) / deviation).square().mean(-1)  # [B, patches]
-        return Reconstruction(
-            from_patches(predicted * deviation + mean, self.grid, block),
-            output.reconstruction,
-            errors.view(-1, *self.grid),
-        )
+        predicted = from_patches(predicted * deviation + mean, self.grid, block)
+        return Reconstruction(predicted, output.reconstruction, errors.view(-1, *self.grid))
 
 
 def run_reconstruction(
@@ -139,13 +115,12 @@ def run_reconstruction(
         fixed = patches_given(visible, grid)
 
     shown = read_images(images, reconstructor.preparation, limit, reconstructor.device)
-    count = len(shown.names)
     if fixed is not None:
-        drawn = fixed.expand(count, 1, *grid)
+        drawn = fixed.expand(len(shown.names), 1, *grid)
     else:  # image by image, so that the masks of one do not depend on how many follow
         ratio = reconstructor.model.mask_ratio if mask_ratio is None else mask_ratio
         generator = torch.Generator().manual_seed(seed)
-        drawn = torch.stack([random_visible(masks, grid, ratio, generator) for _ in range(count)])
+        drawn = torch.stack([random_visible(masks, grid, ratio, generator) for _ in shown.names])
     by_mask = drawn.unbind(1)  # each [n, *grid]
     rebuilt = [reconstructor(shown.images, of_mask) for of_mask in by_mask]
 
@@ -165,8 +140,7 @@ def run_reconstruction(
         unreadable=shown.unreadable,
         out=out,
     )
-    if out is not None:
-        write_picture(result.figure(errors), out)
+    write_picture(result, errors=errors)
     return result
 
 
@@ -194,21 +168,15 @@ def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Fig
     """Draws a row per image: input, masked input, reconstruction, and reconstruction with visible pixels.
 
     Several masks of an image are side by side: masked inputs in one row, reconstructions below. Signals are curves.
-
-    Args:
-        result: the arrays.
-        errors: adds the error of each hidden patch as a heat map; of signals, behind the curve.
+    `errors` adds the error of each hidden patch as a heat map; of signals, behind the curve.
     """
     if result.inputs.ndim == 3:
         return _draw_signals(result, errors)
     rows = [row for image in range(len(result.names)) for row in _rows(result, image, errors)]
     per_image = len(rows) // len(result.names)
     height, width = result.inputs.shape[1:3]
-    figure = new_figure(
-        len(rows[0]) * _CELL + (0.9 if errors else 0.3),
-        len(rows) * (_CELL * height / width + 0.2) + 0.3,
-        layout="constrained",
-    )
+    whole = len(rows[0]) * _CELL + (0.9 if errors else 0.3), len(rows) * (_CELL * height / width + 0.2) + 0.3
+    figure = new_figure(*whole, layout="constrained")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     heat: Any = None
     for of_row, cells in zip(axes, rows, strict=True):
@@ -243,14 +211,17 @@ def _rows(result: ReconstructResult, image: int, errors: bool) -> list[list[_Cel
     """Returns the rows of an image's cells; only the first image has column titles."""
     masks = result.visible.shape[1]
     losses = [f"loss {loss:.3f}" for loss in result.losses[image]]
-    heat = [_heat(result, image, mask) for mask in range(masks)]
+    heat = np.where(result.visible[image], np.nan, result.errors[image])  # [masks, *grid], NaN where visible
+    if heat.ndim == 4:
+        heat = heat[:, heat.shape[1] // 2]
 
     def title(text: str) -> str:
         return "" if image else text
 
+    original = _Cell(result.inputs[image], title("input"))
     if masks == 1:
         row = [
-            _Cell(result.inputs[image], title("input")),
+            original,
             _Cell(result.masked[image, 0], title("masked")),
             _Cell(result.predicted[image, 0], title("reconstruction")),
             _Cell(result.pasted[image, 0], title("with visible pixels"), losses[0]),
@@ -258,16 +229,10 @@ def _rows(result: ReconstructResult, image: int, errors: bool) -> list[list[_Cel
         return [[*row, _Cell(heat[0], title("error"))] if errors else row]
     names = [title(f"mask {mask + 1}") for mask in range(masks)]
     rows = [
-        [_Cell(result.inputs[image], title("input")), *map(_Cell, result.masked[image], names)],
-        [_Cell(None), *(map(_Cell, result.pasted[image], [""] * masks, losses))],
+        [original, *map(_Cell, result.masked[image], names)],
+        [_Cell(None), *map(_Cell, result.pasted[image], [""] * masks, losses)],
     ]
     return [*rows, [_Cell(None), *map(_Cell, heat)]] if errors else rows
-
-
-def _heat(result: ReconstructResult, image: int, mask: int) -> Any:
-    """Returns errors of hidden patches `[h, w]`, NaN elsewhere; for volumes, of the middle slice."""
-    hidden = np.where(result.visible[image, mask], np.nan, result.errors[image, mask])
-    return hidden[len(hidden) // 2] if hidden.ndim == 3 else hidden
 
 
 def show_heat(axes: Any, values: Any, title: str, worst: float) -> Any:
@@ -282,11 +247,10 @@ def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
     """Draws a panel per signal and mask: the first channel, and its reconstruction where hidden."""
     greys = LinearSegmentedColormap.from_list("errors", ["#f4f4f4", "#9a9a9a"])  # on which both curves can be seen
     heat = ScalarMappable(Normalize(0, _worst(result)), greys)
-    masks, length = result.visible.shape[1], result.inputs.shape[1]
-    count = len(result.names) * masks
-    figure = new_figure(8.0, 1.5 * count + 0.5, layout="constrained")
-    panels = figure.subplots(count, 1, squeeze=False, sharex=True)[:, 0]
-    block = length // result.visible.shape[2]
+    images, masks, patches = result.visible.shape
+    figure = new_figure(8.0, 1.5 * images * masks + 0.5, layout="constrained")
+    panels = figure.subplots(images * masks, 1, squeeze=False, sharex=True)[:, 0]
+    block = result.inputs.shape[1] // patches
     for place, axes in enumerate(panels):
         image, mask = divmod(place, masks)
         hidden = ~result.visible[image, mask]
@@ -302,6 +266,6 @@ def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
         axes.margins(x=0)
     if errors:
         _add_bar(figure, heat, panels)
-    handles = panels[0].get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
+    curves = panels[0].get_legend_handles_labels()
+    figure.legend(*curves, loc="outside lower center", ncols=2, frameon=False, fontsize=8)
     return figure

@@ -41,17 +41,11 @@ if TYPE_CHECKING:
 LAYERS = (0, 1, 2, 4, 8, 16)
 """Numbers of convolutions after which shapes are shown; a ResNet-50 has 16 of 3×3."""
 
-SIDE = 64
-"""Side of a shape in pixels."""
+SIDE, PATCH = 64, 8
+"""Side of a shape, and of a patch of the random mask among the shapes, in pixels."""
 
-PATCH = 8
-"""Side of a patch of the random mask among the shapes."""
-
-MASKS = 8
-"""Random masks per image for measuring features."""
-
-MOST_IMAGES = 8
-"""Maximum number of images for measuring features."""
+MOST_IMAGES, MASKS = 8, 8
+"""Maximum number of images for measuring features, and random masks of each."""
 
 ZERO = "#ebebeb"
 """Colour of hidden positions that are zero."""
@@ -99,20 +93,20 @@ def run_explanation(
     masks = [random_visible(MASKS, grid, mask_ratio, generator).to(device) for _ in shown.names]
     drifts = [drift(hierarchy, image, visible) for image, visible in zip(shown.images, masks, strict=True)]
     first = at_pixels(torch.stack([visible[0] for visible in masks]), preparation.image_size)  # [n, 1, H, W]
-    values = {
-        "whole": _flat(shown.images),
-        "visible": _flat(shown.images.movedim(1, -1)[first[:, 0]]),
-        "zeroed": _flat(shown.images * first),
+    given = {
+        "whole": shown.images,
+        "visible": shown.images.movedim(1, -1)[first[:, 0]],
+        "zeroed": shown.images * first,
     }
     result = VanishingResult(
         network=network,
         layers=list(LAYERS),
         shapes={name: kinds["dense"][0] for name, kinds in maps.items()},
         shares={
-            name: {kind: [float(map_.mean()) for map_ in of_layers] for kind, of_layers in kinds.items()}
+            name: {kind: of_layers.mean((1, 2)).tolist() for kind, of_layers in kinds.items()}
             for name, kinds in maps.items()
         },
-        values=values,
+        values={name: values.flatten().cpu().numpy() for name, values in given.items()},
         distances={
             kind: torch.stack([of_image[kind] for of_image in drifts]).mean(0).tolist() for kind in ("sparse", "dense")
         },
@@ -123,13 +117,8 @@ def run_explanation(
         unreadable=shown.unreadable,
         out=out,
     )  # fmt: skip
-    if out is not None:
-        write_picture(result.figure(), out)
+    write_picture(result)
     return result
-
-
-def _flat(x: Tensor) -> Any:
-    return x.flatten().cpu().numpy()
 
 
 def _random_network(
@@ -165,11 +154,7 @@ def _check_axes(axes: int, name: str) -> None:
 
 
 def masked_shapes(mask_ratio: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Returns shapes with a patch per pixel, and a random mask of larger patches.
-
-    Returns:
-        by name, bool `[*grid]`, true where visible.
-    """
+    """Returns shapes with a patch per pixel, and a random mask of larger patches: bool `[*grid]`, true where visible."""
     from matplotlib.path import Path as Outline
 
     axis = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
@@ -184,53 +169,31 @@ def masked_shapes(mask_ratio: float, generator: torch.Generator) -> dict[str, Te
 
 
 def through_layers(visible: Tensor, side: int, seed: int = 0) -> dict[str, Any]:
-    """Applies the same 3×3 convolutions to a masked map, dense and sparse.
+    """Applies the same 3×3 convolutions to a mask, bool `[*grid]`, on a map of `side` pixels, dense and sparse.
 
-    Args:
-        visible: the mask, bool `[*grid]`.
-        side: side of the map in pixels.
-        seed: seed of the weights.
-
-    Returns:
-        `dense` and `sparse`: bool `[len(LAYERS), side, side]`, true where the map is not zero.
+    Returns for `dense` and `sparse` where the map is not zero after each of `LAYERS`, bool `[layers, side, side]`.
     """
-    layout = PatchLayout(visible[None])
     dense = at_pixels(visible[None], (side, side)).double()  # [1, 1, side, side]
-    sparse: Tensor = pack(dense, layout)
-    found: dict[str, list[Tensor]] = {"dense": [dense], "sparse": [unpack(pack(dense, layout))]}
-    for depth, convolution in enumerate(_convolutions(max(LAYERS), seed), start=1):
-        dense, sparse = convolution(dense), convolution(sparse)
+    sparse = pack(dense, PatchLayout(visible[None]))
+    found: dict[str, list[Tensor]] = {"dense": [dense], "sparse": [unpack(sparse)]}
+    generator = torch.Generator().manual_seed(seed)
+    for depth in range(1, max(LAYERS) + 1):
+        # Positive weights around 1/9 and no bias: nothing cancels, so zero means untouched. Kernels for float64 only
+        # multiply and add; those that transform tiles leave round-off in zeros.
+        layer = nn.Conv2d(1, 1, 3, padding=1, bias=False, device="meta", dtype=torch.float64).to_empty(device="cpu")
+        nn.init.uniform_(layer.weight, 0.5 / 9, 1.5 / 9, generator)
+        dense, sparse = layer(dense), layer(sparse)
         if depth in LAYERS:
-            assert isinstance(sparse, PackedTensor)
             found["dense"].append(dense)
             found["sparse"].append(unpack(sparse))
     return {kind: (torch.cat(of_layers)[:, 0] != 0).numpy() for kind, of_layers in found.items()}
-
-
-def _convolutions(count: int, seed: int) -> list[nn.Conv2d]:
-    """Creates 3×3 convolutions with positive weights around 1/9 and no bias: nothing cancels, so zero means untouched.
-
-    They are float64, whose kernels only multiply and add; those that transform tiles leave round-off in zeros.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    layers = []
-    for _ in range(count):
-        layer = nn.Conv2d(1, 1, 3, padding=1, bias=False, device="meta", dtype=torch.float64).to_empty(device="cpu")
-        nn.init.uniform_(layer.weight, 0.5 / 9, 1.5 / 9, generator)
-        layers.append(layer)
-    return layers
 
 
 # Values that a network computes
 
 
 def calibrate(hierarchy: Hierarchy, images: Tensor) -> None:
-    """Sets the running statistics of every BatchNorm to those of some images.
-
-    Args:
-        hierarchy: feature maps of the encoder, in evaluation mode before and after.
-        images: normalised, `[B, C, H, W]`.
-    """
+    """Sets the running statistics of every BatchNorm to those of normalised images `[B, C, H, W]`."""
     norms = [norm for norm in hierarchy.modules() if isinstance(norm, _BatchNorm) and norm.track_running_stats]
     for norm in norms:
         norm.reset_running_stats()
@@ -258,10 +221,8 @@ def drift(hierarchy: Hierarchy, image: Tensor, visible: Tensor) -> dict[str, Ten
         `[1 + stages]`: for the image itself, then for each feature map.
     """
     images = image.expand(len(visible), -1, -1, -1)
-    inputs = {
-        "sparse": pack(images, PatchLayout(visible)),
-        "dense": images * at_pixels(visible, image.shape[1:]),
-    }
+    zeroed = images * at_pixels(visible, image.shape[1:])
+    inputs = {"sparse": pack(images, PatchLayout(visible)), "dense": zeroed}
     whole = [image[None], *hierarchy(image[None])]
     distances = {}
     for kind, x in inputs.items():
@@ -272,30 +233,18 @@ def drift(hierarchy: Hierarchy, image: Tensor, visible: Tensor) -> dict[str, Ten
 
 
 def _distance(map_: Tensor, whole: Tensor) -> Tensor:
-    """Returns the distance between the values of two maps, averaged over channels.
+    """Returns the distance between the values of two maps `[B, C, H, W]`, averaged over channels.
 
     Values are rounded to a ten-thousandth of the channel's largest, so that round-off does not separate equal ones.
     """
-    values, of_whole = _by_channel(map_), _by_channel(whole)
+    values = map_.values if isinstance(map_, PackedTensor) else map_  # of a packed map, the visible ones
+    values, of_whole = (x.transpose(0, 1).flatten(1) for x in (values, whole))  # [C, positions]
     step = 1e-4 * of_whole.abs().amax(1, keepdim=True).clamp_min(1e-6)  # [C, 1]
     return kolmogorov_smirnov((values / step).round(), (of_whole / step).round()).mean()
 
 
-def _by_channel(map_: Tensor) -> Tensor:
-    """Returns all values of a map `[B, C, H, W]`, or the visible ones of a packed map, as `[C, positions]`."""
-    values = map_.values if isinstance(map_, PackedTensor) else map_
-    return values.transpose(0, 1).flatten(1)
-
-
 def kolmogorov_smirnov(first: Tensor, second: Tensor) -> Tensor:
-    """Returns the largest distance between the distribution functions of two samples, in 0…1.
-
-    Args:
-        first: `[C, m]`.
-        second: `[C, n]`.
-
-    Returns:
-        `[C]`.
+    """Returns the largest distance `[C]` between the distribution functions of samples `[C, m]` and `[C, n]`, in 0…1.
 
     Example:
         >>> kolmogorov_smirnov(torch.tensor([[0.0, 1, 2, 3]]), torch.tensor([[0.0, 1]]))
@@ -322,7 +271,7 @@ def draw_vanishing(
 
     Args:
         result: the numbers.
-        maps: by shape, then `dense` and `sparse`: bool `[layers, H, W]`, true where not zero.
+        maps: by shape, what `through_layers` returns.
         image: an example, normalised, `[1, C, H, W]`.
         visible: its mask, bool `[1, 1, H, W]`.
         tones: conversion of the image to colours.
@@ -384,9 +333,7 @@ def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Ma
     )  # fmt: skip
 
 
-def _draw_values(
-    part: SubFigure, values: Mapping[str, Any], image: Tensor, visible: Tensor, tones: Tones
-) -> None:  # fmt: skip
+def _draw_values(part: SubFigure, values: Mapping[str, Any], image: Tensor, visible: Tensor, tones: Tones) -> None:
     """Draws an image whole, as sparse and as dense convolution see it, each above a histogram of pixel values."""
     _title(part, "What a network is given")
     whole = to_array(tones(image))[0]
