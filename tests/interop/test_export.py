@@ -122,6 +122,18 @@ class Images(Dataset[tuple[Tensor, int]]):
         return self.items[place]
 
 
+def onnx_session(path: Path) -> Any:
+    """Runs an ONNX file; skips the test where onnxruntime is missing."""
+    return pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+
+
+def losses(*models: SparK, pixels: Tensor) -> list[Tensor]:
+    """Loss of each model, with the same patches hidden."""
+    visible = models[0].draw_visible(2, torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return [model.eval()(pixels, visible).loss for model in models]
+
+
 # timm and torchvision
 
 
@@ -382,13 +394,12 @@ def test_push(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Ca
 def test_onnx_encoder(tmp_path: Path, model: str) -> None:
     """One output per feature map, for any batch."""
     pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     weights = encoder_file(tmp_path, model)
     result = sparkmim.export(weights=weights, format="onnx", out=tmp_path / "encoder.onnx", image_size=[64, 96])
     assert result.difference is not None
     assert result.difference < 1e-4
     assert [file.name for file in tmp_path.glob("*.onnx*")] == ["encoder.onnx"]
-    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx", providers=["CPUExecutionProvider"])
+    session = onnx_session(tmp_path / "encoder.onnx")
     assert [output.name for output in session.get_outputs()] == ["stride4", "stride8", "stride16", "stride32"]
     assert session.get_inputs()[0].name == "images"
     assert session.get_inputs()[0].shape[1:] == [3, 64, 96]
@@ -406,14 +417,13 @@ def test_onnx_encoder(tmp_path: Path, model: str) -> None:
 def test_onnx_classifier(tmp_path: Path, network: str, cli: Any) -> None:
     """Of a network of the user's own, through the command line, which says how far it is from PyTorch."""
     pytest.importorskip("onnxscript")
-    onnxruntime = pytest.importorskip("onnxruntime")
     weights = classifier_file(tmp_path, network)
     done = cli("export", "--weights", weights, "--format", "onnx", "--out", "net.onnx")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("net.onnx: ")
     assert "largest difference to PyTorch" in done.stdout
     assert len(done.stdout.splitlines()) == 1
-    session = onnxruntime.InferenceSession(tmp_path / "net.onnx", providers=["CPUExecutionProvider"])
+    session = onnx_session(tmp_path / "net.onnx")
     expected = open_weights(weights).classifier()(images()).detach()
     (logits,) = session.run(["logits"], {"images": images().numpy()})
     assert np.abs(logits - expected.numpy()).max() < 1e-4
@@ -526,10 +536,7 @@ def test_own_runs_in_the_original_form(tmp_path: Path, model: str) -> None:
     assert content["module"]["config"]["dense_decoder.width"] == 32
     back = SparK(model.removeprefix("torchvision/"), image_size=64, decoder_width=32, mask_ratio=0.5).eval()
     official.load_into(back, content)
-    visible = spark.draw_visible(2, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        one, other = spark.eval()(images(), visible), back(images(), visible)
-    torch.testing.assert_close(one.loss, other.loss)
+    torch.testing.assert_close(*losses(spark, back, pixels=images()))
 
 
 def test_shallower_stages_have_no_original_form(tmp_path: Path) -> None:
@@ -587,11 +594,6 @@ def test_the_hub_prepares_images_as_validation_did(tmp_path: Path, crop: float, 
 
 BACKBONE = ("stem.", "body.")
 """What the maps of the network `tiny` come from; behind them stands its own classifier, `fc`."""
-
-
-def created(network: str) -> nn.Module:
-    """The user's network, as his own code makes it."""
-    return create_encoder(network).eval()
 
 
 def held(path: Path) -> dict[str, Tensor]:
@@ -707,11 +709,7 @@ def test_an_own_run_in_the_original_form(tmp_path: Path, network: str, channels:
     opened = open_weights(out)
     assert (opened.kind, opened.channels, opened.metadata.patch_size) == ("pretrained", channels, 4)
     assert opened.metadata.given("mean", "std") == colours
-    back = opened.spark(network)
-    visible = spark.draw_visible(2, torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        one, other = spark(images(32, channels), visible), back(images(32, channels), visible)
-    assert torch.equal(one.loss, other.loss)
+    assert torch.equal(*losses(spark, opened.spark(network), pixels=images(32, channels)))
 
 
 # What is refused

@@ -150,7 +150,7 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
         raise UserError(f"{path} holds no weights: neither tensors by name, nor a `module` entry with them")
     tensors = translated(named)
     encoder = {name.removeprefix("encoder."): tensor for name, tensor in tensors.items()}
-    config = module.get("config") if isinstance(module.get("config"), dict) else {}
+    config = value if isinstance(value := module.get("config"), dict) else {}
     size = content.get("input_size") or config.get("sparse_encoder.input_size") or 224
     known = {
         "model": architecture_of(encoder),
