@@ -75,7 +75,7 @@ def use_segmenter(
         save_picture(picture, out / f"{name}.jpg")
         save_label_map(out / f"{name}.png", labels, len(known.classes), reduce_labels)
         count += 1
-        found.update(labels.unique().tolist())
+        found.update(labels.flatten().bincount().nonzero().flatten().tolist())
     said = f"{counted(count, 'image')}, {len(found)} of {len(known.classes)} classes found: {out}"
     console.print(said, markup=False)
     return SegmentResult(out, 0, 0, {}, segmenter)
