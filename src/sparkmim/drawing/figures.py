@@ -47,13 +47,6 @@ def write_picture(result: PictureResult, **arguments: Any) -> None:
             result.figure(**arguments).savefig(partial)
 
 
-def sample_photograph() -> str:
-    """Returns the path of matplotlib's sample photograph: Grace Hopper, United States Navy, public domain."""
-    from matplotlib import get_data_path
-
-    return str(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg")
-
-
 # Figures
 
 

@@ -109,3 +109,10 @@ def tones_of(preparation: Preparation, arrays: bool = False) -> Tones:
         return Tones.of(preparation.channels, None, None)
     mean, std = normalisation(preparation.channels)
     return Tones(preparation.mean or mean, preparation.std or std)
+
+
+def sample_photograph() -> str:
+    """Returns the path of matplotlib's sample photograph: Grace Hopper, United States Navy, public domain."""
+    from matplotlib import get_data_path
+
+    return str(Path(get_data_path()) / "sample_data" / "grace_hopper.jpg")

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparkmim.data.decoding import name_of
 from sparkmim.data.inference import Preparation, still_batches
 from sparkmim.data.problems import counted
 from sparkmim.data.source import Source, images_source
@@ -82,7 +83,8 @@ def run_neighbors(
     wanted = torch.cat([stage_features(encoder.hierarchy, part, [stage])[0].cpu() for part in parts])
     check_finite(torch.cat([bank, wanted]), stage, path)
 
-    names = [_name(source, place) for place in found.places.tolist()]
+    listed = isinstance(source.items, list)  # not a dataset, whose items would be read again
+    names = [name_of(source.items[place] if listed else None, place) for place in found.places.tolist()]
     queries = asked.names
     if query is not data:  # items of two datasets may have the same number
         queries = [f"query {name.removeprefix('item ')}" if name.startswith("item ") else name for name in queries]
@@ -104,12 +106,6 @@ def run_neighbors(
     )
     write_picture(result)
     return result
-
-
-def _name(source: Source, place: int) -> str:
-    """Returns an item's path, or its number in a dataset."""
-    item = source.items[place] if isinstance(source.items, list) else None
-    return item if isinstance(item, str) else f"item {place}"
 
 
 def _nearest(

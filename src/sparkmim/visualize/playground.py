@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from sparkmim.data.source import images_source
-from sparkmim.drawing.figures import sample_photograph
 from sparkmim.errors import UserError
+from sparkmim.visualize.inputs import sample_photograph
 from sparkmim.visualize.playground_session import Playground, Refused
 from sparkmim.visualize.reconstruct import Reconstructor
 

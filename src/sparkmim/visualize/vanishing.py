@@ -15,15 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparkmim.data.inference import CROP, Preparation
 from sparkmim.data.problems import counted
-from sparkmim.drawing.figures import (
-    ACCENT,
-    CONTRAST,
-    check_picture,
-    new_figure,
-    sample_photograph,
-    show_picture,
-    write_picture,
-)
+from sparkmim.drawing.figures import ACCENT, CONTRAST, check_picture, new_figure, show_picture, write_picture
 from sparkmim.drawing.pixels import Tones, at_pixels, to_array
 from sparkmim.errors import UserError
 from sparkmim.machine import device_named
@@ -33,7 +25,7 @@ from sparkmim.models.hierarchy import rank_of
 from sparkmim.models.masking import patch_grid
 from sparkmim.results import VanishingResult
 from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack
-from sparkmim.visualize.inputs import open_encoder, read_images
+from sparkmim.visualize.inputs import open_encoder, read_images, sample_photograph
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure, SubFigure
@@ -72,7 +64,7 @@ def run_explanation(
     generator = torch.Generator().manual_seed(seed)
     shapes = masked_shapes(mask_ratio, generator)
     if weights is None:
-        network, hierarchy, preparation = _random_network(model, image_size, seed)
+        network, hierarchy, preparation = _new_network(model, image_size, seed)
     else:
         encoder = open_encoder(weights, model, image_size, None, accelerator, _check_axes)
         network = _short(model or encoder.weights.metadata.model or "a network")
@@ -121,9 +113,7 @@ def run_explanation(
     return result
 
 
-def _random_network(
-    model: Any, image_size: int | Sequence[int] | None, seed: int
-) -> tuple[str, Hierarchy, Preparation]:
+def _new_network(model: Any, image_size: int | Sequence[int] | None, seed: int) -> tuple[str, Hierarchy, Preparation]:
     """Returns a network's name, feature maps and image preparation: with random weights, or those of a module."""
     encoder = own_module("resnet18" if model is None else model)
     name, with_weights = _short(encoder), ""
@@ -154,7 +144,7 @@ def _check_axes(axes: int, name: str) -> None:
 
 
 def masked_shapes(mask_ratio: float, generator: torch.Generator) -> dict[str, Tensor]:
-    """Returns shapes with a patch per pixel, and a random mask of larger patches: bool `[*grid]`, true where visible."""
+    """Returns shapes with a patch per pixel, and a random mask of larger patches, bool `[*grid]`, true if visible."""
     from matplotlib.path import Path as Outline
 
     axis = (torch.arange(SIDE) + 0.5) * 2 / SIDE - 1
@@ -269,13 +259,8 @@ def draw_vanishing(
 ) -> Figure:
     """Draws the shapes under convolutions; below, pixel values under a mask, and the drift of features.
 
-    Args:
-        result: the numbers.
-        maps: by shape, what `through_layers` returns.
-        image: an example, normalised, `[1, C, H, W]`.
-        visible: its mask, bool `[1, 1, H, W]`.
-        tones: conversion of the image to colours.
-        strides: strides of the stages.
+    `maps` holds what `through_layers` returns, by shape; `image` `[1, C, H, W]` is an example, and `visible`, bool
+    `[1, 1, H, W]`, its mask.
     """
     figure = new_figure(10, 11, layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.9, 1])
@@ -291,9 +276,11 @@ def _title(part: SubFigure, text: str) -> None:
     part.suptitle(text, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
-def _plain(axes: Any) -> None:
+def _plain(axes: Any, across: str, up: str) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(labelsize=8)
+    axes.set_xlabel(across, fontsize=8)
+    axes.set_ylabel(up, fontsize=8)
 
 
 def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Mapping[str, Any]]) -> None:
@@ -311,21 +298,17 @@ def _draw_shapes(part: SubFigure, result: VanishingResult, maps: Mapping[str, Ma
                 axes = part.add_subplot(cells[row, column])
                 filled = maps[name][kind][column]
                 title = ("masked" if layers == 0 else counted(layers, "layer")) if row == 0 else ""
-                show_picture(axes, colours[filled * (1 + result.shapes[name])], title)
-                axes.set_xlabel(f"{share:.1%}", fontsize=8, labelpad=2)
+                show_picture(axes, colours[filled * (1 + result.shapes[name])], title, f"{share:.1%}")
                 if column == 0:
                     axes.set_ylabel(f"{name}\n{kind}", fontsize=9)
         axes = part.add_subplot(cells[2 * place : 2 * place + 2, -1])
-        _plain(axes)
+        _plain(axes, "layers" if place == len(maps) - 1 else "", "not zero, %")
         for kind, colour in (("dense", CONTRAST), ("sparse", ACCENT)):
             axes.plot(result.layers, [100 * share for share in shares[kind]], "o-", color=colour, label=kind, ms=4)
         axes.set_ylim(0, 105)
         axes.set_xticks(result.layers)
-        axes.set_ylabel("not zero, %", fontsize=8)
         if place == 0:
             axes.legend(frameon=False, fontsize=8, loc="center right")
-        if place == len(maps) - 1:
-            axes.set_xlabel("layers", fontsize=8)
     meaning = {ACCENT: "visible", CONTRAST: "hidden, but not zero any more", ZERO: "hidden and zero"}
     part.legend(
         handles=[Patch(color=colour, label=label) for colour, label in meaning.items()],
@@ -353,32 +336,27 @@ def _draw_values(part: SubFigure, values: Mapping[str, Any], image: Tensor, visi
     pictures, histograms = part.subplots(2, 3, height_ratios=[1.25, 1])
     for above, below, (name, (title, pixels, colour)) in zip(pictures, histograms, columns.items(), strict=True):
         show_picture(above, pixels, title)
-        _plain(below)
+        _plain(below, "pixel value, normalised", "share, %" if name == "whole" else "")
         below.stairs(shares[name], bins, fill=True, color=colour)
         if name != "whole":
             below.stairs(shares["whole"], bins, color="#444444", lw=0.8, label="whole image")
         below.set_ylim(0, top)
-        below.set_xlabel("pixel value, normalised", fontsize=8)
-        if name == "whole":
-            below.set_ylabel("share, %", fontsize=8)
         if name == "visible":
             below.legend(frameon=False, fontsize=8)
         if shares[name].max() > top:
-            at = bins[shares[name].argmax()]
+            after = bins[shares[name].argmax()] + bins[2] - bins[0]
             text = f" {shares[name].max():.0f}%\n in one bin"
-            below.text(at + (bins[2] - bins[0]), top, text, fontsize=8, color=colour, va="top")
+            below.text(after, top, text, fontsize=8, color=colour, va="top")
 
 
 def _draw_drift(part: SubFigure, result: VanishingResult, strides: Sequence[int]) -> None:
     """Draws distances by stage."""
     _title(part, "How far features drift")
     axes = part.subplots()
-    _plain(axes)
+    _plain(axes, result.network.replace(" with ", "\nwith "), "KS distance to the whole image")
     labels = {"dense": "dense, hidden set to zero", "sparse": "sparse, visible alone"}
     for kind, colour in (("dense", CONTRAST), ("sparse", ACCENT)):
         axes.plot(result.distances[kind], "o-", color=colour, label=labels[kind], ms=4)
     axes.set_xticks(range(1 + len(strides)), ["image", *(f"stride {stride}" for stride in strides)])
     axes.set_ylim(0, None)
-    axes.set_ylabel("KS distance to the whole image", fontsize=8)
-    axes.set_xlabel(result.network.replace(" with ", "\nwith "), fontsize=8)
     axes.legend(frameon=False, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0))
