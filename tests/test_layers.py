@@ -86,3 +86,9 @@ def test_no_files_import_each_other_in_a_circle() -> None:
 def test_no_package_hides_a_function(name: str) -> None:
     """Importing a package `sparkmim.weights` would take the place of the function `sparkmim.weights`."""
     assert name not in {module.split(".")[0] for module in module_names()}
+
+
+def test_the_map_for_contributors_names_every_file() -> None:
+    written = (PACKAGE.parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    names = {path.name for path in module_names().values() if path.parent.name != "rules"} - {"__init__.py"}
+    assert not {name for name in names if f"`{name}`" not in written and f"`{name.removesuffix('.py')}`" not in written}
