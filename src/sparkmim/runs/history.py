@@ -72,7 +72,7 @@ class History:
             whole = path.read_bytes().rfind(b"\n") + 1
             os.truncate(path, whole)  # a last line that was cut off by a kill
         self.path = path
-        self.listeners: list[Listener] = [_to_log]
+        self.listeners: list[Listener] = [] if path is None else [_to_log]
 
     def add(self, kind: Kind, step: int, **fields: Any) -> Event:
         """Records an event at the current time."""

@@ -13,7 +13,7 @@ import torch
 from timm.data.mixup import Mixup
 from timm.loss.binary_cross_entropy import BinaryCrossEntropy
 from timm.loss.cross_entropy import SoftTargetCrossEntropy
-from timm.optim._param_groups import param_groups_weight_decay
+from timm.optim import param_groups_weight_decay
 from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
