@@ -1,11 +1,10 @@
-"""A network with an operation that has no rule yet, and the rule for it, as an example of writing one's own.
+"""A network with an operation that has no rule, and the rule for it, as an example to write your own by.
 
     sparkmim verify --model examples/own_rule.py:quantised_cnn --image-size 32
 
-Fake quantisation rounds every value by itself: what is stored, the visible patches, may be rounded as it is. The
-rule says just that. An operation that looks at neighbours and is local can run on the whole map by
-`sparkmim.sparse.on_dense_map`, which is exact as well, but as dear as without a mask. Wherever the network is made,
-the rule must be registered; in the file that `--model` names, it is.
+Fake quantisation is elementwise, so the rule applies it to the stored visible patches. An operation that looks at
+neighbours and is local can run on the whole map by `sparkmim.sparse.on_dense_map`, which is exact too, but as slow as
+without a mask. The rule must be registered before the network runs, as it is in the file that `--model` names.
 """
 
 from __future__ import annotations
