@@ -17,8 +17,8 @@ from processes import Cli
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.evaluation import knn_accuracy, stage_features
+from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_encoder
 
 FAST: dict[str, Any] = {"workers": 0, "accelerator": "cpu"}
@@ -57,13 +57,12 @@ def test_accuracies_are_those_of_features_computed_by_hand(labelled: Path, run: 
         return torch.stack([transform(decode(path)) for path in paths]), labels
 
     torch.manual_seed(5)
-    networks = {"random": create_encoder(network), "weights": open_weights(run).encoder()}
+    networks = {"random": create_encoder(network), "weights": weights.open_weights(run).encoder()}
     (known, known_labels), (asked, asked_labels) = read("train"), read("val")
     for name, encoder in networks.items():
         hierarchy = Hierarchy(encoder).eval()
-        for stage, (bank, queries) in enumerate(
-            zip(stage_features(hierarchy, known), stage_features(hierarchy, asked), strict=True), 1
-        ):
+        features = zip(stage_features(hierarchy, known), stage_features(hierarchy, asked), strict=True)
+        for stage, (bank, queries) in enumerate(features, 1):
             [score] = [row for row in result.rows if (row.network, row.stage) == (name, stage)]
             assert score.accuracy == knn_accuracy(bank, known_labels, queries, asked_labels, k=3)
 
@@ -74,9 +73,8 @@ def test_the_linear_probe_and_few_shot(labelled: Path, run: Path, tmp_path: Path
     assert linear.deepest().accuracy > 0.9  # one bright channel each: easy
     assert linear.deepest().details["learning_rate"] in linear.deepest().details["held_out"]
     out = tmp_path / "few.json"
-    few = sparkmim.evaluate(
-        data=labelled, weights=run, protocol="fewshot", shots=[1, 4], draws=3, stage=1, out=out, **FAST
-    )
+    shots: dict[str, Any] = {"protocol": "fewshot", "shots": [1, 4], "draws": 3, "stage": 1}
+    few = sparkmim.evaluate(data=labelled, weights=run, out=out, **shots, **FAST)
     assert [(row.network, row.shots, row.stage) for row in few.rows] == [
         ("weights", 1, 1), ("weights", 4, 1), ("random", 1, 1), ("random", 4, 1)
     ]  # fmt: skip
@@ -114,8 +112,6 @@ def test_datasets_and_splits(run: Path) -> None:
 
 
 def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
-    from sparkmim.interop import weights
-
     rows = ["path,label"]
     generator = np.random.default_rng(0)
     for place in range(24):
@@ -124,10 +120,8 @@ def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
     (tmp_path / "table.csv").write_text("\n".join(rows))
     known = {"model": "resnet10t", "image_size": [64, 64], "channels": 5, "mean": [0.0] * 5, "std": [1.0] * 5}
     weights.write(create_encoder("resnet10t", 5), tmp_path / "five.safetensors", WeightsMetadata(**known))
-    arguments: dict[str, Any] = {
-        "data": tmp_path / "table.csv", "weights": tmp_path / "five.safetensors", "val_split": 0.5, "stage": 1, **FAST
-    }  # fmt: skip
-    first, second = sparkmim.evaluate(**arguments), sparkmim.evaluate(**arguments)
+    files = {"data": tmp_path / "table.csv", "weights": tmp_path / "five.safetensors"}
+    first, second = (sparkmim.evaluate(**files, val_split=0.5, stage=1, **FAST) for _ in range(2))
     assert first.rows == second.rows
     assert first.deepest().accuracy > 0.9
 
@@ -189,8 +183,6 @@ def test_unreadable_images_count_nowhere(labelled: Path, run: Path) -> None:
 
 
 def test_a_network_that_takes_other_channels_converts_images(labelled: Path, tmp_path: Path, network: str) -> None:
-    from sparkmim.interop import weights
-
     known = {"model": network, "image_size": [16, 12], "channels": 1, "mean": [0.5], "std": [0.5]}
     weights.write(create_encoder(network, 1), tmp_path / "grey.safetensors", WeightsMetadata(**known))
     Image.fromarray(np.zeros((9, 9), np.uint8)).save(labelled / "val" / "red" / "grey.png")

@@ -24,6 +24,11 @@ def problem(n: int = 300, seed: int = 0) -> tuple[Tensor, Tensor]:
     return features * torch.logspace(-3, 3, 10) + 5, labels
 
 
+def halves(n: int = 300) -> tuple[Tensor, Tensor, Tensor, Tensor, list[str]]:
+    """Features to train on, features to test on, each with labels, and names of the classes."""
+    return *problem(n), *problem(n, seed=1), ["a", "b", "c"]
+
+
 def objective(x: Tensor, labels: Tensor, weight: Tensor, bias: Tensor, decay: float) -> float:
     return (F.cross_entropy(x @ weight.t() + bias, labels) + decay / 2 * weight.square().sum()).item()
 
@@ -71,20 +76,18 @@ def test_a_step_is_sgd_with_nesterov_momentum() -> None:
 
 
 def test_the_probe_is_as_good_as_scikit_learn_on_new_features_and_repeats() -> None:
-    features, labels = problem(600)
-    queries, answers = problem(600, seed=1)
-    probe = linear_probe(features, labels, queries, answers, ["a", "b", "c"], epochs=20)
+    split = features, labels, queries, answers, _ = halves(600)
+    probe = linear_probe(*split, epochs=20)
     standard = Standardiser.of(features)
     theirs = LogisticRegression(C=10.0, max_iter=1000).fit(standard(features).numpy(), labels.numpy())
     assert probe.accuracy >= theirs.score(standard(queries).numpy(), answers.numpy()) - 0.02
-    assert probe == linear_probe(features, labels, queries, answers, ["a", "b", "c"], epochs=20)
+    assert probe == linear_probe(*split, epochs=20)
 
 
 def test_the_rate_is_chosen_without_the_test_features() -> None:
-    features, labels = problem()
-    queries, answers = problem(seed=1)
-    right = linear_probe(features, labels, queries, answers, ["a", "b", "c"], epochs=1)
-    wrong = linear_probe(features, labels, queries, (answers + 1) % 3, ["a", "b", "c"], epochs=1)
+    split = halves()
+    right = linear_probe(*split, epochs=1)
+    wrong = linear_probe(*split[:3], (split[3] + 1) % 3, split[4], epochs=1)
     assert (right.learning_rate, right.held_out) == (wrong.learning_rate, wrong.held_out)
     assert list(right.held_out) == list(RATES)
     assert right.held_out[right.learning_rate] == max(right.held_out.values())
@@ -100,14 +103,13 @@ def test_standardised_features_have_mean_square_norm_one_even_if_some_never_vary
 
 
 def test_few_shot_draws_depend_on_the_seed_alone_and_are_fitted_as_by_scikit_learn() -> None:
-    features, labels = problem()
-    queries, answers = problem(seed=1)
-    found = few_shot(features, labels, queries, answers, ["a", "b", "c"], shots=5, draws=6, seed=1)
-    assert found == few_shot(features, labels, queries, answers, ["a", "b", "c"], shots=5, draws=6, seed=1)
+    split = features, labels, queries, answers, _ = halves()
+    found = few_shot(*split, shots=5, draws=6, seed=1)
+    assert found == few_shot(*split, shots=5, draws=6, seed=1)
     assert len(found) == 6
     assert len(set(found)) > 1
     # As many shots as there are images leave nothing to draw.
-    every = few_shot(features, labels, queries, answers, ["a", "b", "c"], shots=100, draws=2)
+    every = few_shot(*split, shots=100, draws=2)
     standard = Standardiser.of(features)
     theirs = LogisticRegression(C=1.0, max_iter=1000).fit(standard(features).numpy(), labels.numpy())
     assert every == pytest.approx([theirs.score(standard(queries).numpy(), answers.numpy())] * 2)

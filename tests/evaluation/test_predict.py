@@ -19,7 +19,6 @@ from sparkmim.data.decoding import decode
 from sparkmim.evaluation import stage_features
 from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_classifier
 
 FAST: dict[str, Any] = {"workers": 0, "accelerator": "cpu"}
@@ -47,7 +46,7 @@ def test_predict_writes_every_image_with_its_probabilities(cli: Cli, run: Path, 
     assert [row["path"] for row in rows] == [str(path) for path in paths]
     assert list(rows[0]) == ["path", "class", "probability", "error", "p_blue", "p_green", "p_red"]
 
-    classifier = open_weights(run).classifier()
+    classifier = weights.open_weights(run).classifier()
     good = [path for path in paths if path != broken]
     with torch.no_grad():
         expected = dict(zip(map(str, good), classifier(inputs(good)).softmax(1), strict=True))
@@ -120,7 +119,7 @@ def test_embed_writes_features_and_paths(cli: Cli, run: Path, photos: Path, tmp_
     assert features.dtype == np.float32
     assert features.shape == (23, 16)
     assert paths == sorted(paths)
-    expected = stage_features(Hierarchy(open_weights(run).encoder()), inputs([Path(path) for path in paths]))
+    expected = stage_features(Hierarchy(weights.open_weights(run).encoder()), inputs([Path(path) for path in paths]))
     np.testing.assert_allclose(features, expected[1], rtol=1e-4, atol=1e-5)
 
     table = sparkmim.embed(images=photos, weights=run, out=tmp_path / "stage.parquet", stage=1, batch_size=9, **FAST)

@@ -36,7 +36,7 @@ SMALL: dict[str, Any] = {
 
 
 class Page(HTMLParser):
-    """What a browser would find in a file."""
+    """What a browser would find in a file, which asks for nothing else."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -47,6 +47,7 @@ class Page(HTMLParser):
         self._inside = ""
         self.feed(self.source)
         self.close()
+        self.check_that_it_asks_for_nothing()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, {name: value or "" for name, value in attrs}))
@@ -111,10 +112,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def test_it_tells_what_the_events_hold(run: Path) -> None:
-    path = write_report(run)
-    assert path == run / "report.html"
-    page = Page(path)
-    page.check_that_it_asks_for_nothing()
+    page = Page(write_report(run))
     assert page.headings == ["Training", "Reconstructions", "Settings", "Environment"]
     for said in ("Pretraining", "resnet50", "finished", "6 of 6 epochs", "1.5 → 0.25", "1,450",
                  "1 min 0 s", "Abacus 9000", "4 threads", "31.2 GiB"):  # fmt: skip
@@ -136,7 +134,7 @@ def test_reconstructions_over_time(run: Path) -> None:
     assert [*strips][:2] == ["Images: input", "Images: visible"]
     assert [*strips][2:] == [f"Images: step {step}" for step in (10, 20, 30, 50, 60)]
     found = [(0, 1), (1, 1), *((2, moment) for moment in (1, 2, 3, 5, 6))]
-    for (_, png), (column, step) in zip(strips.items(), found, strict=True):
+    for png, (column, step) in zip(strips.values(), found, strict=True):
         pixels = np.asarray(Image.open(io.BytesIO(png)))
         assert pixels.shape == (12, 40, 3)
         assert (pixels[:, :20] == column + step).all()
@@ -153,7 +151,8 @@ def test_large_pictures_become_small(tmp_path: Path) -> None:
 
 
 def test_settings_tell_what_was_left_open(run: Path) -> None:
-    source = write_report(run).read_text()
+    assert write_report(run) == run / "report.html"
+    source = (run / "report.html").read_text()
     assert "<dt>epochs</dt><dd>6<small>recipe default</small></dd>" in source
     assert "<dt>accelerator</dt><dd>cpu<small>this machine</small></dd>" in source
     assert "<dt>model</dt><dd>resnet50</dd>" in source
@@ -169,7 +168,6 @@ def test_what_is_missing_is_left_out(tmp_path: Path) -> None:
     (run / "evaluation").mkdir()
     (run / "evaluation" / "of_something_else.json").write_text('[{"protocol": 1, "rows": 2}]')
     page = Page(write_report(run))
-    page.check_that_it_asks_for_nothing()
     assert page.headings == ["Settings"]
     assert "at step 0" in page.text
     assert not page.images("svg+xml")
@@ -189,7 +187,6 @@ def test_hostile_names(tmp_path: Path) -> None:
     scores = {"top1": 0.5, "top5": 1.0, "loss": 0.7, "per_class": {evil: 0.5}}
     (run / "metrics.json").write_text(json.dumps({"validation_images": 9, "best_model": scores}))
     page = Page(write_report(run))
-    page.check_that_it_asks_for_nothing()
     assert page.headings == ["Training", "Validation", "Skipped images", "Settings", "Environment"]
     assert page.text.count("<script>alert(1)</script>") == 13
     assert page.source.count("<script") == 0
@@ -202,11 +199,9 @@ def test_skipped_images_are_named_up_to_a_number(tmp_path: Path) -> None:
     events.append(event("unreadable", 1, image="v.jpg", reason="no image", part="validation"))
     page = Page(write_report(write_run(tmp_path / "run", events=[start(9), *events])))
     assert page.source.count("<details open>") == 0
-    text = page.text
-    assert f"{MOST_LINES + 11} images" in text
-    assert f"{MOST_LINES - 1:03}.jpg: truncated" in text
-    assert f"{MOST_LINES:03}.jpg" not in text
-    assert "and 11 more" in text
+    for said in (f"{MOST_LINES + 11} images", f"{MOST_LINES - 1:03}.jpg: truncated", "and 11 more"):
+        assert said in page.text
+    assert f"{MOST_LINES:03}.jpg" not in page.text
 
 
 def test_scores_of_a_classifier(tmp_path: Path) -> None:
@@ -267,7 +262,6 @@ def test_axes_are_written_for_people(values: list[float], form: Any, ticks: set[
         (lambda path: None, "run does not exist; name the run folder"),
         (lambda path: path.mkdir(), "run holds no run, for there is no config.yaml in it"),
         (lambda path: write_run(path).joinpath("config.yaml").write_text("a: [1"), "cannot be read as"),
-        (lambda path: write_run(path).joinpath("config.yaml").write_text("just words"), "cannot be read as"),
         (lambda path: write_run(path).joinpath("metrics.json").write_text("{"), "metrics.json is no whole JSON file"),
         (lambda path: write_run(path).joinpath("history.jsonl").write_text("{}\n{}\n"), "line 1 of run/history.jsonl"),
     ],
@@ -317,7 +311,6 @@ def test_a_run_ends_with_its_report(
     main(["pretrain", "--data", str(photos), "--out", str(run), "--model", network, *flags])
     assert capsys.readouterr().err.splitlines()[-1] == f"report: {run / 'report.html'}"
     page = Page(run / "report.html")
-    page.check_that_it_asks_for_nothing()
     assert page.headings == ["Training", "Reconstructions", "Skipped images", "Settings", "Environment"]
     assert "finished" in page.text
     assert "broken.jpg" in page.text
@@ -356,9 +349,8 @@ def test_signals_and_volumes_from_python(tmp_path: Path, rank: int, pictures: bo
     stopped = sparkmim.pretrain(**settings, callbacks=[StopAt(2)])
     assert not stopped.finished
     text = Page(tmp_path / "run" / "report.html").text
-    assert "stopped at step 2 of 4" in text
-    assert "A network from Python" in text
-    assert "on a data set from Python" in text
+    for said in ("stopped at step 2 of 4", "A network from Python", "on a data set from Python"):
+        assert said in text
     sparkmim.pretrain(out=tmp_path / "run", data=settings["data"], model=network, resume=True)
     page = Page(tmp_path / "run" / "report.html")
     assert ("Reconstructions" in page.headings) == pictures
@@ -385,7 +377,6 @@ def test_fine_tuning_ends_with_its_report(network: str, tmp_path: Path, capsys: 
     )  # fmt: skip
     assert capsys.readouterr().err.splitlines()[-1] == f"report: {tmp_path / 'run' / 'report.html'}"
     page = Page(tmp_path / "run" / "report.html")
-    page.check_that_it_asks_for_nothing()
     assert page.headings == ["Training", "Validation", "Settings", "Environment"]
     assert f"{max(result.best_top1.values()):.1%}" in page.text
     assert "bright" in page.text

@@ -53,8 +53,8 @@ def use_detector(
         found = _draw(detector, read_images(console, predict, opened.channels), known, out, device)
         _write_json(out, found)
         sure = sum(annotation["score"] > SURE for annotation in found["annotations"])
-        images_drawn, detections = counted(len(found["images"]), "image"), counted(sure, "detection")
-        console.print(f"{images_drawn}, {detections} above {SURE:.0%}: {out}", markup=False)
+        drawn, detections = counted(len(found["images"]), "image"), counted(sure, "detection")
+        console.print(f"{drawn}, {detections} above {SURE:.0%}: {out}", markup=False)
         return DetectResult(out, 0, 0, {}, detector)
     with_masks = bool(detector.roi_heads.has_mask())
     named = {"val_annotations": val_annotations, "val_images": val_images}
