@@ -60,13 +60,13 @@ def new_figure(width: float, height: float, **arguments: Any) -> Figure:
     return figure
 
 
-def show_picture(axes: Any, pixels: Any, title: str = "", note: str = "") -> None:
-    """Draws pixels `[H, W, 3]` in 0…1 without ticks; a title above, a note below."""
-    axes.imshow(np.clip(pixels, 0, 1), interpolation="nearest")
+def show_picture(axes: Any, pixels: Any, title: str = "", note: str = "", **style: Any) -> Any:
+    """Draws pixels `[H, W, 3]` in 0…1, or values `[H, W]`, without ticks; a title above, a note below."""
     axes.set(xticks=[], yticks=[])
     axes.spines[:].set_visible(False)
     axes.set_title(title, fontsize=9)
     axes.set_xlabel(note, fontsize=8, labelpad=2)
+    return axes.imshow(np.clip(pixels, 0, 1) if pixels.ndim == 3 else pixels, interpolation="nearest", **style)
 
 
 # Layout in inches

@@ -54,8 +54,10 @@ class Playground:
     """Models that rebuild hidden patches of images of at most `max_pixels`, compared under the same mask."""
 
     def __init__(self, models: Sequence[Reconstructor], max_pixels: int = 50_000_000) -> None:
-        self.models = list(models)
-        self.max_pixels = max_pixels
+        self.models, self.max_pixels = list(models), max_pixels
+        self.grid, self.mask_ratio = models[0].grid, models[0].model.mask_ratio
+        self.size, self.channels = models[0].preparation.image_size, models[0].preparation.channels
+        self.scale = max(1, -(-SHOWN_SIDE // min(self.size)))  # by which pictures are enlarged
         for model in models:
             if len(model.grid) != 2 or model.preparation.channels not in (1, 3):
                 raise UserError(
@@ -74,38 +76,13 @@ class Playground:
                     f"{self.models[0].path} of {self.channels}; only models of the same images can be compared"
                 )
 
-    @property
-    def grid(self) -> tuple[int, ...]:
-        """Patches down and across."""
-        return self.models[0].grid
-
-    @property
-    def channels(self) -> int:
-        """Image channels."""
-        return self.models[0].preparation.channels
-
-    @property
-    def size(self) -> tuple[int, ...]:
-        """Height and width of the images."""
-        return self.models[0].preparation.image_size
-
-    @property
-    def scale(self) -> int:
-        """Factor by which pictures are enlarged."""
-        return max(1, -(-SHOWN_SIDE // min(self.size)))
-
-    @property
-    def mask_ratio(self) -> float:
-        """Mask ratio of training."""
-        return self.models[0].model.mask_ratio
-
     def open(self, path: str | Path, ratio: float, seed: int = 0) -> Session:
         """Reads an image and hides patches at random; raises `Refused` if it is too large, or cannot be read."""
         name = Path(path).name
         try:
             if math.prod(stored_size(path)[0]) > self.max_pixels:  # before any of them is decoded
                 raise Refused(f"{name} is larger than {self.max_pixels / 1e6:.0f} megapixels; send a smaller copy")
-            image = decode(path, self.models[0].preparation.channels)
+            image = decode(path, self.channels)
         except UnreadableImage as error:
             raise Refused(f"{name} cannot be read as an image: {error.reason}") from error
         return Session(self._no_larger(image), name, self.draw(ratio, seed), seed)

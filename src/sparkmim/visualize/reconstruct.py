@@ -187,7 +187,7 @@ def draw_reconstructions(result: ReconstructResult, errors: bool = False) -> Fig
                 show_picture(place, cell.picture, cell.title, cell.note)
             else:
                 place.set_facecolor("#ececec")  # visible patches have no error
-                heat = show_heat(place, cell.picture, cell.title, _worst(result))
+                heat = show_picture(place, cell.picture, cell.title, cmap="inferno", vmin=0, vmax=_worst(result))
     for image, name in enumerate(result.names):
         axes[image * per_image, 0].set_ylabel(shortened(Path(name).name, 24), fontsize=8, parse_math=False)
     if heat is not None:
@@ -233,14 +233,6 @@ def _rows(result: ReconstructResult, image: int, errors: bool) -> list[list[_Cel
         [_Cell(None), *map(_Cell, result.pasted[image], [""] * masks, losses)],
     ]
     return [*rows, [_Cell(None), *map(_Cell, heat)]] if errors else rows
-
-
-def show_heat(axes: Any, values: Any, title: str, worst: float) -> Any:
-    """Draws `[h, w]` as colours; returns the image, for a colour bar."""
-    axes.set(xticks=[], yticks=[])
-    axes.spines[:].set_visible(False)
-    axes.set_title(title, fontsize=9)
-    return axes.imshow(np.ma.masked_invalid(values), cmap="inferno", vmin=0, vmax=worst, interpolation="nearest")
 
 
 def _draw_signals(result: ReconstructResult, errors: bool) -> Figure:
