@@ -99,7 +99,7 @@ class Playground:
         return random_visible(1, self.grid, ratio, torch.Generator().manual_seed(seed))[0]
 
     def toggle(self, session: Session, x: float, y: float) -> Session:
-        """Hides or shows the patch at a pixel of the enlarged picture; raises `Refused` for the last of a kind."""
+        """Hides or shows the patch at a pixel of the enlarged picture; refuses the last visible or hidden one."""
         row, column = (
             min(int(at) * cells // (pixels * self.scale), cells - 1)
             for at, cells, pixels in zip((y, x), self.grid, self.size, strict=True)
