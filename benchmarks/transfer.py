@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 import warnings
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from sparkmim.evaluation import pooled_features
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
 from sparkmim.interop.weights import open_weights
 from sparkmim.models import Hierarchy, create_encoder
+from sparkmim.runs.history import read_history
 
 MODEL = str(Path(__file__).parents[1] / "examples" / "small_cnn.py") + ":small_cnn"
 SIZE = 32
@@ -189,8 +189,8 @@ def main() -> None:
             data=str(args.data / "train"), out=run, model=MODEL, image_size=SIZE, patch_size=8, decoder_width=64,
             epochs=args.epochs, warmup_epochs=args.epochs / 10, picture_every=0,
         )  # fmt: skip
-    first, *_, last = (line[:19] for line in (run / "log.txt").read_text().splitlines())
-    pretraining = (datetime.fromisoformat(last) - datetime.fromisoformat(first)).total_seconds()
+    first, *_, last = read_history(run / "history.jsonl")
+    pretraining = (last.time - first.time).total_seconds()
 
     begun = time.perf_counter()
     found, other = open_labelled(args.data)

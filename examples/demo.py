@@ -19,9 +19,9 @@ import matplotlib
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sparkmim
+from sparkmim.runs.history import read_history
 
 MODEL = str(Path(__file__).with_name("small_cnn.py")) + ":small_cnn"
 SIZE = 32
@@ -46,16 +46,14 @@ def write_digits(folder: Path) -> Path:
 
 def draw(run: Path, images: list[Path], file: Path) -> None:
     """The loss over the steps, and what the network rebuilds of a few images."""
-    events = EventAccumulator(str(run / "tensorboard"))
-    events.Reload()
-    losses = events.Scalars("loss")
+    losses = [event for event in read_history(run / "history.jsonl") if event.kind == "step"]
     shown = sparkmim.reconstruct(weights=run, images=[str(path) for path in images])
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 5.2), width_ratios=[1.7, 1], layout="constrained")
-    left.plot([event.step for event in losses], [event.value for event in losses], color="#1f6f8b")
+    left.plot([event.step for event in losses], [event.fields["loss"] for event in losses], color="#1f6f8b")
     left.set(xlabel="step", ylabel="loss on masked patches", title="Pretraining")
     left.spines[["top", "right"]].set_visible(False)
     left.grid(alpha=0.3)
