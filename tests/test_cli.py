@@ -62,7 +62,7 @@ def test_help_reads_well_and_imports_nothing_heavy(cli: Cli) -> None:
     [
         (["--data", "nowhere", "--out", "run"], "nowhere"),
         (["--data", ".", "--out", "run", "--recipe", "papre"], "there is no recipe 'papre'"),
-        (["--data", ".", "--out", "run", "--image-size", "100"], "image_size 100×100 is no multiple"),
+        (["--data", ".", "--out", "run", "--image-size", "100"], "image_size 100×100 is not a multiple"),
         (["--data", ".", "--out", "run", "--epochs", "many"], "epochs"),
         (["--out", "run", "--resume"], "holds no run to resume"),
     ],

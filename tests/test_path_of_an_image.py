@@ -11,7 +11,9 @@ import pytest
 import torch
 
 import sparkmim
-from sparkmim.data import PretrainDataset, collate, open_source, pretrain_transform
+from sparkmim.data.augmentation import pretrain_transform
+from sparkmim.data.dataset import PretrainDataset, collate
+from sparkmim.data.source import open_source
 from sparkmim.training.modules import OptimizerSettings, PretrainModule
 
 PACKAGE = Path(sparkmim.__file__).parent

@@ -167,7 +167,7 @@ def test_fcmae(cli: Cli, photos: Path, tmp_path: Path) -> None:
         (["--image-size", "[64, 64, 64]"], "ResNet convolves in 2-D, but images of 3 spatial axes were asked for"),
         (["--image-size", "[64, 64, 64, 64]"], "give one number, or one per axis: 1, 2 or 3 of them"),
         (["--stages", 5], "stages is 5; ResNet has 4 to use, so it takes 1 to 4"),
-        (["--stages", 2, "--patch-size", 4], "patch_size 4 is no multiple of the encoder's stride 8; use 8"),
+        (["--stages", 2, "--patch-size", 4], "patch_size 4 is not a multiple of the encoder's stride 8; use 8"),
         (["--feature-modules", "[layer1, layer5]"], "no module named 'layer5' for feature_modules; there is layer"),
         (["--feature-modules", "[layer2, layer1]"], "must divide the image evenly and have ascending strides"),
         (["--decoder", "unet"], "decoder"),

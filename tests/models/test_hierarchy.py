@@ -183,7 +183,7 @@ def test_a_coarser_map_inside_decides_on_the_patch() -> None:
     hierarchy = Hierarchy(network, feature_modules=["0", "1"])
     assert (hierarchy.stride, hierarchy.patch_unit) == (4, 8)
     assert verify_encoder(network, feature_modules=["0", "1"]).exact
-    with pytest.raises(ValueError, match=r"patch_size 4 is no multiple of .* 8"):
+    with pytest.raises(ValueError, match=r"patch_size 4 is not a multiple of .* 8"):
         verify_encoder(network, patch_size=4, feature_modules=["0", "1"])
 
 

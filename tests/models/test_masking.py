@@ -75,13 +75,13 @@ def test_grids() -> None:
 @pytest.mark.parametrize(
     ("size", "patch", "stride", "message"),
     [
-        ((224, 224), 48, 32, "patch_size 48 is no multiple of the encoder's stride 32; use 32 or 64$"),
-        ((224, 224), 16, 32, "patch_size 16 is no multiple of the encoder's stride 32; use 32$"),
+        ((224, 224), 48, 32, "patch_size 48 is not a multiple of the encoder's stride 32; use 32 or 64$"),
+        ((224, 224), 16, 32, "patch_size 16 is not a multiple of the encoder's stride 32; use 32$"),
         ((224, 224), 0, 32, "patch_size 0 .* use 32$"),
         ((224, 224), -32, 32, "patch_size -32 "),
-        ((225, 225), 32, 32, "image_size 225×225 is no multiple of the patch size 32; use 224×224 or 256×256$"),
-        ((224, 250), 32, 32, "image_size 224×250 is no multiple of the patch size 32; use 224×224 or 224×256$"),
-        ((20, 80), 32, 32, "image_size 20×80 is no multiple of the patch size 32; use 32×96$"),
+        ((225, 225), 32, 32, "image_size 225×225 is not a multiple of the patch size 32; use 224×224 or 256×256$"),
+        ((224, 250), 32, 32, "image_size 224×250 is not a multiple of the patch size 32; use 224×224 or 224×256$"),
+        ((20, 80), 32, 32, "image_size 20×80 is not a multiple of the patch size 32; use 32×96$"),
         ((32, 32), 32, 32, "image_size 32×32 holds a single patch of 32, .* use images of 64 or more$"),
         ((64, 64), 64, 32, "holds a single patch of 64, .* use images of 128 or more, or a patch_size of 32$"),
     ],
@@ -103,14 +103,14 @@ def test_what_errors_name_would_do(size: int, patch: int, stride: int) -> None:
         if str(error).startswith("patch_size"):
             for near in advice:
                 patch_grid((int(near) * 4,) * 2, int(near), stride)
-        elif "is no multiple" in str(error):
+        elif "is not a multiple" in str(error):
             for near in advice:
                 patch_grid(tuple(map(int, near.split("×"))), patch, stride)
 
 
 @pytest.mark.parametrize("size", [(20, 20), (0, 64), (1, 1)])
 def test_an_image_smaller_than_a_patch_is_told_what_to_use(size: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError, match=r"is no multiple of the patch size 32; use \d+×\d+"):
+    with pytest.raises(ValueError, match=r"is not a multiple of the patch size 32; use \d+×\d+"):
         patch_grid(size, 32, 32)
 
 

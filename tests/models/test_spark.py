@@ -215,8 +215,11 @@ def test_mask_ratio() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"image_size": 33}, "image_size 33×33 is no multiple of the patch size 8; use 32×32 or 40×40"),
-        ({"image_size": 32, "patch_size": 12}, "patch_size 12 is no multiple of the encoder's stride 8; use 8 or 16"),
+        ({"image_size": 33}, "image_size 33×33 is not a multiple of the patch size 8; use 32×32 or 40×40"),
+        (
+            {"image_size": 32, "patch_size": 12},
+            "patch_size 12 is not a multiple of the encoder's stride 8; use 8 or 16",
+        ),
         ({"image_size": 8}, "holds a single patch of 8"),
         ({"image_size": 32, "mask_ratio": 1.0}, r"mask_ratio is 1\.0"),
         ({"image_size": 32, "decoder_width": 12}, r"decoder_width 12 must be a multiple of 8 .*; use "),

@@ -155,7 +155,7 @@ def test_a_rule_that_is_wrong_at_halos_only(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="is no multiple of the patch size"):
+    with pytest.raises(ValueError, match="is not a multiple of the patch size"):
         verify_encoder(PlainCNN(), image_size=33)
     with pytest.raises(ValueError, match="timm has no model"):
         verify_encoder("resnet5O")

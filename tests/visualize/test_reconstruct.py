@@ -165,7 +165,7 @@ def test_signals_keep_their_units(tmp_path: Path, known: bool, pretrained: Calla
         ({"visible": "0,0", "mask_ratio": 0.5}, "visible says what is hidden, and so does mask_ratio"),
         ({"mask": "x.", "masks": 2}, "mask says what is hidden, and so does masks"),
         ({"out": "picture.webp"}, "ends in .png"),
-        ({"image_size": 30}, "is no multiple of the patch size 8"),
+        ({"image_size": 30}, "is not a multiple of the patch size 8"),
         ({"images": None}, "no images given"),
         ({"weights": "nowhere"}, "nowhere does not exist"),
     ],

@@ -224,7 +224,7 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
         ({"topic": "everything"}, r"topic is 'everything'; .* vanishing"),
         ({"out": "picture.gif"}, r"out is picture.gif; the name of a picture ends in"),
         ({"mask_ratio": 1.0}, r"mask_ratio is 1.0; it must be above 0 and below 1"),
-        ({"image_size": 30}, r"image_size 30×30 is no multiple of the patch size 4; use 28×28 or 32×32"),
+        ({"image_size": 30}, r"image_size 30×30 is not a multiple of the patch size 4; use 28×28 or 32×32"),
         ({"image_size": [32, 32, 32]}, r"image_size \[32, 32, 32\] is for 3 spatial axes, but .* images of two"),
         ({"model": "resnet18x"}, r"timm has no model named 'resnet18x'"),
         ({"model": 3}, r"model is of type int; pass a name or a torch.nn.Module"),

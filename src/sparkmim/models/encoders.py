@@ -126,8 +126,8 @@ def _module_of(path: Path) -> ModuleType:
 
 def factory_settings(name: str, channels: int, classes: int | None = None) -> dict[str, int]:
     """Returns the arguments of a factory: `in_chans` if it takes them, `num_classes` if classes are given."""
-    given = {"in_chans": channels} if "in_chans" in inspect.signature(factory_of(name)).parameters else {}
-    return {**given, "num_classes": classes} if classes else given
+    arguments = {"in_chans": channels} if "in_chans" in inspect.signature(factory_of(name)).parameters else {}
+    return {**arguments, "num_classes": classes} if classes else arguments
 
 
 def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:

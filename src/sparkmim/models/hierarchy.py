@@ -77,7 +77,7 @@ class Hierarchy(nn.Module):
             )
         self.encoder = encoder
         self._stages = stages
-        self._given = None if feature_modules is None else _existing(encoder, feature_modules)
+        self._feature_modules = None if feature_modules is None else _existing(encoder, feature_modules)
         sizes = [(size,) * rank for size in _PROBE_SIZES[rank]]
         if image_size is None:
             image_size = getattr(encoder, "default_cfg", {}).get("input_size", (0,))[1:]
@@ -103,8 +103,8 @@ class Hierarchy(nn.Module):
         self._coarsest = 1
         kind = type(self.encoder).__name__
         size = "×".join(map(str, shape[1:]))
-        if self._given is not None:
-            self._names = self._given
+        if self._feature_modules is not None:
+            self._names = self._feature_modules
         elif hasattr(self.encoder, "forward_intermediates") and len(shape) == 4:
             shapes = [map_.shape for map_ in self._probe(shape, train=False)]
             self._indices = [i for _, i in _deepest([(_stride(shape, found), i) for i, found in enumerate(shapes)])]

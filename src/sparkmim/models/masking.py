@@ -54,7 +54,7 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
     if patch_size <= 0 or patch_size % stride:
         lower, upper = patch_size // stride * stride, (patch_size // stride + 1) * stride
         near = f"{lower} or {upper}" if lower > 0 else f"{upper}"
-        raise UserError(f"patch_size {patch_size} is no multiple of the encoder's stride {stride}; use {near}")
+        raise UserError(f"patch_size {patch_size} is not a multiple of the encoder's stride {stride}; use {near}")
     if any(size <= 0 or size % patch_size for size in image_size):
         below = [size // patch_size * patch_size for size in image_size]
         above = [max(1, -(-size // patch_size)) * patch_size for size in image_size]
@@ -63,7 +63,7 @@ def patch_grid(image_size: Sequence[int], patch_size: int, stride: int) -> tuple
         enough = math.prod(below) >= 2 * patch_size ** len(below)
         near = " or ".join("×".join(map(str, sizes)) for sizes in ([below, above] if enough else [above]))
         shown = "×".join(map(str, image_size))
-        raise UserError(f"image_size {shown} is no multiple of the patch size {patch_size}; use {near}")
+        raise UserError(f"image_size {shown} is not a multiple of the patch size {patch_size}; use {near}")
     grid = tuple(size // patch_size for size in image_size)
     if int(torch.Size(grid).numel()) < 2:
         shown = "×".join(map(str, image_size))

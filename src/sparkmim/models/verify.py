@@ -43,16 +43,16 @@ def verify_encoder(
         ValueError: if sizes do not divide, or no hierarchy is found.
     """
     encoder = create_encoder(encoder, channels) if isinstance(encoder, str) else copy.deepcopy(encoder)
-    given = None if image_size is None or isinstance(image_size, int) else tuple(image_size)
-    rank = len(given) if given else rank_of(encoder)
+    axes = None if image_size is None or isinstance(image_size, int) else tuple(image_size)
+    rank = len(axes) if axes else rank_of(encoder)
     if isinstance(image_size, int):
-        given = (image_size,) * rank
-    hierarchy = Hierarchy(encoder, channels, rank, given, stages, feature_modules)
+        axes = (image_size,) * rank
+    hierarchy = Hierarchy(encoder, channels, rank, axes, stages, feature_modules)
     patch = hierarchy.patch_unit if patch_size is None else patch_size
-    size = given or (3 * patch,) * rank
+    size = axes or (3 * patch,) * rank
     grid = patch_grid(size, patch, hierarchy.patch_unit)
     report = verify_packed(hierarchy, (2, channels, *size), grid, masks=masks)
-    if _ROUND_OFF > report.error > TOLERANCE and patch_size is None and given is None:
+    if _ROUND_OFF > report.error > TOLERANCE and patch_size is None and axes is None:
         # BatchNorm over few positions, layer after layer, can amplify round-off this far. Over four times as many it
         # does not, while a true difference remains.
         report = verify_packed(hierarchy, (2, channels, *(2 * extent for extent in size)), grid, masks=masks)

@@ -51,7 +51,7 @@ class PatchLayout:
             raise UserError(f"visible must be a boolean mask, not {visible.dtype}")
         if visible.ndim < 2:
             raise UserError(f"visible must have the shape [batch, *grid], not {list(visible.shape)}")
-        self._given = visible
+        self._mask = visible  # on its own device
         self.batch_size = visible.shape[0]
         self.grid = tuple(visible.shape[1:])
         self.counts: tuple[int, ...] = tuple(visible.flatten(1).sum(1).tolist())
@@ -80,7 +80,7 @@ class PatchLayout:
     @functools.cached_property
     def samples(self) -> tuple[PatchLayout, ...]:
         """One layout per sample."""
-        return tuple(PatchLayout(visible, self.visible.device) for visible in torch.split(self._given, 1))
+        return tuple(PatchLayout(visible, self.visible.device) for visible in torch.split(self._mask, 1))
 
     @property
     def uniform(self) -> bool:

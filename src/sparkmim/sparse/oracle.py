@@ -113,8 +113,8 @@ class MaskedDense(TorchFunctionMode):
                 kwargs["unbiased"] = args[position + 1]  # the old signature (dim, unbiased, keepdim)
                 args = (*args[: position + 1], *args[position + 2 :])
             kwargs = {key: value for key, value in kwargs.items() if key not in ("dim", "axis")}
-            given = args[position + 1] if len(args) > position + 1 else False
-            keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", given))
+            positional = args[position + 1] if len(args) > position + 1 else False
+            keepdim = kwargs.pop("keepdim", kwargs.pop("keepdims", positional))
             return self._reduce(func, args[1:position], kwargs, x, mask, axes, spatial, keepdim)
         if name in ("softmax", "normalize"):
             axis = kwargs.get("dim", args[1] if name == "softmax" and len(args) > 1 else 1) % x.ndim

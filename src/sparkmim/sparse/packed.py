@@ -104,9 +104,9 @@ class PackedTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = _name_of(func)
-        if not args and kwargs and (given := next((key for key in ("input", "self") if key in kwargs), None)):
+        if not args and kwargs and (first := next((key for key in ("input", "self") if key in kwargs), None)):
             kwargs = dict(kwargs)
-            args = (kwargs.pop(given),)  # rules take the map first
+            args = (kwargs.pop(first),)  # rules take the map first
         cls._check(name)
         rule = RULES.get(name.strip("_"))
         if rule is None:

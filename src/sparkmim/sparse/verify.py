@@ -126,8 +126,8 @@ class _InDouble(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         name = getattr(func, "__name__", "")
-        given = (*args[1:], *(kwargs or {}).values())
-        to_single = name == "float" or (name == "to" and any(value is torch.float32 for value in given))
+        others = (*args[1:], *(kwargs or {}).values())
+        to_single = name == "float" or (name == "to" and any(value is torch.float32 for value in others))
         if to_single and isinstance(args[0], Tensor) and args[0].dtype == torch.float64:
             return args[0]
         return func(*args, **(kwargs or {}))

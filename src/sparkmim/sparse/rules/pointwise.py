@@ -90,8 +90,8 @@ def align(x: PackedTensor, other: Tensor) -> Tensor:
 
 @register_rule(*UNARY.split())
 def _unary(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    given = (*args, *kwargs.values())
-    if not isinstance(x, PackedTensor) or any(isinstance(arg, Tensor) and arg.ndim for arg in given):
+    others = (*args, *kwargs.values())
+    if not isinstance(x, PackedTensor) or any(isinstance(arg, Tensor) and arg.ndim for arg in others):
         return elementwise(func, x, *args, **kwargs)
     out: Tensor = func(x, *args, **kwargs)
     return like(x, out)
