@@ -11,10 +11,10 @@ from sparkmim.errors import UserError
 from sparkmim.runs.config import commented_yaml
 from sparkmim.runs.folder import RunFolder
 
-ASKED = {"epochs": None, "accelerator": "auto", "augment": "auto", "mean": None, "model": None, "seed": 0,
-         "init_weights": None, "image_size": (32, 48), "devices": "auto"}  # fmt: skip
-SETTLED = {"epochs": 200, "accelerator": "cuda", "augment": "auto", "mean": [0.5, 0.25], "model": None, "seed": 0,
-           "init_weights": None, "image_size": (32, 48), "devices": 1}  # fmt: skip
+ASKED = {"recipe": "paper", "epochs": None, "accelerator": "auto", "augment": "auto", "mean": None, "model": None,
+         "seed": 0, "init_weights": None, "image_size": (32, 48), "devices": "auto"}  # fmt: skip
+SETTLED = {"recipe": "paper", "epochs": 1600, "accelerator": "cuda", "augment": "auto", "mean": [0.5, 0.25],
+           "model": None, "seed": 0, "init_weights": None, "image_size": (32, 48), "devices": 1}  # fmt: skip
 
 
 def test_what_was_left_open_is_noted(tmp_path: Path) -> None:
@@ -22,7 +22,8 @@ def test_what_was_left_open_is_noted(tmp_path: Path) -> None:
     folder.write_config({**ASKED, "data": [object()]}, {**SETTLED, "data": [object()]}, ["data"])
     assert folder.config.read_text().splitlines() == [
         "# Python objects, to be given again: data",
-        "epochs:  # 200 (recipe default)",
+        "recipe: paper",
+        "epochs:  # 1600 (recipe paper)",
         "accelerator: auto  # cuda (this machine)",
         "augment: auto",
         "mean:  # [0.5, 0.25] (derived)",

@@ -105,7 +105,9 @@ def run(tmp_path: Path) -> Path:
               weight_decay=0.04 + 0.01 * i, gradient_norm=2.0, images_per_second=speeds[i - 1])
         for i in range(1, 7)
     ]  # fmt: skip
-    run = write_run(tmp_path / "run", events=[start(60), *steps], asked={"epochs": None, "accelerator": "auto"})
+    run = write_run(
+        tmp_path / "run", events=[start(60), *steps], asked={"recipe": "paper", "epochs": None, "accelerator": "auto"}
+    )
     for i in range(1, 7):
         write_png(run, grid(2, i), 10 * i)
     return run
@@ -153,7 +155,7 @@ def test_large_pictures_become_small(tmp_path: Path) -> None:
 def test_settings_tell_what_was_left_open(run: Path) -> None:
     assert write_report(run) == run / "report.html"
     source = (run / "report.html").read_text()
-    assert "<dt>epochs</dt><dd>6<small>recipe default</small></dd>" in source
+    assert "<dt>epochs</dt><dd>6<small>recipe paper</small></dd>" in source
     assert "<dt>accelerator</dt><dd>cpu<small>this machine</small></dd>" in source
     assert "<dt>model</dt><dd>resnet50</dd>" in source
 

@@ -1,1 +1,5 @@
 """Foreign weight formats."""
+
+from sparkmim.interop import official
+
+__all__ = ["official"]

@@ -25,17 +25,17 @@ def open_value(name: str, value: Any) -> bool:
     return value is None or (name in _MACHINE and isinstance(value, str) and value == "auto")
 
 
-def decided_by(name: str, asked: Any, settled: Any) -> str:
-    """Returns who settled the value of an argument that was left open: `this machine`, `recipe default`, or `derived`
-    from network, weights or data; empty if it was not left open, or still is."""
+def decided_by(name: str, asked: Any, settled: Any, recipe: Any) -> str:
+    """Returns who settled the value of an argument that was left open: `this machine`, the recipe, or `derived` from
+    network, weights or data; empty if it was not left open, or still is."""
     if not open_value(name, asked) or open_value(name, settled):
         return ""
-    return "this machine" if name in _MACHINE else "derived" if name in _DERIVED else "recipe default"
+    return "this machine" if name in _MACHINE else "derived" if name in _DERIVED else f"recipe {recipe}"
 
 
 def settled_notes(asked: Mapping[str, Any], settled: Mapping[str, Any]) -> dict[str, str]:
     """Returns notes such as `200 (recipe default)` for the arguments that were left open and then settled."""
-    who = {name: decided_by(name, value, settled.get(name)) for name, value in asked.items()}
+    who = {name: decided_by(name, value, settled.get(name), asked.get("recipe")) for name, value in asked.items()}
     return {name: f"{_one_line(settled[name])} ({decided})" for name, decided in who.items() if decided}
 
 

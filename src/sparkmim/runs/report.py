@@ -355,7 +355,7 @@ def _setting(run: Run, name: str) -> Entry:
     value = run.settings[name]
     if name in run.objects:
         return Entry(name, "a Python object")
-    return Entry(name, _plain(value), decided_by(name, run.asked.get(name, value), value))
+    return Entry(name, _plain(value), decided_by(name, run.asked.get(name, value), value, run.asked.get("recipe")))
 
 
 def _plain(value: Any) -> str:
