@@ -16,6 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sparkmim
 from processes import Cli
+from sparkmim.runs.history import read_history, settled_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
@@ -104,7 +105,7 @@ def test_signals(cli: Cli, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert_learned(tmp_path / "run")
     assert "broken.npz" in (tmp_path / "run" / "log.txt").read_text()
-    saved = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())
+    saved = settled_settings(read_history(tmp_path / "run" / "history.jsonl"))
     assert saved["image_size"] == [512]
     assert saved["flip"] == 0.0  # time has a direction
     assert len(saved["mean"]) == 2  # measured

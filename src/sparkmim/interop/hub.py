@@ -25,6 +25,8 @@ from sparkmim.files import replacing
 from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models.encoders import factory_settings
+from sparkmim.runs.folder import RunFolder
+from sparkmim.runs.run import Run
 
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 
@@ -189,10 +191,8 @@ def _training(network: ExportableNetwork, settings: dict[str, Any]) -> str:
 
 
 def _settings(run: Path | None) -> dict[str, Any]:
-    if run is None or not (run / "config.yaml").is_file():
-        return {}
-    settings = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    return settings if isinstance(settings, dict) else {}
+    """Returns the settings of the run that wrote the weights, as they were settled."""
+    return dict(Run.read(run).settings) if run is not None and RunFolder(run).config.is_file() else {}
 
 
 def _shown(value: Any) -> str:
