@@ -128,8 +128,8 @@ class Weights:
     def classifier(self, model: str | nn.Module | None = None) -> nn.Module:
         """Returns the classifier with these weights."""
         known = self.metadata
-        settings = known.given("image_size", "feature_modules")
-        classifier = create_classifier(model or self.model, len(self.classes), known.channels, **settings)
+        options = known.given("image_size", "feature_modules")
+        classifier = create_classifier(model or self.model, len(self.classes), known.channels, **options)
         return _load(classifier, self.tensors, self.path).eval()
 
     def detector(self, model: str | nn.Module | None = None) -> nn.Module:
@@ -137,9 +137,9 @@ class Weights:
         if self.kind != "detector":
             raise UserError(f"{self.path} holds no detector; `sparkmim detect` makes one from it")
         known = self.metadata
-        settings = known.given("masks", "mean", "std", "box_head", "norm", "long_side", "feature_modules")
-        settings["short_side"] = known.eval_short_side
-        detector = create_detector(self._new_encoder(model), len(known.classes or ()), **settings)
+        options = known.given("masks", "mean", "std", "box_head", "norm", "long_side", "feature_modules")
+        options["short_side"] = known.eval_short_side
+        detector = create_detector(self._new_encoder(model), len(known.classes or ()), **options)
         return _load(detector, self.tensors, self.path).eval()
 
     def segmenter(self, model: str | nn.Module | None = None) -> Segmenter:
@@ -147,8 +147,8 @@ class Weights:
         if self.kind != "segmenter":
             raise UserError(f"{self.path} holds no segmenter; `sparkmim segment` makes one from it")
         known = self.metadata
-        settings = known.given("norm", "image_size", "feature_modules")
-        segmenter = create_segmenter(self._new_encoder(model), len(known.classes or ()), known.channels, **settings)
+        options = known.given("norm", "image_size", "feature_modules")
+        segmenter = create_segmenter(self._new_encoder(model), len(known.classes or ()), known.channels, **options)
         return _load(segmenter, self.tensors, self.path).eval()
 
     def spark(self, model: str | nn.Module | None = None, image_size: Sequence[int] | None = None) -> SparK:

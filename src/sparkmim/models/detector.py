@@ -40,7 +40,7 @@ def create_detector(
     long_side: int = 1333,
     image_size: Sequence[int] | None = None,
     feature_modules: Sequence[str] | None = None,
-    **settings: Any,
+    **options: Any,
 ) -> nn.Module:
     """Builds a detector on an encoder: feature pyramid, region proposals, boxes, and masks (He et al. 2017).
 
@@ -66,7 +66,7 @@ def create_detector(
         long_side: maximum longer side of images in evaluation.
         image_size: as for `Hierarchy`.
         feature_modules: as for `Hierarchy`.
-        settings: further arguments of torchvision's `FasterRCNN`, such as `rpn_post_nms_top_n_train`.
+        options: further arguments of torchvision's `FasterRCNN`, such as `rpn_post_nms_top_n_train`.
 
     Raises:
         ValueError: if the encoder has no feature hierarchy, or an argument does not fit it.
@@ -87,7 +87,7 @@ def create_detector(
     else:
         head = FastRCNNConvFCHead((WIDTH, _BOX_SIDE, _BOX_SIDE), [WIDTH] * 4, [_HEAD_WIDTH], norm_layer)
     strides = backbone.strides
-    settings = {
+    options = {
         "rpn_anchor_generator": AnchorGenerator(
             tuple((_ANCHOR * stride,) for stride in strides), ((0.5, 1.0, 2.0),) * len(strides)
         ),
@@ -99,13 +99,13 @@ def create_detector(
         "max_size": long_side,
         "size_divisible": backbone.size_divisible,
         "_skip_resize": True,  # in training only
-        **settings,
+        **options,
     }
     if masks:
-        settings["mask_roi_pool"] = _roi_align(_MASK_SIDE, strides[:-1])
-        settings["mask_head"] = MaskRCNNHeads(WIDTH, [WIDTH] * 4, 1, norm_layer)
+        options["mask_roi_pool"] = _roi_align(_MASK_SIDE, strides[:-1])
+        options["mask_head"] = MaskRCNNHeads(WIDTH, [WIDTH] * 4, 1, norm_layer)
     # One class more: torchvision's 0 is the background.
-    detector: nn.Module = (MaskRCNN if masks else FasterRCNN)(backbone, classes + 1, **settings)
+    detector: nn.Module = (MaskRCNN if masks else FasterRCNN)(backbone, classes + 1, **options)
     return detector
 
 

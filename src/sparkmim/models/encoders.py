@@ -47,11 +47,11 @@ def _from_timm(name: str, channels: int, drop_path: float | None, classes: int |
         near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.5)
         hint = f"; did you mean {', '.join(near)}?" if near else ""
         raise UserError(f"timm has no model named {name!r}{hint}")
-    settings: dict[str, Any] = {"in_chans": channels, "num_classes": classes or 0}
+    options: dict[str, Any] = {"in_chans": channels, "num_classes": classes or 0}
     if drop_path is not None:
-        settings["drop_path_rate"] = drop_path
+        options["drop_path_rate"] = drop_path
     try:
-        model: nn.Module = timm.create_model(name, **settings)
+        model: nn.Module = timm.create_model(name, **options)
     except TypeError as error:
         if "drop_path_rate" in str(error):
             if not drop_path:  # 0 asks for no drop path, which this network does not have anyway
@@ -70,11 +70,11 @@ def _from_torchvision(name: str, channels: int, drop_path: float | None, classes
         raise UserError(f"torchvision has no model named {name!r}{hint}")
     if channels != 3:
         raise UserError(f"torchvision's models take 3 channels, not {channels}; use --channels 3 or a timm model")
-    settings: dict[str, Any] = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
+    options: dict[str, Any] = {} if drop_path is None else {"stochastic_depth_prob": drop_path}
     if classes:
-        settings["num_classes"] = classes
+        options["num_classes"] = classes
     try:
-        model: nn.Module = get_model(name, weights=None, **settings)
+        model: nn.Module = get_model(name, weights=None, **options)
     except TypeError as error:
         if drop_path is None:
             raise

@@ -226,9 +226,10 @@ def _strips(run: Run) -> list[Strip]:
     chosen = sorted({round(place * last / (MOMENTS - 1)) for place in range(MOMENTS)}) if pictures else []
     epochs = run.curves.get("epoch")
     strips: list[Strip] = []
+    size = run.settings.get("image_size")
     for picture in (pictures[place] for place in chosen):
         png = run.png(picture)
-        columns = _columns(png, run.settings["image_size"]) if png else None
+        columns = _columns(png, size) if png and size else None
         if columns is None:
             continue
         if not strips:
