@@ -86,6 +86,14 @@ def test_what_is_left_open_is_decided_anew_on_another_machine(
     assert yaml.safe_load((settings["out"] / "config.yaml").read_text()) == asked
 
 
+def test_an_edited_configuration_is_checked(settings: dict[str, Any]) -> None:
+    sparkmim.pretrain(**settings, callbacks=[InterruptAt(2)])
+    file = settings["out"] / "config.yaml"
+    file.write_text(file.read_text().replace("epochs: 4", "epochs: nan"))
+    with pytest.raises(ValueError, match="epochs is 'nan'; it must be a finite number, above 0"):
+        sparkmim.pretrain(out=settings["out"], resume=True)
+
+
 # The user's callbacks and loggers
 
 

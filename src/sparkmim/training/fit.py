@@ -20,6 +20,7 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
+from sparkmim.arguments import check_arguments
 from sparkmim.data.dataset import collate
 from sparkmim.data.loading import make_loader
 from sparkmim.data.problems import counted
@@ -188,6 +189,7 @@ def begin(
     settled = settled_settings(read_history(folder.history)) if folder.history.is_file() else {}
     objects = saved.pop("from_python", ())
     asked = resumed(kind, asked, given, saved, settled, objects)
+    check_arguments(kind.__name__.removesuffix("Settings").lower(), asked)  # the file may have been edited
     changed = {name for name in given & asked.keys() if not open_value(name, asked[name])}
     known = {
         name: value for name, value in settled.items()
