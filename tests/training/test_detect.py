@@ -18,6 +18,7 @@ from interrupting import InterruptAt
 from sparkmim.cli import main
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
+from sparkmim.runs.history import read_history
 
 SMALL = ["--short-sides", "[48]", "--eval-short-side", "48", "--long-side", "64", "--workers", "0",
          "--warmup-iterations", "2", "--precision", "32-true", "--regions", "16"]  # fmt: skip
@@ -211,3 +212,13 @@ def test_weights_of_something_else(data: Path, network: str, tmp_path: Path) -> 
     weights.write(create_encoder(network), tmp_path / "encoder.safetensors", WeightsMetadata(model=network, channels=3))
     with pytest.raises(ValueError, match="holds no detector; `sparkmim detect` makes one"):
         sparkmim.detect(weights=tmp_path / "encoder.safetensors", predict=str(data), out=tmp_path / "seen")
+
+
+def test_unreadable_validation_images_are_in_the_history_once(data: Path, network: str, tmp_path: Path) -> None:
+    """And so in the report."""
+    broken = sorted((data / "val2017").rglob("*.*"))[0]
+    broken.write_bytes(broken.read_bytes()[:-60])
+    sparkmim.detect(**settings(data, network, tmp_path / "run") | {"epochs": 2, "eval_every": 1})
+    found = [event for event in read_history(tmp_path / "run" / "history.jsonl") if event.kind == "unreadable"]
+    assert [(event.fields["image"], event.fields["part"]) for event in found] == [(str(broken), "validation")]
+    assert broken.name in (tmp_path / "run" / "report.html").read_text()

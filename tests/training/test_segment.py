@@ -22,6 +22,7 @@ from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
 from sparkmim.models import create_encoder
 from sparkmim.models.segmenter import create_segmenter
+from sparkmim.runs.history import read_history
 from sparkmim.training.modules import OptimizerSettings, SegmentModule
 from sparkmim.training.recipes import SEGMENT_RECIPES
 from sparkmim.training.segment import Segmentation
@@ -278,3 +279,13 @@ def test_weights_of_something_else(data: Path, network: str, tmp_path: Path) -> 
     with pytest.raises(ValueError, match="none of the 1 images can be read"):
         sparkmim.segment(weights=tmp_path / "run", predict=str(tmp_path / "photos"), out=tmp_path / "seen")
     assert not (tmp_path / "seen").exists()
+
+
+def test_unreadable_validation_images_are_in_the_history_once(data: Path, network: str, tmp_path: Path) -> None:
+    """And so in the report."""
+    broken = next((data / "images" / "val").rglob("*.jpg"))
+    broken.write_bytes(broken.read_bytes()[:-200])
+    sparkmim.segment(**settings(data, network, tmp_path / "run") | {"eval_every": 1})
+    found = [event for event in read_history(tmp_path / "run" / "history.jsonl") if event.kind == "unreadable"]
+    assert [(event.fields["image"], event.fields["part"]) for event in found] == [(str(broken), "validation")]
+    assert broken.name in (tmp_path / "run" / "report.html").read_text()

@@ -56,15 +56,22 @@ class _Marked(Dataset[tuple[int, Any, str]]):
             return place, None, str(error)
 
 
-def one_by_one(source: Any, places: Sequence[int], workers: int) -> Iterator[tuple[int, Any]]:
-    """Yields places and items of a validation set in order; logs unreadable ones and leaves them out."""
+def log_unreadable(complaint: str) -> None:
+    """Logs a validation image that cannot be read."""
+    log.warning("unreadable validation image left out: %s", complaint)
+
+
+def one_by_one(
+    source: Any, places: Sequence[int], workers: int, complain: Callable[[str], None] = log_unreadable
+) -> Iterator[tuple[int, Any]]:
+    """Yields places and items of a validation set in order; leaves out unreadable ones, after a complaint."""
     loader = DataLoader(
         _Marked(source, places), None, num_workers=workers if len(places) > _FEW else 0, collate_fn=unchanged,
         worker_init_fn=leave_signals_to_the_parent,
     )  # fmt: skip
     for place, item, complaint in loader:
         if complaint:
-            log.warning("unreadable validation image left out: %s", complaint)
+            complain(complaint)
         else:
             yield place, item
 

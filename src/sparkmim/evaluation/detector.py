@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparkmim.data.coco import CocoFiles, CocoImages, check_coco, find_coco, open_coco
 from sparkmim.data.detection_transforms import detection_resize
-from sparkmim.data.loading import one_by_one
+from sparkmim.data.loading import log_unreadable, one_by_one
 from sparkmim.data.parts import find_part
 from sparkmim.data.problems import counted
 from sparkmim.drawing.annotated import SURE, draw_detections
@@ -104,6 +104,7 @@ class _Resized(torch.utils.data.Dataset[Any]):
 def run_detector(
     model: nn.Module, images: CocoImages, places: Sequence[int], workers: int, device: torch.device,
     see: Callable[[int, Tensor, dict[str, Tensor]], None] | None = None,
+    complain: Callable[[str], None] = log_unreadable,
 ) -> list[dict[str, Any]]:  # fmt: skip
     """Returns detections on the images at `places` in COCO's result format; unreadable images are logged.
 
@@ -111,7 +112,7 @@ def run_detector(
     """
     found: list[dict[str, Any]] = []
     with evaluation_mode(model):
-        for place, (image, size) in one_by_one(_Resized(images, _resize_for(model)), places, workers):
+        for place, (image, size) in one_by_one(_Resized(images, _resize_for(model)), places, workers, complain):
             (output,) = model([image.to(device)])
             found += coco_results(output, int(images.image_ids[place]), size, _size(image), images.category_ids)
             if see is not None:

@@ -18,7 +18,7 @@ from sparkmim.data.label_maps import (
     open_segmentation,
     read_class_names,
 )
-from sparkmim.data.loading import one_by_one
+from sparkmim.data.loading import log_unreadable, one_by_one
 from sparkmim.data.parts import find_part
 from sparkmim.data.problems import counted
 from sparkmim.data.segmentation_transforms import segmentation_resize
@@ -95,7 +95,7 @@ class _Resized(torch.utils.data.Dataset[Any]):
 def run_segmenter(
     model: nn.Module, images: SegmentationImages, places: Sequence[int], transform: Callable[[Tensor], Tensor],
     workers: int, device: torch.device, low_precision: bool,
-    see: Callable[[int, Tensor, Tensor, Tensor], None] | None = None,
+    see: Callable[[int, Tensor, Tensor, Tensor], None] | None = None, complain: Callable[[str], None] = log_unreadable,
 ) -> Iterator[tuple[Tensor, Tensor]]:  # fmt: skip
     """Yields predicted and true label maps, long `[H, W]`, of the images at `places`; unreadable images are logged.
 
@@ -103,7 +103,7 @@ def run_segmenter(
     normalised image `[C, h, w]`, the prediction and the truth.
     """
     with evaluation_mode(model):
-        for place, (image, truth) in one_by_one(_Resized(images, transform), places, workers):
+        for place, (image, truth) in one_by_one(_Resized(images, transform), places, workers, complain):
             found = predict_classes(model, image.to(device), truth.shape, low_precision)
             if see is not None:
                 see(place, image, found.cpu(), truth)

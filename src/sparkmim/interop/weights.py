@@ -262,6 +262,8 @@ def _read_metadata(path: Path) -> WeightsMetadata:
     try:
         with safe_open(path, framework="pt") as file:
             content = json.loads((file.metadata() or {}).get("sparkmim", "{}"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} has metadata that are not JSON ({error}); use another file") from error
     except Exception as error:
         raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
     return WeightsMetadata.from_json(content, path)

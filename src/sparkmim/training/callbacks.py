@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -372,10 +372,10 @@ class Keeper(StepCallback):
         self.monitor.check_finite()
         self._count_votes()  # those cast before this save do not ask for another one
         path = self.folder.checkpoint
-        partial = path.with_suffix(".partial")
-        trainer.save_checkpoint(partial)
+        # All ranks take part in a checkpoint; the first writes it.
+        with replacing(path) if trainer.is_global_zero else nullcontext(path) as partial:
+            trainer.save_checkpoint(partial)
         if trainer.is_global_zero:
-            partial.replace(path)
             self.write_weights(step)
             self.history.add("checkpoint", step)
         self._saved = time.monotonic()

@@ -147,7 +147,8 @@ class DetectionScorer(Scorer[CocoScores]):
                 name = f"detections/{self.images.path(place).name}"
                 pictures[name] = draw_detections(image, output, self.images.classes)
 
-        found = run_detector(model, self.images, share_of(trainer, self.images), self.workers, device, see)
+        own = share_of(trainer, self.images)
+        found = run_detector(model, self.images, own, self.workers, device, see, self.complain)
         if trainer.world_size > 1:
             parts: list[Any] = [None] * trainer.world_size
             torch.distributed.all_gather_object(parts, found)

@@ -27,7 +27,6 @@ from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import CLASSIFIER_FILE, Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
-from sparkmim.training.callbacks import add_unreadable
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
 from sparkmim.training.modules import ClassifyModule, ScheduledModule
 from sparkmim.training.plan import Plan, plan_for
@@ -175,7 +174,6 @@ class ClassificationScorer(Scorer[ClassificationScores]):
         self.dataset = dataset
         self.batch_size = batch_size
         self.workers = workers if len(dataset) > _FEW else 0
-        self._complained: set[str] = set()
 
     def _read(self, per_class: Any, **fields: Any) -> ClassificationScores:
         if isinstance(per_class, list):  # as 0.1.0 wrote it
@@ -201,9 +199,7 @@ class ClassificationScorer(Scorer[ClassificationScores]):
         )  # fmt: skip
         for batch in loader:
             for complaint in batch["unreadable"]:
-                if complaint not in self._complained:
-                    self._complained.add(complaint)
-                    add_unreadable(self.events, trainer.global_step, complaint, "validation")
+                self.complain(complaint)
             yield batch
 
     def metrics(self) -> dict[str, Any]:

@@ -388,7 +388,7 @@ def _say_end(console: Console, finished: Finished[S], draw: Callable[[Finished[S
             console.print(line)
     else:
         console.print(f"stopped at step {finished.step} of {plan.steps}; continue with --out {folder.path} --resume")
-    if count := finished.monitor.skipped.count:
+    if count := len(finished.monitor.skipped.unique):
         console.print(f"{counted(count, 'unreadable image')} skipped; {folder.log} names them")
     if path := renew_report(folder.path):
         console.print(f"report: {path}", soft_wrap=True, markup=False)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparkmim.evaluation.scores import Scores, known_figures, write_metrics
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History
-from sparkmim.training.callbacks import Ema, StepCallback, add_picture
+from sparkmim.training.callbacks import Ema, StepCallback, add_picture, add_unreadable
 from sparkmim.training.modules import ScheduledModule
 
 DRAWN = 4
@@ -41,6 +41,7 @@ class Scorer(StepCallback, Generic[C]):
         self.last: dict[str, C] = {}
         self.best: dict[str, C] = {}
         self.history: list[dict[str, Any]] = []
+        self._complained: set[str] = set()
         self.floor = -1.0  # main figure that the best weights must exceed
 
     def attach(
@@ -72,6 +73,12 @@ class Scorer(StepCallback, Generic[C]):
     def candidates(self, module: ScheduledModule) -> dict[str, nn.Module]:
         """Returns the models to score: the average where there is one, else the model."""
         return {"ema": self.ema.average.module} if self.ema else {"model": module.model}
+
+    def complain(self, complaint: str) -> None:
+        """Adds an unreadable validation image to the history, once."""
+        if complaint not in self._complained:
+            self._complained.add(complaint)
+            add_unreadable(self.events, self._seen, complaint, "validation")
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         if step % self.every_steps and step != trainer.max_steps:

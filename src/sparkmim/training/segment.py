@@ -143,7 +143,7 @@ class SegmentationScorer(Scorer[SegmentationScores]):
         maps = run_segmenter(
             model, self.images, share_of(trainer, self.images),
             segmentation_resize(settings.eval_short_side, mean, std), settings.workers, device,
-            settings.precision == "bf16-mixed", see,
+            settings.precision == "bf16-mixed", see, self.complain,
         )  # fmt: skip
         return evaluate_segmentation(maps, self.classes, device), pictures
 
