@@ -112,7 +112,7 @@ def test_any_json(name: str, value: Any) -> None:
     assert len(message.splitlines()) == 1
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "not a JSON object"), ("{", "cannot be read as a safetensors")])
+@pytest.mark.parametrize(("text", "message"), [("[1]", "not a JSON object"), ("{", "metadata that are not JSON")])
 def test_files(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"a": torch.zeros(1)}, path, {"sparkmim": text})
