@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,9 +28,9 @@ from sparkmim.results import DetectResult
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import DetectModule
 from sparkmim.training.plan import Plan, plan_for
-from sparkmim.training.recipes import DETECT_RECIPES, recipe_named
+from sparkmim.training.recipes import DETECT_RECIPES
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
-from sparkmim.training.settings import DetectSettings, known_of, length_of, picked, settle
+from sparkmim.training.settings import DetectSettings, downstream_recipe, known_of, picked, settle
 
 
 def run_detection(
@@ -51,9 +51,7 @@ class Detection(Training[DetectSettings]):
     kind = DetectSettings
 
     def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> DetectSettings:
-        recipe = length_of(asked, asdict(recipe_named(asked["recipe"], DETECT_RECIPES)))
-        if start is None:
-            recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
+        recipe = downstream_recipe(asked, DETECT_RECIPES, start)
         known = known_of(asked, before, start)
         settings = settle(DetectSettings, asked, before, recipe, known)
         mean, std = Source((), False, channels=3, rank=2).normalisation(settings.mean, settings.std)

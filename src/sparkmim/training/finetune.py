@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -30,9 +30,9 @@ from sparkmim.results import FinetuneResult
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
 from sparkmim.training.modules import ClassifyModule, ScheduledModule
 from sparkmim.training.plan import Plan, plan_for
-from sparkmim.training.recipes import FINETUNE_RECIPES, recipe_named
+from sparkmim.training.recipes import FINETUNE_RECIPES
 from sparkmim.training.scoring import Scorer, share_of
-from sparkmim.training.settings import FinetuneSettings, known_of, picked, settle
+from sparkmim.training.settings import FinetuneSettings, downstream_recipe, known_of, picked, settle
 
 _FEW = 1000
 """Up to this many validation images, reading in-process beats starting workers."""
@@ -64,9 +64,7 @@ class Finetuning(Training[FinetuneSettings]):
     kind = FinetuneSettings
 
     def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> FinetuneSettings:
-        recipe = asdict(recipe_named(asked["recipe"], FINETUNE_RECIPES))
-        if start is None:
-            recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
+        recipe = downstream_recipe(asked, FINETUNE_RECIPES, start)
         known = known_of(asked, before, start)
         settings = settle(FinetuneSettings, asked, before, recipe, known, {"channels": 3, "image_size": 224})
         if settings.freeze and start is None and not settings.resume:

@@ -67,7 +67,6 @@ class Prepared(Generic[S]):
         repeats: times that each image stands in a row in the order of an epoch, with other augmentation each time.
         collate: makes a batch of samples.
         precision: of everything; None for that of the settings.
-        done: what is printed at the end of a finished run, before where things are.
     """
 
     settings: S
@@ -200,7 +199,7 @@ def begin(
 
 def _start_of(asked: Mapping[str, Any]) -> Weights | None:
     """Weights to start from; None from scratch, and for a run that goes on."""
-    path = asked.get("weights", "none") if "weights" in asked else asked["init_weights"]
+    path = asked["weights" if "weights" in asked else "init_weights"]
     return None if asked["resume"] or path in (None, "none") else open_weights(path)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -26,9 +26,9 @@ from sparkmim.results import SegmentResult
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import SegmentModule
 from sparkmim.training.plan import Plan, plan_for
-from sparkmim.training.recipes import SEGMENT_RECIPES, recipe_named
+from sparkmim.training.recipes import SEGMENT_RECIPES
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
-from sparkmim.training.settings import SegmentSettings, known_of, length_of, picked, settle
+from sparkmim.training.settings import SegmentSettings, downstream_recipe, known_of, picked, settle
 
 
 def run_segmentation(
@@ -49,9 +49,7 @@ class Segmentation(Training[SegmentSettings]):
     kind = SegmentSettings
 
     def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> SegmentSettings:
-        recipe = length_of(asked, asdict(recipe_named(asked["recipe"], SEGMENT_RECIPES)))
-        if start is None:
-            recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
+        recipe = downstream_recipe(asked, SEGMENT_RECIPES, start)
         known = known_of(asked, before, start)
         return settle(SegmentSettings, asked, before, recipe, known, {"channels": 3, "ignore": 255})
 

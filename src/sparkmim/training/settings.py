@@ -7,7 +7,7 @@ weights or the machine say.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,6 +17,7 @@ from sparkmim.errors import UserError
 from sparkmim.interop.weights import Weights
 from sparkmim.machine import settle_machine
 from sparkmim.runs.config import open_value
+from sparkmim.training.recipes import recipe_named
 
 MACHINE = ("accelerator", "devices", "num_nodes", "precision", "workers")
 """Settings that the machine decides where they are left open; a run resumed elsewhere decides them anew."""
@@ -215,9 +216,16 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def length_of(asked: Mapping[str, Any], recipe: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns a recipe, without its `epochs` and `iterations` if one of them was asked for; refuses both."""
-    given = [name for name in ("epochs", "iterations") if asked[name] is not None]
+def downstream_recipe(asked: Mapping[str, Any], recipes: Mapping[str, Any], start: Weights | None) -> dict[str, Any]:
+    """Returns the values of the recipe asked for, without its length if another one was asked for.
+
+    Raises:
+        UserError: if there is no such recipe, or both `epochs` and `iterations` were asked for.
+    """
+    recipe = asdict(recipe_named(asked["recipe"], recipes))
+    if start is None:
+        recipe["layer_decay"] = 1.0  # decay spares what was learnt before; random layers must all learn
+    given = [name for name in ("epochs", "iterations") if asked.get(name) is not None]
     if len(given) == 2:
         both = " and ".join(f"{name} {asked[name]}" for name in given)
         raise UserError(f"{both} both say how long to train; give one, and null for the other")
