@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparkmim
-from encoder import processor
+from measure import processor
 from sparkmim.machine import keep_freed_memory
 
 

@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision import transforms
 
-from encoder import processor
+from measure import processor
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
 from sparkmim.data.dataset import PretrainDataset
 from sparkmim.data.decoding import decode

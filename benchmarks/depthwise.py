@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from encoder import processor
+from measure import processor
 
 CASES = ((96, 56, 3), (144, 28, 5), (240, 28, 3), (576, 14, 5))
 """Channels, size of the map, kernel."""

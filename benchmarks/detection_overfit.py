@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 import sparkmim
-from encoder import processor
+from measure import processor
 from sparkmim.data.coco import find_coco, read_coco
 
 IMAGES = 10

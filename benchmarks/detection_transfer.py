@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparkmim
-from encoder import processor
+from measure import processor
 from shapes import SIZE, write_part
 
 MODEL = "resnet18"

@@ -23,7 +23,7 @@ from rich.table import Table
 from torch import Tensor
 
 import sparkmim
-from encoder import processor
+from measure import processor
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.data.discovery import find_images

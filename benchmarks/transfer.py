@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import sparkmim
-from encoder import processor
+from measure import processor
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.data.labelled import Labelled, open_labelled

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkmim.errors import UserError
-from sparkmim.sparse import PackedTensor, unpack
+from sparkmim.sparse import PackedTensor, filled_convolution, unpack
 
 NormKind = Literal["batch", "layer", "none"]
 
@@ -52,7 +52,7 @@ class Densify(nn.Module):
         elif norm == "layer":
             self.norm = ChannelLayerNorm(channels, eps=1e-6)
         self.mask_token = nn.Parameter(torch.zeros(1, channels, *(1,) * rank))
-        self.project: nn.Module = nn.Identity()
+        self.project: nn.Identity | nn.Conv1d | nn.Conv2d | nn.Conv3d = nn.Identity()
         if not deepest or channels != width:
             kernel = 1 if deepest else 3
             self.project = _CONV[rank](channels, width, kernel, padding=kernel // 2)
@@ -60,8 +60,9 @@ class Densify(nn.Module):
     def forward(self, x: PackedTensor) -> Tensor:
         """Packed `[B, C, *S]` to dense `[B, width, *S]`."""
         normed: PackedTensor = self.norm(x)
-        dense: Tensor = self.project(unpack(normed, fill=self.mask_token))
-        return dense
+        if isinstance(self.project, nn.Identity):
+            return unpack(normed, fill=self.mask_token)
+        return filled_convolution(normed, self.mask_token, self.project.weight, self.project.bias)
 
 
 class DecoderBlock(nn.Module):

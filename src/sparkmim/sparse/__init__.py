@@ -7,12 +7,14 @@ The files in reading order:
   nearly every network; `shape`, `reduction`, `resampling` and `attention` hold the rest.
 - `layout`: `PatchLayout`, which patches are visible, and index tables of their neighbours.
 - `gather`: convolution as a gather of rows and a matrix product.
+- `filled`: convolution of a packed map into a dense one.
 - `windows`: depthwise and narrow convolution, and pooling, by dense kernels.
 - `oracle`: `MaskedDense`, the definition of a masked network, simple and slow.
 - `verify`: compares a packed network with the dense one and with the definition.
 """
 
 from sparkmim.sparse import rules as rules
+from sparkmim.sparse.filled import filled_convolution
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
 from sparkmim.sparse.packed import (
@@ -31,6 +33,7 @@ __all__ = [
     "PackedTensor",
     "PatchLayout",
     "UnsupportedOperation",
+    "filled_convolution",
     "like",
     "naming_modules",
     "on_dense_map",

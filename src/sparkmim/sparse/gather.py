@@ -73,7 +73,7 @@ def chunk_size(row_bytes: int, device: torch.device) -> int:
     return max(1, _CHUNK_BYTES.get(device.type, 2**30) // row_bytes)
 
 
-def _gathered(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def gathered_chunks(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Gathers rows in chunks: yields a slice of the output rows and their inputs `[m, taps · C]`.
 
     Every chunk overwrites the one before, so that the memory stays in the cache.
@@ -169,7 +169,7 @@ class _GatherConvolution(torch.autograd.Function):
         ctx.patches, ctx.geometry = patches, geometry
         table = patches.table(geometry.block, geometry.stride, geometry.taps)
         matrix = weight.to(rows.dtype).movedim(1, -1).flatten(1).t()  # [taps · C, out]
-        return owner(join([product(gathered, matrix, bias) for _, gathered in _gathered(rows, table)]))
+        return owner(join([product(gathered, matrix, bias) for _, gathered in gathered_chunks(rows, table)]))
 
     @staticmethod
     @once_differentiable
@@ -193,7 +193,7 @@ class _GatherConvolution(torch.autograd.Function):
             read = inputs[here].flatten(0, -2)  # [R, C]
             parts: list[Tensor] = []
             total: Tensor | None = None
-            for part, gathered in _gathered(grad, table):
+            for part, gathered in gathered_chunks(grad, table):
                 if of_rows:
                     parts.append(product(gathered, matrix))
                 if of_weight:

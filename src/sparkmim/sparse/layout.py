@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.errors import UserError
@@ -70,7 +71,7 @@ class PatchLayout:
         self._slot = index.new_full(visible.shape, self.num_visible)  # [B, *grid]
         self._slot[self.index] = torch.arange(self.num_visible, device=index.device)
         self._neighbours: dict[tuple[int, ...], Tensor] = {}
-        self._tables: dict[tuple[tuple[int, ...], tuple[int, ...], Taps], Tensor] = {}
+        self._tables: dict[tuple[object, ...], Tensor] = {}
 
     @property
     def rank(self) -> int:
@@ -124,9 +125,57 @@ class PatchLayout:
         those beyond the patch belong to its neighbours. With `R = n · prod(block)` input rows, row
         `R` stands for a masked position and row `R + 1` for one outside the image.
         """
-        key = (block, stride, taps)
+        return self._kept(("table", block, stride, taps), lambda: self._build_table(block, stride, taps))
+
+    def dense_table(self, block: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
+        """Which input row every tap reads at every position of the dense map: int32 `[B · prod(S), prod(kernel)]`.
+
+        The kernel is centred, with stride 1. Rows are numbered as in `table`: row `R` stands for a hidden position, row
+        `R + 1` for one outside the image.
+        """
+
+        def build() -> Tensor:
+            inputs = math.prod(block)
+            within = torch.arange(inputs, dtype=torch.int32, device=self.sample.device).view(block)
+            slot = self._slot.to(torch.int32).view(self.batch_size, *(n for cells in self.grid for n in (cells, 1)))
+            order = [n for size in block for n in (1, size)]
+            rows = (slot * inputs + within.view(order)).clamp(max=self.num_visible * inputs)
+            sizes = [cells * extent for cells, extent in zip(self.grid, block, strict=True)]
+            positions = rows.reshape(self.batch_size, *sizes)
+            return self._windows(positions, kernel, self.num_visible * inputs + 1).flatten(0, -2)
+
+        return self._kept(("dense", block, kernel), build)
+
+    def readers(self, block: tuple[int, ...], kernel: tuple[int, ...]) -> Tensor:
+        """Which position of the dense map reads every row by every tap: int32 `[n · prod(block), prod(kernel)]`.
+
+        The mirror of `dense_table`, for visible rows. Position `B · prod(S)` stands for one outside the image.
+        """
+
+        def build() -> Tensor:
+            sizes = [cells * extent for cells, extent in zip(self.grid, block, strict=True)]
+            count = self.batch_size * math.prod(sizes)
+            positions = torch.arange(count, dtype=torch.int32, device=self.sample.device).view(-1, *sizes)
+            windows = self._windows(positions, kernel, count).flip(-1)  # tap t of position q reads row q + t
+            for axis, (cells, extent) in reversed(list(enumerate(zip(self.grid, block, strict=True), start=1))):
+                windows = torch.unflatten(windows, axis, (cells, extent))  # [B, grid_1, block_1, …, taps]
+            rank = self.rank
+            by_patch = windows.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
+            return by_patch[self.index].flatten(0, -2)
+
+        return self._kept(("readers", block, kernel), build)
+
+    def _windows(self, positions: Tensor, kernel: Sequence[int], outside: int) -> Tensor:
+        """Returns the centred window of every position, `[B, *S]` to `[B, *S, prod(kernel)]`."""
+        padded = F.pad(positions, [size // 2 for size in reversed(kernel) for _ in range(2)], value=outside)
+        for axis, size in enumerate(kernel, start=1):
+            padded = padded.unfold(axis, size, 1)
+        return padded.flatten(1 + self.rank)
+
+    def _kept(self, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
+        """Returns a table, built on first use."""
         if key not in self._tables:
-            self._tables[key] = self._build_table(block, stride, taps)
+            self._tables[key] = build()
         return self._tables[key]
 
     def _build_table(self, block: tuple[int, ...], stride: tuple[int, ...], taps: Taps) -> Tensor:
