@@ -6,7 +6,7 @@ A step is forward and backward of `SparK`, without the optimiser. "Masked dense"
 on whole maps, with every layer of the encoder masked: in PyTorch's default memory format, as other implementations ship
 it, and in channels-last. All ways take turns, round by round; the best round counts. Peak memory is that of one step
 above what the process held before it: weights and optimiser state are not counted, gradients are. Each way is measured
-in a process of its own (CPU), or by the allocator (CUDA).
+in a process of its own (CPU), or by the allocator (CUDA). Freed memory is kept for the next step, as in training.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from measure import Step, peak_memory, provenance, take_turns
 from sparkmim import SparK
-from sparkmim.machine import has_bfloat16
+from sparkmim.machine import has_bfloat16, keep_freed_memory
 from sparkmim.models.decoder import DecoderBlock, Densify
 from sparkmim.models.spark import reconstruction_loss
 from sparkmim.sparse import MaskedDense, PatchLayout, pack
@@ -165,6 +165,7 @@ def main() -> None:
     if args.memory_of:
         print(peak_memory(work(*args.memory_of).step, args.device))
         return
+    keep_freed_memory()
     precisions = args.precisions or ["float32", *(["bfloat16"] if has_bfloat16(args.device) else [])]
 
     rows = []

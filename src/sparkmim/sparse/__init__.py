@@ -15,6 +15,7 @@ The files in reading order:
 
 from sparkmim.sparse import rules as rules
 from sparkmim.sparse.filled import filled_convolution
+from sparkmim.sparse.gather import added
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
 from sparkmim.sparse.packed import (
@@ -33,6 +34,7 @@ __all__ = [
     "PackedTensor",
     "PatchLayout",
     "UnsupportedOperation",
+    "added",
     "filled_convolution",
     "like",
     "naming_modules",
