@@ -9,15 +9,14 @@ from torch import nn
 
 from sparkmim.models.decoder import (
     ChannelLayerNorm,
-    ConvNeXtBlock,
     Decoder,
     DecoderBlock,
     Densify,
-    FCMAEDecoder,
     NormKind,
     initialise,
     upsampling_factors,
 )
+from sparkmim.models.fcmae import ConvNeXtBlock, FCMAEDecoder
 from sparkmim.sparse import PatchLayout, pack
 
 
@@ -49,11 +48,21 @@ def test_a_block() -> None:
     assert isinstance(block.act, nn.ReLU6)
 
 
-def test_widths_that_do_not_halve() -> None:
-    with pytest.raises(ValueError, match=r"decoder_width 100 must be a multiple of 32 \(halved 5 times\); use 96"):
-        Decoder(100, (4, 8, 16, 32))
-    with pytest.raises(ValueError, match="decoder_width 0 must be a multiple of 32"):
-        Decoder(0, (32,))
+def test_widths_are_halved_rounding_down() -> None:
+    decoder = Decoder(48, (4, 8, 16, 32)).eval()
+    assert [block.conv1.in_channels for block in decoder.blocks] == [48, 24, 12, 6, 3]  # type: ignore[union-attr]
+    assert [decoder.width_at(stride) for stride in (4, 8, 16, 32)] == [6, 12, 24, 48]
+    assert decoder.head.in_channels == 1
+    maps = [torch.randn(2, decoder.width_at(stride), 64 // stride, 64 // stride) for stride in (4, 8, 16, 32)]
+    assert decoder(maps).shape == (2, 3, 64, 64)
+
+
+def test_widths_without_a_channel_left() -> None:
+    with pytest.raises(ValueError, match="decoder_width 31, halved 5 times, leaves no channel; use 32 or more"):
+        Decoder(31, (4, 8, 16, 32))
+
+
+def test_strides_that_do_not_divide() -> None:
     with pytest.raises(ValueError, match=r"from stride 6 to stride 4, which does not divide it"):
         Decoder(32, (4, 6))
 

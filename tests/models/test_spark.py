@@ -222,7 +222,10 @@ def test_mask_ratio() -> None:
         ),
         ({"image_size": 8}, "holds a single patch of 8"),
         ({"image_size": 32, "mask_ratio": 1.0}, r"mask_ratio is 1\.0"),
-        ({"image_size": 32, "decoder_width": 12}, r"decoder_width 12 must be a multiple of 8 .*; use "),
+        (
+            {"image_size": 32, "decoder_width": 7},
+            "decoder_width 7, halved 3 times, leaves no channel; use 8",
+        ),
     ],
 )
 def test_settings_that_do_not_fit(settings: dict[str, float], message: str) -> None:

@@ -321,7 +321,7 @@ def test_nothing_is_overwritten(photos: Path, network: str, tmp_path: Path) -> N
         ({"crop_scale": 0.0}, "crop_scale is 0.0"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"flip": 2.0}, "flip is 2.0"),
-        ({"decoder_width": 6}, "decoder_width 6 must be a multiple of 4"),
+        ({"decoder_width": 3}, "decoder_width 3, halved 2 times, leaves no channel; use 4"),
         ({"model": "resnet51x"}, "timm has no model named 'resnet51x'; did you mean"),
         ({"model": "torchvision/resnet5"}, "torchvision has no model named"),
         ({"model": "nowhere.py:net"}, "nowhere.py does not exist"),

@@ -1,27 +1,40 @@
-"""Decoders from packed feature maps to images: SparK's hierarchical one, and the single block of FCMAE."""
+"""SparK's hierarchical decoder, from packed feature maps to images.
+
+Its operations come with less memory and work than PyTorch's modules would take, computing the same to rounding:
+`normalised_convolution` keeps no activations for the backward pass, and `folded_upsampling` makes one convolution of a
+transposed convolution and the convolution after it.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
-from sparkmim.models.fused import folded_upsampling, normalised_convolution
-from sparkmim.sparse import PackedTensor, filled_convolution, unpack
+from sparkmim.sparse import PackedTensor, added, filled_convolution, owner, unpack
+
+aten = torch.ops.aten
 
 NormKind = Literal["batch", "layer", "none"]
 
-_CONV: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+CONVOLUTIONS: dict[int, type[nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE: dict[int, type[nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d]] = {
     1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d,
 }  # fmt: skip
 _BATCH_NORM: dict[int, type[nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d]] = {
     1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d,
 }  # fmt: skip
+
+
+_CHUNK_BYTES = 16 * 2**20
+"""Largest part of the normalised map that is held at a time: what the caches of a CPU hold."""
 
 
 class ChannelLayerNorm(nn.LayerNorm):
@@ -56,7 +69,7 @@ class Densify(nn.Module):
         self.project: nn.Identity | nn.Conv1d | nn.Conv2d | nn.Conv3d = nn.Identity()
         if not deepest or channels != width:
             kernel = 1 if deepest else 3
-            self.project = _CONV[rank](channels, width, kernel, padding=kernel // 2)
+            self.project = CONVOLUTIONS[rank](channels, width, kernel, padding=kernel // 2)
 
     def forward(self, x: PackedTensor) -> Tensor:
         """Packed `[B, C, *S]` to dense `[B, width, *S]`."""
@@ -67,7 +80,7 @@ class Densify(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Multiplies the resolution and halves the channels.
+    """Multiplies the resolution and halves the channels, rounding down; the caller applies the last norm.
 
     Args:
         channels: input channels `c`.
@@ -78,7 +91,7 @@ class DecoderBlock(nn.Module):
 
     def __init__(self, channels: int, rank: int = 2, factor: int = 2) -> None:
         super().__init__()
-        conv, norm = _CONV[rank], _BATCH_NORM[rank]
+        conv, norm = CONVOLUTIONS[rank], _BATCH_NORM[rank]
         overlap = factor // 2
         self.upsample = _CONV_TRANSPOSE[rank](channels, channels, factor + 2 * overlap, stride=factor, padding=overlap)
         self.conv1 = conv(channels, channels, 3, padding=1, bias=False)
@@ -88,19 +101,22 @@ class DecoderBlock(nn.Module):
         self.act = nn.ReLU6(inplace=True)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[B, c, *S]` to `[B, c / 2, *(factor · S)]`, the input of `norm2`."""
+        """`[B, c, *S]` to `[B, c // 2, *(factor · S)]`, before `norm2`, which is fused with what follows."""
         if self.folds(x):
-            x = folded_upsampling(x, self.upsample, self.conv1)
+            x = folded_upsampling(x, self.upsample, self.conv1)  # type: ignore[arg-type]
         else:
             x = self.conv1(self.upsample(x))
         return normalised_convolution(x, self.norm1, True, self.conv2)
 
     def folds(self, x: Tensor) -> bool:
-        """Whether folding pays: it saves 4 products of channels per output position, and composes kernels of 144."""
+        """Whether to fold: it saves 4 products of channels per output position, but composes the kernels first.
+
+        Measured on CPUs: faster where composing costs less than an eighth of what is saved.
+        """
         if type(self.upsample) is not nn.ConvTranspose2d or self.upsample.kernel_size != (4, 4):
             return False
-        outputs = 4 * x.numel() / x.shape[1]
-        return 4 * outputs > 2 * 324 * x.shape[1]
+        channels, outputs = x.shape[1], 4 * x.numel() // x.shape[1]
+        return x.device.type == "cpu" and not torch.compiler.is_compiling() and outputs > 650 * channels
 
 
 class Decoder(nn.Module):
@@ -109,13 +125,13 @@ class Decoder(nn.Module):
     One block per doubling of the resolution; where strides are not powers of two, one per prime factor.
 
     Args:
-        width: channels at the deepest map, halved by each block.
+        width: channels at the deepest map, halved by each block, rounding down.
         strides: strides of the maps, ascending, each a multiple of the one before.
         channels: image channels.
         rank: number of spatial axes.
 
     Raises:
-        ValueError: if strides do not divide each other, or the width cannot be halved once per block.
+        ValueError: if strides do not divide each other, or the width leaves no channel after the last block.
     """
 
     def __init__(self, width: int, strides: Sequence[int], channels: int = 3, rank: int = 2) -> None:
@@ -123,13 +139,11 @@ class Decoder(nn.Module):
         self.strides = tuple(strides)
         factors = upsampling_factors(strides)
         depth = len(factors)
-        if width <= 0 or width % 2**depth:
-            near = max(1, round(width / 2**depth)) * 2**depth
-            raise UserError(
-                f"decoder_width {width} must be a multiple of {2**depth} (halved {depth} times); use {near}"
-            )
+        if width < 2**depth:
+            least = 2**depth
+            raise UserError(f"decoder_width {width}, halved {depth} times, leaves no channel; use {least} or more")
         self.blocks = nn.ModuleList(DecoderBlock(width // 2**i, rank, factor) for i, factor in enumerate(factors))
-        self.head = _CONV[rank](width // 2**depth, channels, 1)
+        self.head = CONVOLUTIONS[rank](width // 2**depth, channels, 1)
         self.block_strides = tuple(strides[-1] // math.prod(factors[:i]) for i in range(depth))
 
     def width_at(self, stride: int) -> int:
@@ -140,13 +154,12 @@ class Decoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Dense maps `[B, width_at(s_i), *(S / s_i)]`, shallow to deep, to an image `[B, C, *S]`."""
         at_stride = dict(zip(self.strides, maps, strict=True))
-        x, norm = at_stride.pop(self.strides[-1]), None
+        x = at_stride.pop(self.strides[-1])
+        norm: nn.Module = nn.Identity()
         for stride, block in zip(self.block_strides, self.blocks, strict=True):
-            if norm is not None:
-                x = norm(x)
-            if stride in at_stride:
-                x = x + at_stride[stride]
-            x, norm = block(x), block.norm2
+            x = norm(x)
+            x = block(x + at_stride[stride] if stride in at_stride else x)
+            norm = block.norm2  # type: ignore[assignment]
         return normalised_convolution(x, norm, False, self.head)
 
 
@@ -177,70 +190,195 @@ def upsampling_factors(strides: Sequence[int]) -> list[int]:
     return factors
 
 
-class ResponseNorm(nn.Module):
-    """Global response normalisation of `[B, *S, C]` (ConvNeXt V2, section 3.2)."""
+class _NormalisedConvolution(torch.autograd.Function):
+    """Batch norm with the batch's statistics, ReLU6 or nothing, and a convolution with stride 1.
 
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.zeros(channels))
-        self.bias = nn.Parameter(torch.zeros(channels))
-
-    def forward(self, x: Tensor) -> Tensor:
-        energy = torch.linalg.vector_norm(x, dim=tuple(range(1, x.ndim - 1)), keepdim=True)  # [B, 1, …, C]
-        relative: Tensor = energy / (energy.mean(-1, keepdim=True) + 1e-6)
-        return x + self.weight * (x * relative) + self.bias
-
-
-class ConvNeXtBlock(nn.Module):
-    """The ConvNeXt V2 block for any rank: depthwise 7×7, LayerNorm, and an MLP with response normalisation."""
-
-    def __init__(self, channels: int, rank: int = 2) -> None:
-        super().__init__()
-        self.depthwise = _CONV[rank](channels, channels, 7, padding=3, groups=channels)
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.expand = nn.Linear(channels, 4 * channels)
-        self.act = nn.GELU()
-        self.response = ResponseNorm(4 * channels)
-        self.reduce = nn.Linear(4 * channels, channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, C, *S]` to `[B, C, *S]`."""
-        out = self.norm(self.depthwise(x).movedim(1, -1))  # [B, *S, C]
-        out = self.reduce(self.response(self.act(self.expand(out))))
-        result: Tensor = x + out.movedim(-1, 1)
-        return result
-
-
-class FCMAEDecoder(nn.Module):
-    """The decoder of ConvNeXt V2's masked autoencoder (Woo et al., 2023, arXiv:2301.00808, section 3.1).
-
-    Projects the deepest map, puts a learned token at masked positions, runs one ConvNeXt block, and predicts the
-    pixels of each position linearly.
-
-    Args:
-        width: channels of the block; 512 in the paper.
-        channels_in: channels of the deepest map.
-        stride: stride of the deepest map.
-        channels: image channels.
-        rank: number of spatial axes.
+    Keeps the input `x` `[B, C, *S]` and the statistics; what lies in between exists in parts, some samples at a time.
     """
 
-    def __init__(self, width: int, channels_in: int, stride: int, channels: int = 3, rank: int = 2) -> None:
-        super().__init__()
-        if width <= 0:
-            raise UserError(f"decoder_width {width} must be above 0; the paper's is 512")
-        self.stride, self.rank = stride, rank
-        self.project = _CONV[rank](channels_in, width, 1)
-        self.mask_token = nn.Parameter(torch.zeros(1, width, *(1,) * rank))
-        self.block = ConvNeXtBlock(width, rank)
-        self.head = _CONV[rank](width, channels * stride**rank, 1)
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, scale: Tensor, shift: Tensor, running: tuple[Tensor | None, Tensor | None],
+        momentum: float, eps: float, relu6: bool, weight: Tensor, bias: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        mean, variance = aten.batch_norm_update_stats(x, *running, momentum)
+        ctx.save_for_backward(x, scale, shift, mean, variance, weight)
+        ctx.eps, ctx.relu6 = eps, relu6
+        bias = None if bias is None else bias.to(x.dtype)
+        padding = [size // 2 for size in weight.shape[2:]]
+        parts = [
+            aten.convolution(part, weight.to(x.dtype), bias, [1] * len(padding), padding, [1] * len(padding), False,
+                             [0] * len(padding), 1)
+            for _, part in _normalised(x, scale, shift, mean, variance, eps, relu6)
+        ]  # fmt: skip
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    def forward(self, maps: Sequence[PackedTensor]) -> Tensor:
-        """Packed maps, of which only the deepest is used, to an image `[B, C, *S]`."""
-        projected: PackedTensor = self.project(maps[-1])
-        x = self.head(self.block(unpack(projected, fill=self.mask_token)))  # [B, C · stride^rank, *(S / stride)]
-        patches = x.flatten(2).transpose(1, 2)  # [B, positions, C · stride^rank]
-        return from_patches(patches, x.shape[2:], (self.stride,) * self.rank)
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, scale, shift, mean, variance, weight = ctx.saved_tensors
+        of_weight, of_bias = ctx.needs_input_grad[7:]
+        padding = [size // 2 for size in weight.shape[2:]]
+        grad = torch.empty_like(x)
+        grad_weight = grad_bias = None
+        for part, normalised in _normalised(x, scale, shift, mean, variance, ctx.eps, ctx.relu6):
+            of_input, weight_part, bias_part = aten.convolution_backward(
+                grads[0][part], normalised, weight.to(x.dtype), [weight.shape[0]], [1] * len(padding), padding,
+                [1] * len(padding), False, [0] * len(padding), 1, (True, of_weight, of_bias),
+            )  # fmt: skip
+            if ctx.relu6:
+                aten.hardtanh_backward.grad_input(of_input, normalised, 0.0, 6.0, grad_input=of_input)
+            grad[part] = of_input
+            grad_weight = added(grad_weight, weight_part) if of_weight else None
+            grad_bias = added(grad_bias, bias_part) if of_bias else None
+        inverse = (variance + ctx.eps).rsqrt()
+        grad_x, grad_scale, grad_shift = aten.native_batch_norm_backward(
+            grad, x, scale, None, None, mean, inverse, True, ctx.eps, (True, True, True)
+        )
+        return grad_x, grad_scale, grad_shift, None, None, None, None, grad_weight, grad_bias
+
+
+def _normalised(
+    x: Tensor, scale: Tensor, shift: Tensor, mean: Tensor, variance: Tensor, eps: float, relu6: bool
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yields samples and their normalised, activated maps."""
+    size = max(1, _CHUNK_BYTES // max(1, x[0].numel() * x.element_size()))
+    for start in range(0, x.shape[0], size):
+        part = slice(start, start + size)
+        normalised = F.batch_norm(x[part], mean, variance, scale, shift, False, 0.0, eps)
+        yield part, normalised.clamp_(0, 6) if relu6 else normalised
+
+
+def normalised_convolution(
+    x: Tensor, norm: nn.Module, relu6: bool, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d
+) -> Tensor:
+    """Computes `convolution(relu6(norm(x)))`, without keeping what lies in between for the backward pass.
+
+    Other norms than PyTorch's batch norm in training, such as SyncBatchNorm, keep it.
+
+    Args:
+        x: `[B, C, *S]`.
+        norm: norm of `C` channels.
+        relu6: whether ReLU6 follows the norm.
+        convolution: has stride 1 and pads to the same size.
+    """
+    plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and norm.training
+    if not plain or torch.compiler.is_compiling():
+        normed = norm(x)
+        return convolution(F.relu6(normed, inplace=True) if relu6 else normed)  # type: ignore[no-any-return]
+    assert isinstance(norm, _BatchNorm)
+    if x.numel() == x.shape[1]:
+        raise ValueError(f"batch norm in training needs more than one value per channel, not a map {list(x.shape)}")
+    momentum = norm.momentum or 0.0
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if norm.momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    device = x.device.type
+    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+        x = x.to(torch.get_autocast_dtype(device))
+    with torch.autocast(device, enabled=False):
+        out: Tensor = _NormalisedConvolution.apply(
+            x, norm.weight, norm.bias, (norm.running_mean, norm.running_var), momentum, norm.eps, relu6,
+            convolution.weight, convolution.bias,
+        )  # fmt: skip
+    return out
+
+
+class _Phases(torch.autograd.Function):
+    """Convolves `[B, C, H, W]` by a weight `[4 · out, C, 3, 3]`, and shuffles to `[B, out, 2H, 2W]`.
+
+    Also returns the first and last row of the input, and the first and last column, so that what they are used for
+    adds its gradient in place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(x, weight)
+        phases = aten.convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+        batch, four, height, width = phases.shape
+        by_parity = phases.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, four // 4)
+        shuffled = by_parity.transpose(2, 3).reshape(batch, 2 * height, 2 * width, four // 4)
+        # A view must not be returned, or the borders could not be changed in place: channels stay last.
+        return owner(shuffled), *(border.clone() for border in _borders(x))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        batch, height, width, out = grads[0].shape
+        by_parity = grads[0].view(batch, height // 2, 2, width // 2, 2, out).transpose(2, 3)
+        phases = by_parity.reshape(batch, height // 2, width // 2, 4 * out).permute(0, 3, 1, 2)
+        grad, grad_weight, grad_bias = aten.convolution_backward(
+            phases, x, weight, [4 * out], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, *ctx.needs_input_grad[1:])
+        )
+        for border, part in zip(_borders(grad), grads[1:], strict=True):
+            border.add_(part)
+        return grad, grad_weight, grad_bias
+
+
+class _SubtractBorders(torch.autograd.Function):
+    """Subtracts strips `[B, C, 1, W]` and `[B, C, H, 1]` from the borders of a map `[B, H, W, C]`, in place."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, *strips: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        for border, strip in zip(_borders(x.movedim(-1, 1)), strips, strict=True):
+            border.sub_(strip)
+        return x
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        return grads[0], *(-border for border in _borders(grads[0].movedim(-1, 1)))
+
+
+def _borders(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Returns views of the first and last row of `[B, C, H, W]`, and of the first and last column."""
+    return x[:, :, :1], x[:, :, -1:], x[:, :, :, :1], x[:, :, :, -1:]
+
+
+def folded_upsampling(x: Tensor, upsample: nn.ConvTranspose2d, convolution: nn.Conv2d) -> Tensor:
+    """Computes `convolution(upsample(x))` as one 3×3 convolution of `x` to four times the channels.
+
+    Output position `2i + a` reads the input at `i + d` for `d` in -1, 0, 1, so that each parity `a` has a 3×3 kernel
+    of its own: 9 products of channels per output instead of 4 and 9, and the upsampled map is never there. The
+    convolution pads the upsampled map with zeros, where the folded kernel goes on beyond it: this is subtracted.
+
+    Args:
+        x: `[B, C, H, W]`.
+        upsample: kernel 4, stride 2, padding 1.
+        convolution: kernel 3, padding 1, without bias.
+
+    Returns:
+        `[B, out, 2H, 2W]`.
+    """
+    device = x.device.type
+    up, offset, weight = upsample.weight, upsample.bias, convolution.weight
+    out = weight.shape[0]
+    with torch.autocast(device, enabled=False):  # the folded weight is rounded once
+        both = F.conv2d(up, weight, padding=2)  # [C, out, 6, 6]; tap u of output q reads input (q + 2 - u) / 2
+        folded = both.view(-1, out, 3, 2, 3, 2).flip(2, 4)  # [C, out, d, a, e, b]
+        folded = folded.permute(3, 5, 1, 0, 2, 4).reshape(4 * out, -1, 3, 3)  # [a · b · out, C, d, e]
+        bias = None if offset is None else (weight.sum((2, 3)) @ offset).repeat(4)
+        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
+            x = x.to(torch.get_autocast_dtype(device))
+        folded = folded.to(x.dtype, memory_format=torch.channels_last)
+        bias = None if bias is None else bias.to(x.dtype)
+        z, top, bottom, left, right = _Phases.apply(x, folded, bias)
+
+    def beyond(strip: Tensor, kernel: Tensor, stride: tuple[int, int], padding: tuple[int, int]) -> Tensor:
+        return F.conv_transpose2d(strip, kernel, offset, stride, padding)
+
+    # The upsampled rows -1 and 2H, with their ends beyond the map, and columns -1 and 2W, without.
+    strips = (
+        F.conv2d(beyond(top, up[:, :, :1], (1, 2), (0, 0)), weight[:, :, :1]),
+        F.conv2d(beyond(bottom, up[:, :, 3:], (1, 2), (0, 0)), weight[:, :, 2:]),
+        F.conv2d(beyond(left, up[:, :, :, :1], (2, 1), (1, 0)), weight[:, :, :, :1], padding=(1, 0)),
+        F.conv2d(beyond(right, up[:, :, :, 3:], (2, 1), (1, 0)), weight[:, :, :, 2:], padding=(1, 0)),
+    )
+    result: Tensor = _SubtractBorders.apply(z, *strips)
+    return result.movedim(-1, 1)
 
 
 def initialise(module: nn.Module) -> None:
@@ -250,8 +388,8 @@ def initialise(module: nn.Module) -> None:
             nn.init.trunc_normal_(part.weight, std=0.02)
         elif isinstance(part, nn.ConvTranspose1d | nn.ConvTranspose2d | nn.ConvTranspose3d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")
-        elif isinstance(part, Densify | FCMAEDecoder):
-            nn.init.trunc_normal_(part.mask_token, std=0.02, a=-0.02, b=0.02)
+        elif isinstance(getattr(part, "mask_token", None), nn.Parameter):
+            nn.init.trunc_normal_(part.mask_token, std=0.02, a=-0.02, b=0.02)  # type: ignore[arg-type]
         if isinstance(getattr(part, "bias", None), nn.Parameter):
             nn.init.zeros_(part.bias)  # type: ignore[arg-type]
 

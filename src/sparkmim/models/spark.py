@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
-from sparkmim.models.decoder import Decoder, Densify, FCMAEDecoder, NormKind, from_patches, initialise, to_patches
+from sparkmim.models.decoder import Decoder, Densify, NormKind, from_patches, initialise, to_patches
 from sparkmim.models.encoders import create_encoder
+from sparkmim.models.fcmae import FCMAEDecoder
 from sparkmim.models.hierarchy import Hierarchy, rank_of
 from sparkmim.models.masking import check_visible, patch_grid, random_visible, visible_per_sample
 from sparkmim.sparse import PackedTensor, PatchLayout, naming_modules, pack, unpack

@@ -6,16 +6,14 @@ The files in reading order:
 - `rules/`: what each tensor function does on packed tensors. `pointwise` and `kernels` (convolution, pooling) run
   nearly every network; `shape`, `reduction`, `resampling` and `attention` hold the rest.
 - `layout`: `PatchLayout`, which patches are visible, and index tables of their neighbours.
-- `gather`: convolution as a gather of rows and a matrix product.
-- `filled`: convolution of a packed map into a dense one.
+- `gather`: convolution as a gather of rows and a matrix product; also into a dense map, for the decoder.
 - `windows`: depthwise and narrow convolution, and pooling, by dense kernels.
 - `oracle`: `MaskedDense`, the definition of a masked network, simple and slow.
 - `verify`: compares a packed network with the dense one and with the definition.
 """
 
 from sparkmim.sparse import rules as rules
-from sparkmim.sparse.filled import filled_convolution
-from sparkmim.sparse.gather import added
+from sparkmim.sparse.gather import added, filled_convolution, owner
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
 from sparkmim.sparse.packed import (
@@ -39,6 +37,7 @@ __all__ = [
     "like",
     "naming_modules",
     "on_dense_map",
+    "owner",
     "pack",
     "register_rule",
     "unpack",
