@@ -187,6 +187,11 @@ def main() -> None:
             rows[-1]["speedup"] = base["seconds"]["step"] / rows[-1]["seconds"]["step"]
             rows[-1]["memory_ratio"] = rows[-1]["peak_bytes"] / base["peak_bytes"]
 
+        print(f"{case} in {precision}: {rows[-1]['seconds']['step']:.2f} s, {rows[-1]['speedup']:.2f}", file=sys.stderr)
+        if args.json:  # after each case, as all of them take a while
+            settings = {name: getattr(args, name) for name in ("batch", "size", "mask_ratio", "rounds")}
+            args.json.write_text(json.dumps({**provenance(args.device), **settings, "rows": rows}, indent=2) + "\n")
+
     table = Table("network:width", "precision", "way", *PARTS, "speed-up", "peak memory", "of the first")
     for row in rows:
         table.add_row(
@@ -194,9 +199,6 @@ def main() -> None:
             f"{row['speedup']:.2f}", f"{row['peak_bytes'] / 2**20:,.0f} MiB", f"{row['memory_ratio']:.2f}",
         )  # fmt: skip
     Console(width=150).print(table)
-    if args.json:
-        settings = {name: getattr(args, name) for name in ("batch", "size", "mask_ratio", "rounds")}
-        args.json.write_text(json.dumps({**provenance(args.device), **settings, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def test_fcmae(rank: int) -> None:
     assert 0 < decoder.mask_token.abs().max() <= 0.02
     map_ = torch.randn(2, 6, *(4,) * rank)
     packed = pack(map_, PatchLayout(visible))
-    out = decoder([packed, packed])
+    out = decoder([decoder.fill(packed)])
     assert out.shape == (2, 3, *(16,) * rank)
     mask = visible
     for axis in range(1, 1 + rank):

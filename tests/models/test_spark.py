@@ -307,3 +307,36 @@ def test_state_dict_round_trip() -> None:
     other.load_state_dict(model.state_dict())
     images, visible = torch.randn(2, 3, 32, 32), model.draw_visible(2)
     assert torch.equal(model(images, visible).prediction, other(images, visible).prediction)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile itself
+@pytest.mark.parametrize("decoder", get_args(DecoderKind))
+def test_torch_compile(decoder: DecoderKind) -> None:
+    """The encoder stays eager, whose graph depends on the mask; the decoder is compiled once."""
+    torch.manual_seed(0)
+    model = SparK(PlainCNN(), 32, decoder=decoder, decoder_width=16).double()
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    graphs = 0
+
+    def backend(graph: torch.fx.GraphModule, _: Any) -> Callable[..., Any]:
+        nonlocal graphs
+        graphs += 1
+        return graph.forward
+
+    compiled = torch.compile(model, backend=backend)
+    for seed in range(3):
+        visible = model.draw_visible(2, torch.Generator().manual_seed(seed))
+        model.zero_grad()
+        expected = model(images, visible).loss
+        expected.backward()
+        grads = {name: p.grad for name, p in model.named_parameters()}
+        model.zero_grad()
+        found = compiled(images, visible).loss
+        found.backward()
+        torch.testing.assert_close(found, expected)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, grads[name])
+        if seed == 0:
+            first = graphs
+    assert graphs == first > 0
+    torch._dynamo.reset()

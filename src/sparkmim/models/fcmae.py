@@ -70,9 +70,14 @@ class FCMAEDecoder(nn.Module):
         self.block = ConvNeXtBlock(width, rank)
         self.head = CONVOLUTIONS[rank](width, channels * stride**rank, 1)
 
-    def forward(self, maps: Sequence[PackedTensor]) -> Tensor:
-        """Packed maps, of which only the deepest is used, to an image `[B, C, *S]`."""
-        projected: PackedTensor = self.project(maps[-1])
-        x = self.head(self.block(unpack(projected, fill=self.mask_token)))  # [B, C · stride^rank, *(S / stride)]
+    def fill(self, x: PackedTensor) -> Tensor:
+        """Packed `[B, channels_in, *(S / stride)]` to dense `[B, width, *(S / stride)]`, with tokens where hidden."""
+        projected: PackedTensor = self.project(x)
+        return unpack(projected, fill=self.mask_token)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """The deepest map, filled, alone in a list, to an image `[B, C, *S]`."""
+        (filled,) = maps
+        x = self.head(self.block(filled))  # [B, C · stride^rank, *(S / stride)]
         patches = x.flatten(2).transpose(1, 2)  # [B, positions, C · stride^rank]
         return from_patches(patches, x.shape[2:], (self.stride,) * self.rank)

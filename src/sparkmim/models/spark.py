@@ -162,6 +162,14 @@ class SparK(nn.Module):
         """
         return [unpack(map_) for map_ in self.encode_packed(images, visible)]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # masks differ in every step, and with them the graph
+    def _densified(self, images: Tensor, visible: Tensor) -> tuple[list[Tensor], PatchLayout]:
+        """Returns dense maps for the decoder, and the layout of the mask."""
+        maps = self.encode_packed(images, visible)
+        if isinstance(self.decoder, FCMAEDecoder):
+            return [self.decoder.fill(maps[-1])], maps[0].patches
+        return [densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)], maps[0].patches
+
     def forward(
         self, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
     ) -> SparKOutput:
@@ -178,12 +186,8 @@ class SparK(nn.Module):
         """
         if visible is None:
             visible = self.draw_visible(images.shape[0], generator)
-        maps = self.encode_packed(images, visible)
-        if isinstance(self.decoder, FCMAEDecoder):
-            prediction = self.decoder(maps)
-        else:
-            prediction = self.decoder([densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)])
-        patches = maps[0].patches
+        maps, patches = self._densified(images, visible)
+        prediction = self.decoder(maps)
         loss = reconstruction_loss(prediction, images, patches)
         return SparKOutput(loss, patches.visible, prediction, images)
 
