@@ -162,7 +162,6 @@ class SparK(nn.Module):
         """
         return [unpack(map_) for map_ in self.encode_packed(images, visible)]
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # masks differ in every step, and with them the graph
     def _densified(self, images: Tensor, visible: Tensor) -> tuple[list[Tensor], PatchLayout]:
         """Returns dense maps for the decoder, and the layout of the mask."""
         maps = self.encode_packed(images, visible)
@@ -186,7 +185,10 @@ class SparK(nn.Module):
         """
         if visible is None:
             visible = self.draw_visible(images.shape[0], generator)
-        maps, patches = self._densified(images, visible)
+        densified = self._densified
+        if torch.compiler.is_compiling():  # masks differ in every step, and with them the graph
+            densified = torch.compiler.disable(densified)  # type: ignore[no-untyped-call]
+        maps, patches = densified(images, visible)
         prediction = self.decoder(maps)
         loss = reconstruction_loss(prediction, images, patches)
         return SparKOutput(loss, patches.visible, prediction, images)
