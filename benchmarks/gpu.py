@@ -13,7 +13,6 @@ import json
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,8 @@ from step import OURS, PARTS, WAYS, Work
 FAMILIES = ("resnet18", "convnext_atto", "efficientnet_b0", "regnety_002", "mobilenetv3_small_050", "densenet121",
             "vgg11_bn", "resnetv2_50", "hrnet_w18_small", "ghostnet_050")  # fmt: skip
 """One network per family."""
+
+SECTIONS = ("correctness", "steps", "profile", "compiled", "sync_batch_norm", "throughput")
 
 
 class Bench:
@@ -151,6 +152,7 @@ class Bench:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=SECTIONS)
     parser.add_argument("--networks", nargs="+", default=["resnet50", "convnext_small"])
     parser.add_argument("--families", nargs="+", default=FAMILIES)
     parser.add_argument("--width", type=int, default=768)
@@ -167,10 +169,8 @@ def main() -> None:
     end = time.monotonic() + 60 * args.minutes
     bench = Bench(args)
     report: dict[str, Any] = provenance(args.device)
-    sections: list[Callable[[], Any]] = [bench.correctness, bench.steps, bench.profile, bench.compiled]
-    sections += [bench.sync_batch_norm] if args.device == "cuda" else []
-    for section in (*sections, bench.throughput):
-        name = section.__name__
+    for name in args.sections:
+        section = getattr(bench, name)
         try:
             report[name] = section() if time.monotonic() < end else "left out: no time"
         except Exception:  # the other sections are worth having
