@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 from typing import Any
@@ -145,8 +146,9 @@ def test_a_recipes_batch_shrinks_to_the_images_there_are(photos: Path, network: 
 
 
 def test_two_runs_with_one_seed_agree_to_the_bit(photos: Path, network: str, tmp_path: Path) -> None:
-    for name, workers in (("a", 0), ("b", 2)):
-        pretrain(photos, network, tmp_path / name, workers=workers)
+    results = [pretrain(photos, network, tmp_path / name, workers=workers) for name, workers in (("a", 0), ("b", 2))]
+    assert len(results) == 2
+    assert not multiprocessing.active_children()  # Python would wait for loader workers when it exits
     pretrain(photos, network, tmp_path / "c", seed=1)
     assert same_weights(tmp_path / "a", tmp_path / "b")
     assert scalars(tmp_path / "a") == scalars(tmp_path / "b")

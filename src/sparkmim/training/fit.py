@@ -262,13 +262,15 @@ def _fit(
         )  # fmt: skip
         loader = make_loader(prepared.dataset, sampler, settings.workers, pin_memory=cuda, collate_fn=prepared.collate)
         module.train()  # Lightning leaves it as it is, and what was loaded is in evaluation mode
+        batches = Endless(loader)
         stack.callback(gc.collect)  # lets go of the loader's iterator, and with it of the workers
+        stack.callback(batches.close)
         stack.enter_context(module.frozen())
         stack.enter_context(synchronised_batch_norm(module) if plan.world_size > 1 and cuda else nullcontext())
         stack.enter_context(keeper.signals())
         checkpoint = folder.checkpoint if settings.resume else None
         try:
-            trainer.fit(module, Endless(loader), ckpt_path=checkpoint, weights_only=True)
+            trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         except Abandon:
             raise KeyboardInterrupt from None
     return Finished(prepared, folder, trainer.global_step, monitor, trainer.is_global_zero)
@@ -288,6 +290,10 @@ class Endless:
         if self._batches is None:
             self._batches = iter(self.loader)
         return self._batches
+
+    def close(self) -> None:
+        """Ends the loader workers. Lightning keeps the loader, and they would be waited for when Python exits."""
+        self._batches = None
 
 
 def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: History) -> Callable[[int], None]:
