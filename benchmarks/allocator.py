@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import sparkmim
-from measure import processor
+from measure import provenance
 from sparkmim.machine import keep_freed_memory
 
 
@@ -88,9 +88,8 @@ def main() -> None:
         )
     Console().print(table)
     if args.json:
-        known = {"model": args.model, "image_size": args.image_size, "batch_size": args.batch_size,
-                 "machine": processor(), "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
-        args.json.write_text(json.dumps({**known, "rows": rows}, indent=2) + "\n")
+        known = {"model": args.model, "image_size": args.image_size, "batch_size": args.batch_size}
+        args.json.write_text(json.dumps({**provenance(), **known, "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

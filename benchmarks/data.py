@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torchvision import transforms
 
-from measure import processor
+from measure import provenance
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, pretrain_transform
 from sparkmim.data.dataset import PretrainDataset
 from sparkmim.data.decoding import decode
@@ -119,10 +119,9 @@ def main() -> None:
             "images": len(paths),
             "image_size": arguments.image_size,
             "data": str(arguments.data) if arguments.data else "made up",
-            "torch": torch.__version__,
+            **provenance(),
             "torchvision": torchvision.__version__,
             "pillow": pillow_version,
-            "machine": processor(),
         }
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(figures, indent=2) + "\n")

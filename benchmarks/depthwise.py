@@ -9,28 +9,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
-from measure import processor
+from measure import provenance, take_turns
 
 CASES = ((96, 56, 3), (144, 28, 5), (240, 28, 3), (576, 14, 5))
 """Channels, size of the map, kernel."""
-
-
-def best(function: Callable[[], object], rounds: int = 5) -> float:
-    """Seconds of the fastest call, after one to warm up."""
-    function()
-    times = []
-    for _ in range(rounds):
-        begun = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - begun)
-    return min(times)
 
 
 def input_gradient(channels: int, size: int, kernel: int, dtype: torch.dtype) -> Callable[[], object]:
@@ -49,16 +36,13 @@ def main() -> None:
     args = parser.parse_args()
     rows = []
     for case in CASES:
-        single, half = (best(input_gradient(*case, dtype)) for dtype in (torch.float32, torch.bfloat16))
+        steps = {dtype: input_gradient(*case, dtype) for dtype in (torch.float32, torch.bfloat16)}
+        single, half = take_turns(steps, rounds=5).values()
         row = dict(zip(("channels", "size", "kernel"), case, strict=True))
         rows.append({**row, "float32_ms": single * 1e3, "bfloat16_ms": half * 1e3, "ratio": half / single})
         print(f"{case}: float32 {single * 1e3:.2f} ms, bfloat16 {half * 1e3:.2f} ms, {half / single:.0f} times as long")
     if args.json:
-        report = {
-            "command": "python " + " ".join(sys.argv), "machine": processor(), "threads": torch.get_num_threads(),
-            "torch": torch.__version__, "rows": rows,
-        }  # fmt: skip
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+        args.json.write_text(json.dumps({**provenance(), "rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -10,17 +10,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import sparkmim
-from measure import processor
+from measure import provenance
 from sparkmim.data.coco import find_coco, read_coco
 
 IMAGES = 10
@@ -60,10 +57,9 @@ def main() -> None:
             long_side=214, regions=64, eval_every=args.steps, workers=0, precision="32-true",
         )  # fmt: skip
     report = {
-        "command": "python " + " ".join(sys.argv), "model": args.model, "steps": result.step,
+        **provenance(), "model": args.model, "steps": result.step,
         "bbox/AP": result.figures["bbox/AP"], "segm/AP": result.figures["segm/AP"],
-        "seconds": time.perf_counter() - begun, "torch": torch.__version__, "machine": processor(),
-        "threads": torch.get_num_threads(),
+        "seconds": time.perf_counter() - begun,
     }  # fmt: skip
     print(json.dumps(report, indent=1))
     if args.json:

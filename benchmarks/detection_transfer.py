@@ -18,19 +18,17 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
 import sparkmim
-from measure import processor
+from measure import provenance
 from shapes import SIZE, write_part
 
 MODEL = "resnet18"
@@ -133,9 +131,9 @@ def main() -> None:
     Console(width=100).print(table)
     if args.json:
         report = {
-            "command": "python " + " ".join(sys.argv), "annotated": args.annotated, "steps": args.steps,
+            **provenance(), "annotated": args.annotated, "steps": args.steps,
             "pretraining_epochs": args.epochs, "pictures": counts,
-            "torch": torch.__version__, "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
+            "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -1,4 +1,4 @@
-"""What benchmarks share: taking turns, peak memory, and the name of the machine."""
+"""What benchmarks share: taking turns, peak memory, and what was measured where."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from sparkmim.runs.environment import processor
 
 Step = Callable[[], object]
 
@@ -59,12 +60,3 @@ def provenance(device: str = "cpu") -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
-
-
-def processor() -> str:
-    """Returns the name of the processor."""
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,7 @@ from rich.table import Table
 from torch import Tensor
 
 import sparkmim
-from measure import processor
+from measure import provenance
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.data.discovery import find_images
@@ -112,8 +111,8 @@ def main() -> None:
     Console(width=100).print(table)
     if args.json:
         report = {
-            "command": "python " + " ".join(sys.argv), "epochs": args.epochs, "batch_size": args.batch_size,
-            "torch": torch.__version__, "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
+            **provenance(), "epochs": args.epochs, "batch_size": args.batch_size,
+            "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=2) + "\n")
 

@@ -16,7 +16,6 @@ import argparse
 import json
 import logging
 import statistics
-import sys
 import tempfile
 import time
 import warnings
@@ -30,7 +29,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import sparkmim
-from measure import processor
+from measure import provenance
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.data.labelled import Labelled, open_labelled
@@ -225,10 +224,9 @@ def main() -> None:
         draw(rows, args.plot)
     if args.json:
         report = {
-            "command": "python " + " ".join(sys.argv), "pretraining_epochs": args.epochs, "steps": STEPS,
+            **provenance(), "pretraining_epochs": args.epochs, "steps": STEPS,
             "pretraining_seconds": pretraining, "seconds": pretraining + time.perf_counter() - begun,
-            "torch": torch.__version__,
-            "machine": processor(), "threads": torch.get_num_threads(), "rows": rows,
+            "rows": rows,
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -53,7 +53,9 @@ def test_normalised_convolution(data: st.DataObject) -> None:
         normed = plain[0](x)
         return plain[1](nn.functional.relu6(normed) if relu6 else normed)  # type: ignore[no-any-return]
 
-    assert_same(lambda x: normalised_convolution(x, norm, relu6, conv), modules, x, (mine, plain))
+    assert_same(
+        lambda x: normalised_convolution(x, norm, nn.ReLU6() if relu6 else None, conv), modules, x, (mine, plain)
+    )
 
 
 def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,14 +65,14 @@ def test_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = copy.deepcopy(mine)
     x = torch.randn(5, 4, 6, 6, dtype=torch.float64, requires_grad=True)
     assert_same(
-        lambda x: normalised_convolution(x, mine[0], True, mine[1]),  # type: ignore[arg-type]
+        lambda x: normalised_convolution(x, mine[0], nn.ReLU6(), mine[1]),  # type: ignore[arg-type]
         lambda x: plain[1](nn.functional.relu6(plain[0](x))), x, (mine, plain),
     )  # fmt: skip
 
 
 def test_one_value_per_channel_has_no_statistics() -> None:
     with pytest.raises(ValueError, match=r"needs more than one value per channel, not a map \[1, 4, 1, 1\]"):
-        normalised_convolution(torch.randn(1, 4, 1, 1), nn.BatchNorm2d(4), True, nn.Conv2d(4, 2, 3, padding=1))
+        normalised_convolution(torch.randn(1, 4, 1, 1), nn.BatchNorm2d(4), nn.ReLU6(), nn.Conv2d(4, 2, 3, padding=1))
 
 
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.booleans())

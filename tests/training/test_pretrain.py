@@ -146,6 +146,7 @@ def test_a_recipes_batch_shrinks_to_the_images_there_are(photos: Path, network: 
 
 
 def test_two_runs_with_one_seed_agree_to_the_bit(photos: Path, network: str, tmp_path: Path) -> None:
+    # The results are kept, and with them Lightning's trainer.
     results = [pretrain(photos, network, tmp_path / name, workers=workers) for name, workers in (("a", 0), ("b", 2))]
     assert len(results) == 2
     assert not multiprocessing.active_children()  # Python would wait for loader workers when it exits

@@ -18,7 +18,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
-from sparkmim.sparse import PackedTensor, added, filled_convolution, owner, unpack
+from sparkmim.sparse import PackedTensor, filled_convolution, unpack
+from sparkmim.sparse.gather import added, owner
+from sparkmim.sparse.packed import as_autocast
 
 aten = torch.ops.aten
 
@@ -106,7 +108,7 @@ class DecoderBlock(nn.Module):
             x = folded_upsampling(x, self.upsample, self.conv1)  # type: ignore[arg-type]
         else:
             x = self.conv1(self.upsample(x))
-        return normalised_convolution(x, self.norm1, True, self.conv2)
+        return normalised_convolution(x, self.norm1, self.act, self.conv2)
 
     def folds(self, x: Tensor) -> bool:
         """Whether to fold: it saves 4 products of channels per output position, but composes the kernels first.
@@ -160,7 +162,7 @@ class Decoder(nn.Module):
             x = norm(x)
             x = block(x + at_stride[stride] if stride in at_stride else x)
             norm = block.norm2  # type: ignore[assignment]
-        return normalised_convolution(x, norm, False, self.head)
+        return normalised_convolution(x, norm, None, self.head)
 
 
 def upsampling_factors(strides: Sequence[int]) -> list[int]:
@@ -205,12 +207,10 @@ class _NormalisedConvolution(torch.autograd.Function):
         ctx.save_for_backward(x, scale, shift, mean, variance, weight)
         ctx.eps, ctx.relu6 = eps, relu6
         bias = None if bias is None else bias.to(x.dtype)
-        padding = [size // 2 for size in weight.shape[2:]]
         parts = [
-            aten.convolution(part, weight.to(x.dtype), bias, [1] * len(padding), padding, [1] * len(padding), False,
-                             [0] * len(padding), 1)
+            aten.convolution(part, weight.to(x.dtype), bias, *_same_size(weight))
             for _, part in _normalised(x, scale, shift, mean, variance, eps, relu6)
-        ]  # fmt: skip
+        ]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     @staticmethod
@@ -218,13 +218,12 @@ class _NormalisedConvolution(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x, scale, shift, mean, variance, weight = ctx.saved_tensors
         of_weight, of_bias = ctx.needs_input_grad[7:]
-        padding = [size // 2 for size in weight.shape[2:]]
         grad = torch.empty_like(x)
         grad_weight = grad_bias = None
         for part, normalised in _normalised(x, scale, shift, mean, variance, ctx.eps, ctx.relu6):
             of_input, weight_part, bias_part = aten.convolution_backward(
-                grads[0][part], normalised, weight.to(x.dtype), [weight.shape[0]], [1] * len(padding), padding,
-                [1] * len(padding), False, [0] * len(padding), 1, (True, of_weight, of_bias),
+                grads[0][part], normalised, weight.to(x.dtype), [weight.shape[0]], *_same_size(weight),
+                (True, of_weight, of_bias),
             )  # fmt: skip
             if ctx.relu6:
                 aten.hardtanh_backward.grad_input(of_input, normalised, 0.0, 6.0, grad_input=of_input)
@@ -236,6 +235,13 @@ class _NormalisedConvolution(torch.autograd.Function):
             grad, x, scale, None, None, mean, inverse, True, ctx.eps, (True, True, True)
         )
         return grad_x, grad_scale, grad_shift, None, None, None, None, grad_weight, grad_bias
+
+
+def _same_size(weight: Tensor) -> tuple[Any, ...]:
+    """Returns the arguments of PyTorch's convolutions, after the tensors, for outputs of the inputs' size."""
+    kernel = weight.shape[2:]
+    padding = [size // 2 for size in kernel]
+    return [1] * len(kernel), padding, [1] * len(kernel), False, [0] * len(kernel), 1
 
 
 def _normalised(
@@ -250,22 +256,24 @@ def _normalised(
 
 
 def normalised_convolution(
-    x: Tensor, norm: nn.Module, relu6: bool, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d
+    x: Tensor, norm: nn.Module, activation: nn.ReLU6 | None, convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d
 ) -> Tensor:
-    """Computes `convolution(relu6(norm(x)))`, without keeping what lies in between for the backward pass.
+    """Computes `convolution(activation(norm(x)))`, without keeping what lies in between for the backward pass.
 
     Other norms than PyTorch's batch norm in training, such as SyncBatchNorm, keep it.
 
     Args:
         x: `[B, C, *S]`.
         norm: norm of `C` channels.
-        relu6: whether ReLU6 follows the norm.
+        activation: what follows the norm, if anything.
         convolution: has stride 1 and pads to the same size.
     """
+    out: Tensor
     plain = type(norm) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and norm.training
     if not plain or torch.compiler.is_compiling():
         normed = norm(x)
-        return convolution(F.relu6(normed, inplace=True) if relu6 else normed)  # type: ignore[no-any-return]
+        out = convolution(normed if activation is None else activation(normed))
+        return out
     assert isinstance(norm, _BatchNorm)
     if x.numel() == x.shape[1]:
         raise ValueError(f"batch norm in training needs more than one value per channel, not a map {list(x.shape)}")
@@ -274,15 +282,13 @@ def normalised_convolution(
         norm.num_batches_tracked.add_(1)
         if norm.momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        x = x.to(torch.get_autocast_dtype(device))
-    with torch.autocast(device, enabled=False):
-        out: Tensor = _NormalisedConvolution.apply(
-            x, norm.weight, norm.bias, (norm.running_mean, norm.running_var), momentum, norm.eps, relu6,
-            convolution.weight, convolution.bias,
+    x = as_autocast(x)
+    with torch.autocast(x.device.type, enabled=False):
+        out = _NormalisedConvolution.apply(
+            x, norm.weight, norm.bias, (norm.running_mean, norm.running_var), momentum, norm.eps,
+            activation is not None, convolution.weight, convolution.bias,
         )  # fmt: skip
-    return out
+        return out
 
 
 class _Phases(torch.autograd.Function):
@@ -295,7 +301,7 @@ class _Phases(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, weight)
-        phases = aten.convolution(x, weight, bias, (1, 1), (1, 1), (1, 1), False, (0, 0), 1)
+        phases = aten.convolution(x, weight, bias, *_same_size(weight))
         batch, four, height, width = phases.shape
         by_parity = phases.permute(0, 2, 3, 1).reshape(batch, height, width, 2, 2, four // 4)
         shuffled = by_parity.transpose(2, 3).reshape(batch, 2 * height, 2 * width, four // 4)
@@ -310,7 +316,7 @@ class _Phases(torch.autograd.Function):
         by_parity = grads[0].view(batch, height // 2, 2, width // 2, 2, out).transpose(2, 3)
         phases = by_parity.reshape(batch, height // 2, width // 2, 4 * out).permute(0, 3, 1, 2)
         grad, grad_weight, grad_bias = aten.convolution_backward(
-            phases, x, weight, [4 * out], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (True, *ctx.needs_input_grad[1:])
+            phases, x, weight, [4 * out], *_same_size(weight), (True, *ctx.needs_input_grad[1:])
         )
         for border, part in zip(_borders(grad), grads[1:], strict=True):
             border.add_(part)
@@ -353,16 +359,14 @@ def folded_upsampling(x: Tensor, upsample: nn.ConvTranspose2d, convolution: nn.C
     Returns:
         `[B, out, 2H, 2W]`.
     """
-    device = x.device.type
     up, offset, weight = upsample.weight, upsample.bias, convolution.weight
     out = weight.shape[0]
-    with torch.autocast(device, enabled=False):  # the folded weight is rounded once
+    x = as_autocast(x)
+    with torch.autocast(x.device.type, enabled=False):  # the folded weight is rounded once
         both = F.conv2d(up, weight, padding=2)  # [C, out, 6, 6]; tap u of output q reads input (q + 2 - u) / 2
         folded = both.view(-1, out, 3, 2, 3, 2).flip(2, 4)  # [C, out, d, a, e, b]
         folded = folded.permute(3, 5, 1, 0, 2, 4).reshape(4 * out, -1, 3, 3)  # [a · b · out, C, d, e]
         bias = None if offset is None else (weight.sum((2, 3)) @ offset).repeat(4)
-        if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-            x = x.to(torch.get_autocast_dtype(device))
         folded = folded.to(x.dtype, memory_format=torch.channels_last)
         bias = None if bias is None else bias.to(x.dtype)
         z, top, bottom, left, right = _Phases.apply(x, folded, bias)

@@ -24,7 +24,7 @@ def environment(accelerator: str, processes: int) -> dict[str, Any]:
         "torch": torch.__version__,
         **{name: import_module(name).__version__ for name in ("torchvision", "timm", "lightning")},
         "platform": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": processor(),
         "threads": torch.get_num_threads(),  # of each process
         "memory_gib": _memory(),
         "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if cuda else [],
@@ -33,7 +33,7 @@ def environment(accelerator: str, processes: int) -> dict[str, Any]:
     }
 
 
-def _cpu() -> str:
+def processor() -> str:
     """Returns the processor's name; on Linux, `platform` does not know it."""
     file = Path("/proc/cpuinfo")
     lines = file.read_text().splitlines() if file.is_file() else []

@@ -13,7 +13,7 @@ The files in reading order:
 """
 
 from sparkmim.sparse import rules as rules
-from sparkmim.sparse.gather import added, filled_convolution, owner
+from sparkmim.sparse.gather import filled_convolution
 from sparkmim.sparse.layout import PatchLayout
 from sparkmim.sparse.oracle import MaskedDense
 from sparkmim.sparse.packed import (
@@ -32,12 +32,10 @@ __all__ = [
     "PackedTensor",
     "PatchLayout",
     "UnsupportedOperation",
-    "added",
     "filled_convolution",
     "like",
     "naming_modules",
     "on_dense_map",
-    "owner",
     "pack",
     "register_rule",
     "unpack",

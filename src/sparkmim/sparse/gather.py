@@ -9,6 +9,7 @@ the vector. Each product is computed once per row, so work shrinks with what is 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import platform
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ from torch.autograd.function import once_differentiable
 
 from sparkmim.errors import UserError
 from sparkmim.sparse.layout import PatchLayout, Taps
-from sparkmim.sparse.packed import PackedTensor, block_of, to_rows
+from sparkmim.sparse.packed import PackedTensor, as_autocast, block_of, to_rows
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def chunk_size(row_bytes: int, device: torch.device) -> int:
     return max(1, _CHUNK_BYTES.get(device.type, 2**30) // row_bytes)
 
 
-def gathered_chunks(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def _gathered(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """Gathers rows in chunks: yields a slice of the output rows and their inputs `[m, taps · C]`.
 
     Every chunk overwrites the one before, so that the memory stays in the cache.
@@ -98,19 +99,18 @@ def gathered_chunks(rows: Tensor, table: Tensor) -> Iterator[tuple[slice, Tensor
         yield slice(start, start + size), gathered.view(-1, taps * channels)
 
 
-def _intel() -> bool:
-    """Tells whether the processor is Intel's."""
+@functools.cache
+def _onednn() -> bool:
+    """Tells whether to multiply by oneDNN instead of MKL: faster on an AMD EPYC, slower on an Intel Xeon."""
+    if not torch._C._has_mkldnn or not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
     cpuinfo = Path("/proc/cpuinfo")
-    found = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else platform.processor()
-    return "GenuineIntel" in found
-
-
-_ONEDNN: bool = torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise") and not _intel()
-"""Whether oneDNN's matrix product is there and faster than MKL's: it was on an AMD EPYC, and not on an Intel Xeon."""
+    processor = cpuinfo.read_text(errors="replace") if cpuinfo.exists() else platform.processor()
+    return "GenuineIntel" not in processor
 
 
 def _by_onednn(rows: Tensor) -> bool:
-    return _ONEDNN and rows.device.type == "cpu" and rows.dtype == torch.float32
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and _onednn()
 
 
 def product(rows: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -185,7 +185,7 @@ class _GatherConvolution(torch.autograd.Function):
         ctx.patches, ctx.geometry = patches, geometry
         table = patches.table(geometry.block, geometry.stride, geometry.taps)
         matrix = weight.to(rows.dtype).movedim(1, -1).flatten(1).t()  # [taps · C, out]
-        return owner(join([product(gathered, matrix, bias) for _, gathered in gathered_chunks(rows, table)]))
+        return owner(join([product(gathered, matrix, bias) for _, gathered in _gathered(rows, table)]))
 
     @staticmethod
     @once_differentiable
@@ -209,7 +209,7 @@ class _GatherConvolution(torch.autograd.Function):
             read = inputs[here].flatten(0, -2)  # [R, C]
             parts: list[Tensor] = []
             total: Tensor | None = None
-            for part, gathered in gathered_chunks(grad, table):
+            for part, gathered in _gathered(grad, table):
                 if of_rows:
                     parts.append(product(gathered, matrix))
                 if of_weight:
@@ -317,7 +317,7 @@ class _FilledConvolution(torch.autograd.Function):
         matrix = _as_matrix(weight, grad.dtype).t().contiguous()  # [taps · out, C]
         parts: list[Tensor] = []
         total: Tensor | None = None
-        for part, read in gathered_chunks(grad, ctx.patches.readers(ctx.block, kernel)):
+        for part, read in _gathered(grad, ctx.patches.readers(ctx.block, kernel)):
             if of_rows:
                 parts.append(product(read, matrix))
             if of_weight:
@@ -360,12 +360,9 @@ def filled_convolution(x: PackedTensor, fill: Tensor, weight: Tensor, bias: Tens
     if not all(size % 2 for size in weight.shape[2:]):
         raise UserError(f"the kernel {list(weight.shape[2:])} has no centre; its sizes must be odd")
     patches = x.patches
-    device = x.device.type
     with DisableTorchFunctionSubclass():
-        values, block = x.values, block_of(x)
-        if torch.is_autocast_enabled(device) and values.dtype != torch.float64:
-            values = values.to(torch.get_autocast_dtype(device))  # autocast does not see the products
-        with torch.autocast(device, enabled=False):
-            rows: Tensor = _FilledConvolution.apply(to_rows(values), fill.flatten(), weight, bias, patches, block)
+        block, values = block_of(x), to_rows(as_autocast(x.values))
+        with torch.autocast(x.device.type, enabled=False):
+            rows: Tensor = _FilledConvolution.apply(values, fill.flatten(), weight, bias, patches, block)
     sizes = (cells * extent for cells, extent in zip(patches.grid, block, strict=True))
     return rows.view(patches.batch_size, *sizes, -1).movedim(-1, 1)

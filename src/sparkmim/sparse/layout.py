@@ -135,14 +135,11 @@ class PatchLayout:
         """
 
         def build() -> Tensor:
-            inputs = math.prod(block)
-            within = torch.arange(inputs, dtype=torch.int32, device=self.sample.device).view(block)
-            slot = self._slot.to(torch.int32).view(self.batch_size, *(n for cells in self.grid for n in (cells, 1)))
-            order = [n for size in block for n in (1, size)]
-            rows = (slot * inputs + within.view(order)).clamp(max=self.num_visible * inputs)
-            sizes = [cells * extent for cells, extent in zip(self.grid, block, strict=True)]
-            positions = rows.reshape(self.batch_size, *sizes)
-            return self._windows(positions, kernel, self.num_visible * inputs + 1).flatten(0, -2)
+            count = self.num_visible * math.prod(block)
+            rows = self._positions(block).fill_(count)
+            numbers = torch.arange(count, dtype=rows.dtype, device=rows.device).view(self.num_visible, *block, 1)
+            self.by_patch(rows)[self.index] = numbers
+            return self._windows(rows, kernel, count + 1).movedim(1, -1).flatten(0, -2)
 
         return self._kept(("dense", block, kernel), build)
 
@@ -153,24 +150,32 @@ class PatchLayout:
         """
 
         def build() -> Tensor:
-            sizes = [cells * extent for cells, extent in zip(self.grid, block, strict=True)]
-            count = self.batch_size * math.prod(sizes)
-            positions = torch.arange(count, dtype=torch.int32, device=self.sample.device).view(-1, *sizes)
-            windows = self._windows(positions, kernel, count).flip(-1)  # tap t of position q reads row q + t
-            for axis, (cells, extent) in reversed(list(enumerate(zip(self.grid, block, strict=True), start=1))):
-                windows = torch.unflatten(windows, axis, (cells, extent))  # [B, grid_1, block_1, …, taps]
-            rank = self.rank
-            by_patch = windows.permute(0, *range(1, 2 * rank, 2), *range(2, 2 * rank + 1, 2), 2 * rank + 1)
-            return by_patch[self.index].flatten(0, -2)
+            positions = self._positions(block)
+            windows = self._windows(positions, kernel, positions.numel())
+            return self.by_patch(windows.flip(1))[self.index].flatten(0, -2)  # tap t of position q reads row q + t
 
         return self._kept(("readers", block, kernel), build)
 
+    def by_patch(self, dense: Tensor) -> Tensor:
+        """Returns a view `[B, *grid, *block, C]` of a dense map `[B, C, *S]`."""
+        split = dense
+        for axis, cells in reversed(list(enumerate(self.grid, start=2))):
+            split = torch.unflatten(split, axis, (cells, -1))  # [B, C, grid_1, block_1, grid_2, block_2, …]
+        grid, block = range(2, 2 + 2 * self.rank, 2), range(3, 3 + 2 * self.rank, 2)
+        return split.permute(0, *grid, *block, 1)
+
+    def _positions(self, block: Sequence[int]) -> Tensor:
+        """Returns the number of every position of the dense map: int32 `[B, 1, *S]`."""
+        sizes = [cells * extent for cells, extent in zip(self.grid, block, strict=True)]
+        count = self.batch_size * math.prod(sizes)
+        return torch.arange(count, dtype=torch.int32, device=self.sample.device).view(-1, 1, *sizes)
+
     def _windows(self, positions: Tensor, kernel: Sequence[int], outside: int) -> Tensor:
-        """Returns the centred window of every position, `[B, *S]` to `[B, *S, prod(kernel)]`."""
-        padded = F.pad(positions, [size // 2 for size in reversed(kernel) for _ in range(2)], value=outside)
-        for axis, size in enumerate(kernel, start=1):
-            padded = padded.unfold(axis, size, 1)
-        return padded.flatten(1 + self.rank)
+        """Returns the centred window of every position, `[B, 1, *S]` to `[B, prod(kernel), *S]`."""
+        windows = F.pad(positions, [size // 2 for size in reversed(kernel) for _ in range(2)], value=outside)
+        for axis, size in enumerate(kernel, start=2):
+            windows = windows.unfold(axis, size, 1)
+        return windows.flatten(2 + self.rank).squeeze(1).movedim(-1, 1)
 
     def _kept(self, key: tuple[object, ...], build: Callable[[], Tensor]) -> Tensor:
         """Returns a table, built on first use."""

@@ -224,6 +224,13 @@ def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -
     return out
 
 
+def as_autocast(x: Tensor) -> Tensor:
+    """Casts to the type of autocast where that is on: it does not see what autograd functions compute inside."""
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return x.to(torch.get_autocast_dtype(x.device.type))
+    return x
+
+
 def to_rows(x: Tensor) -> Tensor:
     """Reshapes patches `[n, C, *block]` to rows `[n · prod(block), C]`; a view if memory is channels-last."""
     return x.movedim(1, -1).reshape(-1, x.shape[1])
@@ -236,25 +243,15 @@ def from_rows(rows: Tensor, n: int, block: Sequence[int]) -> Tensor:
 
 def gather_patches(dense: Tensor, patches: PatchLayout) -> Tensor:
     """Returns the visible patches of a dense map: `[B, C, *S]` to `[n, C, *block]` in channels-last memory."""
-    return _by_patch(dense, patches)[patches.index].contiguous().movedim(-1, 1)
+    return patches.by_patch(dense)[patches.index].contiguous().movedim(-1, 1)
 
 
 def scatter_patches(values: Tensor, patches: PatchLayout) -> Tensor:
     """Returns the dense map of patches, zero where masked: `[n, *block, C]` to `[B, *S, C]`."""
     size = [cells * extent for cells, extent in zip(patches.grid, values.shape[1:-1], strict=True)]
     dense = values.new_zeros(patches.batch_size, *size, values.shape[-1])
-    _by_patch(dense.movedim(-1, 1), patches)[patches.index] = values
+    patches.by_patch(dense.movedim(-1, 1))[patches.index] = values
     return dense
-
-
-def _by_patch(dense: Tensor, patches: PatchLayout) -> Tensor:
-    """Returns a view `[B, *grid, *block, C]` of a dense map `[B, C, *S]`."""
-    rank = patches.rank
-    split = dense
-    for axis, cells in reversed(list(enumerate(patches.grid, start=2))):
-        split = torch.unflatten(split, axis, (cells, -1))  # [B, C, grid_1, block_1, grid_2, block_2, …]
-    grid, block = range(2, 2 + 2 * rank, 2), range(3, 3 + 2 * rank, 2)
-    return split.permute(0, *grid, *block, 1)
 
 
 # An autograd function must not return a view, or the network could not change it in place: the functions return
@@ -267,7 +264,7 @@ class _Pack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, dense: Tensor, patches: PatchLayout) -> Tensor:
         ctx.patches = patches
-        return _by_patch(dense, patches)[patches.index]
+        return patches.by_patch(dense)[patches.index]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:

@@ -15,6 +15,7 @@ from sparkmim.sparse.packed import (
     PackedTensor,
     PendingTensor,
     UnsupportedOperation,
+    as_autocast,
     block_of,
     dense_shape,
     from_rows,
@@ -111,8 +112,7 @@ def _convolution(
         after = tuple(size + extra for size, (_, extra) in zip(after, x.border, strict=True))
         x = x.settled()
     geometry = _geometry(name, x, kernel, stride, before, dilation, after)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        x = like(x, x.to(torch.get_autocast_dtype(x.device.type)))  # autocast does not see the gather
+    x = like(x, as_autocast(x))
     bias = None if bias is None else bias.to(x.dtype)
     patches = x.patches
     with torch.autocast(x.device.type, enabled=False):
