@@ -103,6 +103,8 @@ def pretrain(
     num_nodes: int = 1,
     precision: str = "auto",
     channels_last: bool = True,
+    checkpoint_gradients: bool = False,
+    compile: bool = False,
     workers: int | None = None,
     save_minutes: float = 10.0,
     log_every: int = 10,
@@ -155,6 +157,8 @@ def pretrain(
         num_nodes: number of machines
         precision: auto, bf16-mixed or 32-true
         channels_last: use channels-last memory, which is faster
+        checkpoint_gradients: compute activations again in the backward pass, to save memory
+        compile: run decoder and loss under torch.compile; needs a C++ compiler
         workers: loader processes of each process; None to share out the cores
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
         log_every: optimiser steps between logged scalars

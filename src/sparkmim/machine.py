@@ -76,6 +76,22 @@ def has_bfloat16(accelerator: str) -> bool:
     return accelerator == "cpu" and any(getattr(torch.cpu, check, bool)() for check in checks)
 
 
+def check_compiles(accelerator: str) -> None:
+    """Compiles a small function, as torch.compile needs a C++ compiler, Python's headers, and on GPUs Triton.
+
+    Raises:
+        UserError: if that fails.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=accelerator))
+    except Exception as error:
+        inner = getattr(error, "inner_exception", error)
+        why = next((line for line in str(inner).splitlines() if line.strip()), type(inner).__name__).rstrip(".")
+        raise UserError(
+            f"compile does not work on this machine: {why}; install what is missing, or leave it out"
+        ) from None
+
+
 def is_main_process() -> bool:
     """Tells whether this process speaks for all processes of a run; works before any of the others is started."""
     ranks = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK")

@@ -41,7 +41,7 @@ def test_one_map_is_enough() -> None:
 
 def test_a_block() -> None:
     block = DecoderBlock(16)
-    assert block(torch.randn(2, 16, 3, 5)).shape == (2, 8, 6, 10)
+    assert block(torch.randn(2, 16, 3, 5), nn.Identity()).shape == (2, 8, 6, 10)
     assert block.upsample.bias is not None
     assert block.conv1.bias is None
     assert block.conv2.bias is None

@@ -172,6 +172,31 @@ def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile itself
+def test_saving_memory_and_compiling_change_nothing(photos: Path, network: str, tmp_path: Path) -> None:
+    """And a run may go on with or without either."""
+    pretrain(photos, network, tmp_path / "plain")
+    pretrain(photos, network, tmp_path / "saving", checkpoint_gradients=True, callbacks=[StopAt(5)])
+    sparkmim.pretrain(out=tmp_path / "saving", resume=True, checkpoint_gradients=False)
+    assert same_weights(tmp_path / "plain", tmp_path / "saving")
+    pretrain(photos, network, tmp_path / "compiled", compile=True, checkpoint_gradients=True, callbacks=[StopAt(5)])
+    sparkmim.pretrain(out=tmp_path / "compiled", resume=True)
+    losses = [list(scalars(tmp_path / run).values()) for run in ("plain", "compiled")]
+    assert len(losses[0]) == len(losses[1]) == 12
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+def test_a_machine_that_cannot_compile(
+    photos: Path, network: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "no-such-compiler"))
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    with pytest.raises(ValueError, match="compile does not work on this machine: No working C.. compiler found"):
+        pretrain(photos, network, tmp_path / "run", compile=True)
+    assert not (tmp_path / "run").exists()
+
+
 def test_accumulation_adds_up_to_the_same_step(photos: Path, tmp_path: Path) -> None:
     """Without BatchNorm, a step in two parts is the step in one, but for rounding."""
 

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
+from sparkmim.models.checkpointing import checkpointed
 from sparkmim.sparse import PackedTensor, filled_convolution, unpack
 from sparkmim.sparse.gather import added, owner
 from sparkmim.sparse.packed import as_autocast
@@ -82,7 +83,7 @@ class Densify(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Multiplies the resolution and halves the channels, rounding down; the caller applies the last norm.
+    """Multiplies the resolution and halves the channels, rounding down; what follows applies the last norm.
 
     Args:
         channels: input channels `c`.
@@ -102,8 +103,15 @@ class DecoderBlock(nn.Module):
         self.norm2 = norm(channels // 2)
         self.act = nn.ReLU6(inplace=True)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """`[B, c, *S]` to `[B, c // 2, *(factor · S)]`, before `norm2`, which is fused with what follows."""
+    def forward(self, x: Tensor, norm: nn.Module, densified: Tensor | None = None) -> Tensor:
+        """`[B, c, *S]` to `[B, c // 2, *(factor · S)]`.
+
+        Starts with `norm`, the last one of the block before, and ends before its own `norm2`: what is kept for the
+        backward pass is the input of a norm. After `norm`, it adds a densified map.
+        """
+        x = norm(x)
+        if densified is not None:
+            x = x + densified
         if self.folds(x):
             x = folded_upsampling(x, self.upsample, self.conv1)  # type: ignore[arg-type]
         else:
@@ -131,13 +139,17 @@ class Decoder(nn.Module):
         strides: strides of the maps, ascending, each a multiple of the one before.
         channels: image channels.
         rank: number of spatial axes.
+        checkpoint_gradients: whether blocks keep their inputs alone for the backward pass.
 
     Raises:
         ValueError: if strides do not divide each other, or the width leaves no channel after the last block.
     """
 
-    def __init__(self, width: int, strides: Sequence[int], channels: int = 3, rank: int = 2) -> None:
+    def __init__(
+        self, width: int, strides: Sequence[int], channels: int = 3, rank: int = 2, checkpoint_gradients: bool = False
+    ) -> None:
         super().__init__()
+        self.checkpoint_gradients = checkpoint_gradients
         self.strides = tuple(strides)
         factors = upsampling_factors(strides)
         depth = len(factors)
@@ -159,8 +171,8 @@ class Decoder(nn.Module):
         x = at_stride.pop(self.strides[-1])
         norm: nn.Module = nn.Identity()
         for stride, block in zip(self.block_strides, self.blocks, strict=True):
-            x = norm(x)
-            x = block(x + at_stride[stride] if stride in at_stride else x)
+            arguments = x, norm, at_stride.get(stride)
+            x = checkpointed(block, *arguments) if self.checkpoint_gradients else block(*arguments)
             norm = block.norm2  # type: ignore[assignment]
         return normalised_convolution(x, norm, None, self.head)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from sparkmim.errors import UserError
+from sparkmim.models.checkpointing import checkpointing
 from sparkmim.models.decoder import Decoder, Densify, NormKind, from_patches, initialise, to_patches
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.fcmae import FCMAEDecoder
@@ -70,6 +72,7 @@ class SparK(nn.Module):
         stages: number of feature maps to use, from the shallowest; None for all (at most four). Fewer give a
             smaller stride and allow smaller patches.
         feature_modules: names of the encoder's modules whose outputs are the maps, shallow to deep; None to find them.
+        checkpoint_gradients: whether to save memory by computing activations again in the backward pass.
 
     Raises:
         ValueError: if sizes do not divide, or the encoder has no feature hierarchy.
@@ -92,6 +95,7 @@ class SparK(nn.Module):
         decoder: DecoderKind = "spark",
         stages: int | None = None,
         feature_modules: Sequence[str] | None = None,
+        checkpoint_gradients: bool = False,
     ) -> None:
         super().__init__()
         if decoder not in get_args(DecoderKind):
@@ -108,6 +112,7 @@ class SparK(nn.Module):
         self.patch_size = hierarchy.patch_unit if patch_size is None else patch_size
         self.grid = patch_grid(size, self.patch_size, hierarchy.patch_unit)
         self.mask_ratio = mask_ratio
+        self.checkpoint_gradients = checkpoint_gradients
         visible_per_sample(self.grid, mask_ratio)
 
         width = DECODER_WIDTH[decoder] if decoder_width is None else decoder_width
@@ -117,7 +122,7 @@ class SparK(nn.Module):
         if decoder == "fcmae":
             self.decoder = FCMAEDecoder(width, hierarchy.channels[-1], hierarchy.stride, channels, rank)
         else:
-            self.decoder = Decoder(width, hierarchy.strides, channels, rank)
+            self.decoder = Decoder(width, hierarchy.strides, channels, rank, checkpoint_gradients)
             for width_in, stride in zip(hierarchy.channels, hierarchy.strides, strict=True):
                 deepest = stride == hierarchy.stride
                 self.densify.append(Densify(width_in, self.decoder.width_at(stride), norm, deepest, rank))
@@ -149,7 +154,8 @@ class SparK(nn.Module):
             raise UserError(f"images are {got}, but this model was built for {expected}")
         check_visible(visible, images.shape[0], self.grid)
         packed = pack(images, PatchLayout(visible, images.device))
-        with naming_modules(self.encoder):
+        saving = checkpointing(self.encoder) if self.checkpoint_gradients else nullcontext()
+        with naming_modules(self.encoder), saving:
             maps: list[PackedTensor] = self.hierarchy(packed)
         return maps
 

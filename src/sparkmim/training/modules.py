@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -21,7 +21,7 @@ from torch.optim import AdamW, Optimizer
 from sparkmim.data.label_maps import IGNORED
 from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UserError
-from sparkmim.models import SparK
+from sparkmim.models import SparK, SparKOutput
 from sparkmim.models.classifier import head_of
 from sparkmim.training import schedules
 from sparkmim.training.layer_decay import detector_layer_decay_exponents, layer_decay_exponents
@@ -169,9 +169,18 @@ def decayed_groups(model: nn.Module, exponents: Mapping[str, int], layer_decay: 
 
 
 class PretrainModule(ScheduledModule):
-    """Trains a `SparK` model on batches of images and masks."""
+    """Trains a `SparK` model on batches of images and masks.
+
+    Args:
+        compile: whether decoder and loss are computed under torch.compile.
+    """
 
     model: SparK
+
+    def __init__(self, model: SparK, settings: OptimizerSettings, seed: int, compile: bool = False) -> None:
+        super().__init__(model, settings, seed)
+        # Not `model.compile()`: pictures, in evaluation mode, would be compiled too.
+        self._compute: Callable[..., SparKOutput] = torch.compile(model.forward, dynamic=False) if compile else model
 
     def untrained(self) -> set[str]:
         return set(self.model.unreached_parameters)
@@ -188,7 +197,7 @@ class PretrainModule(ScheduledModule):
         return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "visible": visible}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss: Tensor = self.model(batch["image"], batch["visible"]).loss
+        loss = self._compute(batch["image"], batch["visible"]).loss
         self.step_losses.append(loss.detach())
         return loss
 

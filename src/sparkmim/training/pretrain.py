@@ -19,6 +19,7 @@ from sparkmim.data.source import open_source
 from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights
+from sparkmim.machine import check_compiles
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.spark import DECODER_WIDTH, SparK, encoder_norm
 from sparkmim.results import PretrainResult
@@ -73,6 +74,8 @@ class Pretraining(Training[PretrainSettings]):
     def prepare(
         self, settings: PretrainSettings, batch_is_free: bool, start: Weights | None, console: Console
     ) -> Prepared[PretrainSettings]:
+        if settings.compile:
+            check_compiles(settings.accelerator)
         model, settings = build_model(settings)
         if start is not None:
             start.load_into(model)
@@ -94,7 +97,7 @@ class Pretraining(Training[PretrainSettings]):
 
         return Prepared(
             settings=settings,
-            module=PretrainModule(model, optimizer, settings.seed),
+            module=PretrainModule(model, optimizer, settings.seed, settings.compile),
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, model),
@@ -120,6 +123,7 @@ def build_model(settings: PretrainSettings) -> tuple[SparK, PretrainSettings]:
         decoder=settings.decoder,
         stages=settings.stages,
         feature_modules=settings.feature_modules,
+        checkpoint_gradients=settings.checkpoint_gradients,
     )
     return model, replace(settings, beta2=beta2, patch_size=model.patch_size, image_size=list(model.image_size))
 

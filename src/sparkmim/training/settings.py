@@ -89,9 +89,13 @@ class PretrainSettings(TrainSettings):
     crop_scale: float
     flip: float | None
     channels_last: bool
+    checkpoint_gradients: bool
+    compile: bool
     picture_every: int
 
-    MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {"init_weights", "picture_every"}
+    MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {
+        "init_weights", "picture_every", "checkpoint_gradients", "compile",
+    }  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
