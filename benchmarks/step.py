@@ -41,12 +41,14 @@ class Work:
     """A model with a batch of images and a mask, and the ways to compute it."""
 
     def __init__(
-        self, way: str, name: str, width: int, bfloat16: bool, device: str, batch: int, size: int, mask_ratio: float
-    ) -> None:
+        self, way: str, name: str, width: int, bfloat16: bool, device: str, batch: int, size: int, mask_ratio: float,
+        checkpoint_gradients: bool = False,
+    ) -> None:  # fmt: skip
         torch.manual_seed(0)
         memory_format = torch.contiguous_format if way == NCHW else torch.channels_last
         self.dense = way != OURS
-        self.model = SparK(name, size, mask_ratio, decoder_width=width).to(device, memory_format=memory_format)
+        model = SparK(name, size, mask_ratio, decoder_width=width, checkpoint_gradients=checkpoint_gradients)
+        self.model = model.to(device, memory_format=memory_format)
         self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bfloat16)
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.images = torch.randn(batch, 3, size, size, device=device).to(memory_format=memory_format)
@@ -66,7 +68,7 @@ class Work:
     def encode(self) -> list[Tensor]:
         """Returns dense maps `[B, C_i, H_i, W_i]`, zero where masked; packed ones for sparkmim."""
         if not self.dense:
-            return self.model.hierarchy(pack(self.images, self.layout))
+            return self.model.encode_packed(self.images, self.visible)
         device = self.images.device
         with MaskedDense(self.visible.to(device)):
             return [map_ * self.at(map_) for map_ in self.model.hierarchy(self.images * self.at(self.images))]
@@ -92,9 +94,14 @@ class Work:
         return self.layout.upsampled((block, block)).unsqueeze(1)
 
     def step(self) -> None:
-        with self.autocast():
-            prediction = self.decode(self.densify(self.encode()))
-        reconstruction_loss(prediction, self.images, self.layout).backward()
+        if self.dense:
+            with self.autocast():
+                prediction = self.decode(self.densify(self.encode()))
+            loss = reconstruction_loss(prediction, self.images, self.layout)
+        else:
+            with self.autocast():
+                loss = self.model(self.images, self.visible).loss
+        loss.backward()
         self.model.zero_grad(set_to_none=True)
 
     def part(self, name: str) -> Step:
