@@ -97,6 +97,7 @@ def test_nothing_is_computed_again_without_gradients() -> None:
     with torch.no_grad():
         model(torch.randn(2, 3, 32, 32))
     assert calls == 3
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 def test_the_network_is_left_as_it_was() -> None:
@@ -109,9 +110,104 @@ def test_the_network_is_left_as_it_was() -> None:
     assert "forward" not in vars(network.stem)
 
 
+class Mixing(nn.Module):
+    """Takes a tensor by keyword, in a dictionary in a list, which it changes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(8, 8, 3, 1, 1), nn.BatchNorm2d(8)
+
+    def forward(self, *, maps: list[dict[str, Tensor]]) -> Tensor:
+        last = maps.pop()
+        last["x"] = self.norm(self.conv(last["x"]))
+        return last["x"]
+
+
+class Unusual(nn.Module):
+    """Modules under two names, one called twice, and keyword arguments."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8))
+        self.layers = nn.ModuleList([self.first, nn.Sequential(nn.Conv2d(8, 8, 3, 1, 1), nn.Tanh())])
+        self.mixing = Mixing()
+        self.last = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (*self.layers, self.layers[1]):
+            x = layer(x)
+        x = self.mixing(maps=[{"x": x}])
+        out: Tensor = self.last(x)
+        return out
+
+
+def test_unusual_networks() -> None:
+    (loss, after), (expected, expected_after) = (trained(Unusual, "spark", saving) for saving in (True, False))
+    assert loss == expected
+    for name, value in after.items():
+        torch.testing.assert_close(value, expected_after[name], rtol=0, atol=0, msg=name)
+
+
+def test_random_generators_are_those_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch restores generators of the devices that it finds among the arguments of a checkpoint."""
+    found: list[int] = []
+    own = torch.utils.checkpoint.checkpoint
+
+    def noted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(sum(isinstance(arg, Tensor) for arg in args))
+        return own(function, *args, **kwargs)
+
+    monkeypatch.setattr("sparkmim.models.checkpointing.checkpoint", noted)
+    SparK("resnet18", 64, decoder_width=32, checkpoint_gradients=True)(torch.randn(2, 3, 64, 64))
+    assert len(found) > 8
+    assert min(found) >= 1
+
+
+def test_a_network_that_checkpoints_itself() -> None:
+    def itself() -> nn.Module:
+        network = timm.create_model("convnext_atto", num_classes=0)
+        network.set_grad_checkpointing(True)
+        return network
+
+    (loss, after), (expected, expected_after) = (trained(itself, "spark", saving) for saving in (True, False))
+    assert loss == expected
+    for name, value in after.items():
+        torch.testing.assert_close(value, expected_after[name], rtol=0, atol=0, msg=name)
+
+
+def test_two_backward_passes() -> None:
+    model = SparK("resnet18", 64, decoder_width=32, checkpoint_gradients=True)
+    loss = model(torch.randn(2, 3, 64, 64)).loss
+    grads = [torch.autograd.grad(loss, model.encoder.conv1.weight, retain_graph=True)[0] for _ in range(2)]
+    assert torch.equal(*grads)
+
+
 def test_a_part_that_changes_its_input_is_refused() -> None:
     first = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(8, 8, 3, 2, 1))
     network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), first)
     model = SparK(network, 32, decoder_width=16, checkpoint_gradients=True)
-    with pytest.raises(ValueError, match="module 1 changes its input in place, .* build it without inplace=True"):
+    with pytest.raises(ValueError, match="the input of module 1 is changed in place, .* without inplace=True"):
         model(torch.randn(2, 3, 32, 32))
+
+
+class Late(nn.Module):
+    """Changes the input of a part after the part has computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8))
+        self.short = nn.Sequential(nn.Dropout2d(0.3), nn.Conv2d(8, 16, 3, 2, 1))
+        self.act, self.out = nn.ReLU(inplace=True), nn.ReLU()
+        self.conv = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), nn.BatchNorm2d(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        y = self.short(x)
+        out: Tensor = self.out(self.conv(self.act(x)) + y)
+        return out
+
+
+def test_a_change_after_the_part_is_refused() -> None:
+    model = SparK(Late(), 32, decoder_width=16, checkpoint_gradients=True)
+    with pytest.raises(ValueError, match="the input of module short is changed in place"):
+        model(torch.randn(2, 3, 32, 32)).loss.backward()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DisableTorchFunctionSubclass
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.checkpoint import checkpoint
 
 from sparkmim.errors import UserError
@@ -25,10 +26,11 @@ def checkpointing(network: nn.Module) -> Iterator[None]:
     """Checkpoints the parts of a network, whichever it is, that are called within the context.
 
     Parts are the outermost modules of at most eight layers. They draw the same random numbers when they compute
-    again, and leave buffers, such as running statistics, alone.
+    again, and leave buffers, such as running statistics, alone. A timm network that checkpoints itself is left to do
+    so.
 
     Raises:
-        UserError: within the context, if a part changes its input in place.
+        UserError: within the context or in the backward pass, if the input of a part is changed in place.
     """
     within = False
 
@@ -45,14 +47,14 @@ def checkpointing(network: nn.Module) -> Iterator[None]:
 
         return checkpointing_forward
 
-    parts = _parts(network)
-    before = [vars(part).get("forward") for part in parts.values()]
-    for name, part in parts.items():
+    parts = {} if any(getattr(module, "grad_checkpointing", False) for module in network.modules()) else _parts(network)
+    before = {part: vars(part).get("forward") for part in parts}
+    for part, name in parts.items():
         part.forward = checkpointing_part(name, part, part.forward)
     try:
         yield
     finally:
-        for part, forward in zip(parts.values(), before, strict=True):
+        for part, forward in before.items():
             if forward is None:
                 del part.forward
             else:
@@ -73,59 +75,75 @@ def checkpointed(module: nn.Module, *args: Any) -> Any:
 def _checkpointed(name: str, modules: list[nn.Module], function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
-    buffers = {
-        (part, buffer): value.clone()
-        for module in modules
-        for part in module.modules()
-        for buffer, value in part.named_buffers(recurse=False)
-    }
-    given = _copied(args)
-    tensors = [item for arg in given for item in (arg if isinstance(arg, list | tuple) else [arg])]
+    given = _copied((args, kwargs))  # the function may change lists and dictionaries, such as those of dense blocks
+    tensors = [leaf for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
     versions = _versions(tensors)
     again = False
 
-    def compute() -> Any:
+    def compute(*_: Any) -> Any:
         nonlocal again
-        used, again = _copied(given) if again else args, True
-        return function(*used, **kwargs)
+        if again:
+            _check(name, tensors, versions)
+            positional, named = _copied(given)
+            return function(*positional, **named)
+        again = True
+        return function(*args, **kwargs)
 
-    contexts = lambda: (nullcontext(), _buffers(buffers))  # noqa: E731
-    result = checkpoint(compute, use_reentrant=False, context_fn=contexts)
-    if _versions(tensors) != versions:
-        raise UserError(
-            f"module {name} changes its input in place, and could not compute from it again; build it without "
-            "inplace=True, or leave checkpoint_gradients out"
-        )
+    buffers = _Buffers(modules)
+    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
+    contexts = lambda: (nullcontext(), buffers)  # noqa: E731
+    # PyTorch restores the random generators of the devices that it finds among the arguments.
+    result = checkpoint(compute, *tensors, use_reentrant=False, context_fn=contexts)
+    _check(name, tensors, versions)
     return result
 
 
-@contextmanager
-def _buffers(others: Mapping[tuple[nn.Module, str], Tensor]) -> Iterator[None]:
-    """Gives modules other buffers within the context: those that they had when they computed first."""
-    own = {(module, name): getattr(module, name) for module, name in others}
-    for (module, name), buffer in others.items():
-        setattr(module, name, buffer)
-    try:
-        yield
-    finally:
-        for (module, name), buffer in own.items():
+class _Buffers:
+    """Within this context, modules have the buffers that they had when it was made; it may be entered repeatedly."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.before = {
+            (part, name): buffer.clone()
+            for module in modules
+            for part in module.modules()
+            for name, buffer in part.named_buffers(recurse=False)
+        }
+        self.own: dict[tuple[nn.Module, str], Tensor] = {}
+
+    def __enter__(self) -> None:
+        self.own = {(module, name): getattr(module, name) for module, name in self.before}
+        for (module, name), buffer in self.before.items():
+            setattr(module, name, buffer.clone())
+
+    def __exit__(self, *_: object) -> None:
+        for (module, name), buffer in self.own.items():
             setattr(module, name, buffer)
+        self.own = {}
 
 
-def _copied(arguments: Sequence[Any]) -> list[Any]:
-    """Copies lists among arguments: those of dense blocks grow."""
-    return [list(arg) if isinstance(arg, list) else arg for arg in arguments]
+def _copied(values: Any) -> Any:
+    """Copies lists, tuples and dictionaries, within each other, around the same leaves."""
+    return tree_map(lambda leaf: leaf, values)
 
 
-def _versions(values: Sequence[Any]) -> list[int]:
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
     """Returns how often tensors were changed in place."""
     with DisableTorchFunctionSubclass():
-        return [value._version for value in values if isinstance(value, Tensor)]
+        return [tensor._version for tensor in tensors]
 
 
-def _parts(network: nn.Module) -> dict[str, nn.Module]:
-    """Returns the modules within a network, by name, that have children and few enough layers."""
-    parts: dict[str, nn.Module] = {}
+def _check(name: str, tensors: Iterable[Tensor], versions: list[int]) -> None:
+    """Raises a `UserError` if tensors were changed in place since they had these versions."""
+    if _versions(tensors) != versions:
+        raise UserError(
+            f"the input of module {name} is changed in place, so the module cannot compute from it again; build the "
+            "network without inplace=True, or leave checkpoint_gradients out"
+        )
+
+
+def _parts(network: nn.Module) -> dict[nn.Module, str]:
+    """Returns the modules within a network that have children and few enough layers, with their names."""
+    parts: dict[nn.Module, str] = {}
 
     def layers(module: nn.Module, name: str) -> int:
         """Counts convolutions and matrices."""
@@ -134,7 +152,7 @@ def _parts(network: nn.Module) -> dict[str, nn.Module]:
             return int(any(parameter.ndim > 1 for parameter in module.parameters(recurse=False)))
         count = sum(layers(child, f"{name}.{own}") for own, child in children.items())
         if name and 0 < count <= _MOST_LAYERS and not isinstance(module, nn.ModuleList | nn.ModuleDict):
-            parts[name[1:]] = module
+            parts.setdefault(module, name[1:])
         return count
 
     layers(network, "")

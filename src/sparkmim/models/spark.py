@@ -154,8 +154,8 @@ class SparK(nn.Module):
             raise UserError(f"images are {got}, but this model was built for {expected}")
         check_visible(visible, images.shape[0], self.grid)
         packed = pack(images, PatchLayout(visible, images.device))
-        saving = checkpointing(self.encoder) if self.checkpoint_gradients else nullcontext()
-        with naming_modules(self.encoder), saving:
+        saving = self.checkpoint_gradients and torch.is_grad_enabled()
+        with naming_modules(self.encoder), checkpointing(self.encoder) if saving else nullcontext():
             maps: list[PackedTensor] = self.hierarchy(packed)
         return maps
 
