@@ -25,7 +25,7 @@ from sparkmim.machine import keep_freed_memory
 from step import OURS, Work
 
 CASES = ("resnet18:256", "resnet50:256", "resnet50:768", "convnext_tiny:256", "convnext_small:768")
-BATCHES = (4, 8)
+BATCHES = (16, 32)
 GIGABYTES = (8, 16, 24, 80)
 
 
