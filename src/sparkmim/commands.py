@@ -69,6 +69,8 @@ def pretrain(
     out: str | Path,
     model: str | Any = "resnet50",
     recipe: str = "default",
+    val_data: str | Any | None = None,
+    val_split: float | None = None,
     image_size: int | list[int] = 224,
     patch_size: int | None = None,
     channels: int = 3,
@@ -123,6 +125,9 @@ def pretrain(
         out: run folder; must be new or empty unless resuming
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
         recipe: default (thousands of images, one machine), paper (ImageNet at 224) or paper_384 (with image_size 384)
+        val_data: images to validate on, as data; None to set some of the data apart
+        val_split: share of the data that is set apart by name, never trained on, to validate on; 0 for none; None for
+            2 %, at least 32 images and at most 2,000, but never more than a tenth
         image_size: side in pixels, or one size per axis: [height, width], [length] of signals, [depth, height, width]
         patch_size: side of a patch, a multiple of the network's total stride; None for that stride
         channels: image channels; other than 1 or 3 for arrays only

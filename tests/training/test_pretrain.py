@@ -20,7 +20,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import sparkmim
+from sparkmim.data.augmentation import eval_transform
+from sparkmim.data.dataset import HeldOutDataset
+from sparkmim.data.discovery import find_images
+from sparkmim.data.held_out import hold_out, names_of
 from sparkmim.interop import weights
+from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.results import PretrainResult
 from sparkmim.runs.history import read_history, settled_settings
@@ -31,6 +36,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard"
 SMALL: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "decoder_width": 16, "batch_size": 8, "epochs": 4, "warmup_epochs": 1,
     "learning_rate": 0.5, "workers": 0, "log_every": 1, "picture_every": 2, "precision": "32-true",
+    "val_split": 0.0,
 }  # fmt: skip
 
 
@@ -170,6 +176,86 @@ def test_a_stopped_run_resumes_as_if_it_had_never_stopped(
     assert scalars(tmp_path / "whole") == scalars(tmp_path / "part")
     averages = [load_file(tmp_path / run / "weights" / "spark_ema.safetensors") for run in ("whole", "part")]
     assert all(torch.equal(averages[0][name], averages[1][name]) for name in averages[0])
+
+
+def validations(out: Path) -> dict[tuple[str, int], float]:
+    """Held-out losses by weights and step."""
+    events = (event for event in read_history(out / "history.jsonl") if event.kind == "validation")
+    return {(event.fields["weights"], event.step): event.fields["figures"]["loss"] for event in events}
+
+
+class Recording(Dataset[Tensor]):
+    """Images of noise, which notes those that are read with gradients, as in training, and without."""
+
+    def __init__(self, count: int) -> None:
+        self.images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8)
+        self.seen: dict[bool, set[int]] = {True: set(), False: set()}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, place: int) -> Tensor:
+        self.seen[torch.is_grad_enabled()].add(place)
+        return self.images[place]
+
+
+def test_held_out_images_are_never_trained_on(network: str, tmp_path: Path) -> None:
+    data = Recording(40)
+    pretrain(None, network, tmp_path / "run", data=data, val_split=0.25, picture_every=0)
+    assert len(data.seen[False]) == 10
+    assert data.seen[True] == set(range(40)) - data.seen[False]
+
+
+def test_the_held_out_loss(photos: Path, network: str, tmp_path: Path) -> None:
+    """Before the first step and after every epoch, of the model and its average, in evaluation mode."""
+    settings = {"val_split": 0.34, "ema": 0.9, "epochs": 2}
+    result = pretrain(photos, network, tmp_path / "run", **settings)
+    found = validations(tmp_path / "run")
+    assert result.steps == 4
+    assert set(found) == {(weights, step) for weights in ("model", "ema") for step in (0, 2, 4)}
+    assert settled(tmp_path / "run")["val_split"] == pytest.approx(8 / 24)
+    assert scalars(tmp_path / "run", "val/loss") == pytest.approx({s: v for (w, s), v in found.items() if w == "model"})
+    assert scalars(tmp_path / "run", "val/ema_loss")[4] == pytest.approx(found["ema", 4])
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert metrics["loss"] == found["model", 4]
+    assert "validation: loss" in (tmp_path / "run" / "log.txt").read_text()
+
+    opened = open_weights(tmp_path / "run").spark().eval()
+    items = find_images(photos)
+    _, held, names = hold_out(items, names_of(items, photos), 0.34)
+    dataset = HeldOutDataset(held, eval_transform((32, 32), crop=1.0), opened.grid, 0.6, names=names)
+    samples = [dataset[0, place] for place in range(8)]
+    with torch.no_grad():
+        loss = opened(*(torch.stack([sample[name] for sample in samples]) for name in ("image", "visible"))).loss
+    assert loss.item() == pytest.approx(found["model", 4], rel=1e-5)
+
+
+def test_the_held_out_loss_of_a_resumed_run(photos: Path, network: str, tmp_path: Path) -> None:
+    for name, callbacks in (("whole", []), ("part", [StopAt(3)])):
+        pretrain(photos, network, tmp_path / name, val_split=0.3, callbacks=callbacks)
+    sparkmim.pretrain(out=tmp_path / "part", resume=True)
+    assert same_weights(tmp_path / "whole", tmp_path / "part")
+    assert validations(tmp_path / "whole") == validations(tmp_path / "part")
+
+
+def test_a_run_from_before_images_were_set_apart_goes_on_with_all(photos: Path, network: str, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    pretrain(photos, network, out, callbacks=[StopAt(5)])
+    for file in (out / "history.jsonl", out / "config.yaml"):
+        text = file.read_text()
+        assert "val_split" in text
+        file.write_text(text.replace('"val_split": 0.0, ', "").replace("val_split: 0.0\n", ""))
+    assert sparkmim.pretrain(out=out, resume=True).step == 12
+    assert not validations(out)
+
+
+def test_validation_images_of_their_own(photos: Path, network: str, tmp_path: Path) -> None:
+    parts = photos / "part0", photos / "part1"
+    result = pretrain(parts[0], network, tmp_path / "run", val_data=str(parts[1]), val_split=None, epochs=1)
+    assert result.steps == 1
+    assert set(validations(tmp_path / "run")) == {("model", 0), ("model", 1)}
+    with pytest.raises(ValueError, match="val_data and val_split both say what to validate on; give one"):
+        pretrain(parts[0], network, tmp_path / "other", val_data=str(parts[1]), val_split=0.1)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile itself

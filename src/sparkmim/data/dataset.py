@@ -152,9 +152,22 @@ class PretrainDataset(AugmentedDataset):
         self.mask_ratio = mask_ratio
 
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        epoch, index = key[:2]
-        generator = torch.Generator().manual_seed(counted_seed(self.seed, epoch, index, "mask"))
+        generator = torch.Generator().manual_seed(self._mask_seed(*key[:2]))
         return {**super().__getitem__(key), "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0]}
+
+    def _mask_seed(self, epoch: int, index: int) -> int:
+        return counted_seed(self.seed, epoch, index, "mask")
+
+
+class HeldOutDataset(PretrainDataset):
+    """`PretrainDataset` whose masks are determined by (seed, name of the image) instead."""
+
+    def __init__(self, *args: Any, names: Sequence[str], **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.names = names
+
+    def _mask_seed(self, epoch: int, index: int) -> int:
+        return counted_seed(self.seed, self.names[index], "mask")
 
 
 class LabelledDataset(AugmentedDataset):

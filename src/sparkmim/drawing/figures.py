@@ -24,8 +24,11 @@ ACCENT = "#1f6f8b"
 CONTRAST = "#c8553d"
 """Colour of what it is compared with."""
 
+THIRD = "#8a6fb0"
+"""Colour of a third."""
+
 QUIET = "#5f6368"
-"""Colour of captions."""
+"""Colour of captions, and of what curves are compared with."""
 
 
 # Files

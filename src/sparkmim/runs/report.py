@@ -19,7 +19,7 @@ from PIL import Image
 from sparkmim._version import __version__
 from sparkmim.data.problems import counted
 from sparkmim.drawing.charts import Curve, Form, Line, draw_chart, running_mean
-from sparkmim.drawing.figures import ACCENT, CONTRAST
+from sparkmim.drawing.figures import ACCENT, CONTRAST, QUIET, THIRD
 from sparkmim.drawing.pixels import GAP
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
@@ -81,7 +81,7 @@ def _page(run: Run) -> dict[str, Any]:
     model = str(run.settings.get("model")).rpartition(":")[2]  # the network's name, or that of its factory
     return {
         "network": "A network from Python" if "model" in run.objects else model,
-        "kind": next((kind for setting, kind in _KINDS.items() if setting in run.settings), "Pretraining"),
+        "kind": _kind(run),
         "data": run.asked.get("data"),
         "data_from_python": "data" in run.objects,
         "began": f"{run.started.day} {run.started:%B %Y}",
@@ -102,6 +102,10 @@ _KINDS = {"box_head": "Detection", "reduce_labels": "Segmentation", "layer_decay
 """Kinds of training, by a setting that neither those further down nor pretraining have."""
 
 
+def _kind(run: Run) -> str:
+    return next((kind for setting, kind in _KINDS.items() if setting in run.settings), "Pretraining")
+
+
 # Summary
 
 
@@ -110,7 +114,11 @@ def _summary(run: Run) -> list[Entry]:
     if scores := _best(run):
         entries.append(Entry("Best top-1", f"{scores['top1']:.1%}", f"top-5 {scores['top5']:.1%}"))
     if loss := run.curves.get("loss"):
-        entries.append(Entry("Loss, first to last", f"{loss.values[0]:.4g} → {loss.values[-1]:.4g}"))
+        note = f"{_BEST_GUESS:g} is the mean of each patch" if _kind(run) == "Pretraining" else ""
+        entries.append(Entry("Loss, first to last", f"{loss.values[0]:.4g} → {loss.values[-1]:.4g}", note))
+    if (held_out := run.curves.get("val/loss")) and _kind(run) == "Pretraining":
+        ends = f"{held_out.values[0]:.4g} → {held_out.values[-1]:.4g}"
+        entries.append(Entry("Held-out loss", ends, "on images that it was not trained on"))
     if speed := run.curves.get("images_per_second"):
         median = statistics.median(speed.values)
         entries.append(Entry("Images per second", f"{median:,.0f}" if median >= 10 else f"{median:.2g}", "median"))
@@ -159,6 +167,14 @@ _CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
 }
 """Form of the values, and labels by the name of the curve, by title."""
 
+_PRETRAINING_CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
+    "Loss": ("number", {"loss": "training", "val/loss": "held out", "val/ema_loss": "held out, average"}),
+}
+"""Charts of pretraining that differ: both losses are of the same kind."""
+
+_BEST_GUESS = 1.0
+"""Loss of the best constant guess in pretraining: the mean of each patch."""
+
 _SMOOTHED = {"loss", "gradient_norm", "images_per_second"}
 _NO_CHARTS = {"epoch", "hp_metric", "val/top5", "val/ema_top5"}
 
@@ -174,7 +190,10 @@ class Chart:
 
 
 def _charts(run: Run) -> list[Chart]:
-    charts = dict(_CHARTS)
+    pretraining = _kind(run) == "Pretraining"
+    charts = {**_CHARTS, **(_PRETRAINING_CHARTS if pretraining else {})}
+    if pretraining:
+        del charts["Validation loss"]
     known = _NO_CHARTS.union(*(names for _, names in charts.values()))
     charts.update({name: ("number", {name: ""}) for name in run.curves if name not in known})
     found = []
@@ -182,18 +201,24 @@ def _charts(run: Run) -> list[Chart]:
         curves = {name: run.curves[name] for name in names if name in run.curves}
         curves = {name: curve for name, curve in curves.items() if any(map(math.isfinite, curve.values))}
         if curves and not (title == "Weight decay" and len(set(curves["weight_decay"].values)) == 1):
-            found.append(_chart(title, form, curves, names))
+            found.append(_chart(title, form, curves, names, _BEST_GUESS if pretraining and title == "Loss" else None))
     return found
 
 
-def _chart(title: str, form: Form, curves: dict[str, Curve], labels: dict[str, str]) -> Chart:
+def _chart(
+    title: str, form: Form, curves: dict[str, Curve], labels: dict[str, str], reference: float | None = None
+) -> Chart:
     lines: list[Line] = []
-    for (name, curve), colour in zip(curves.items(), (ACCENT, CONTRAST), strict=False):
+    if reference is not None:
+        steps = [min(curve.steps[0] for curve in curves.values()), max(curve.steps[-1] for curve in curves.values())]
+        lines.append(Line(Curve(steps, [reference] * 2, [0.0] * 2), "mean of each patch", QUIET, faint=True))
+    for (name, curve), colour in zip(curves.items(), (ACCENT, CONTRAST, THIRD), strict=False):
+        label = labels[name] if len(labels) > 1 else ""
         smooth = running_mean(curve) if name in _SMOOTHED else curve
         if smooth.values != curve.values:
-            lines += [Line(curve, "as logged", colour, faint=True), Line(smooth, "running mean", colour)]
+            lines += [Line(curve, "as logged", colour, faint=True), Line(smooth, label or "running mean", colour)]
         else:
-            lines.append(Line(curve, labels[name] if len(labels) > 1 else "", colour))
+            lines.append(Line(curve, label, colour))
     curve = next(iter(curves.values()))
     ends = [f"{value:.1%}" if form == "share" else f"{value:.4g}" for value in (curve.values[0], curve.values[-1])]
     said = f"{title} over {curve.steps[-1]:,} steps: {ends[0]} at step {curve.steps[0]:,}, {ends[1]} at the end"

@@ -161,19 +161,24 @@ class ProgressBar:
         self.plan = plan
         self.progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.4f} · {task.fields[speed]:,.0f} images/s"),
+            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(),
             console=console, refresh_per_second=4,
         )  # fmt: skip
-        self.task = self.progress.add_task("starting", total=plan.steps, completed=step, loss=float("nan"), speed=0.0)
+        self.task = self.progress.add_task("starting", total=plan.steps, completed=step, figures="")
+        self._known: dict[str, str] = {}
 
     def __call__(self, event: Event) -> None:
+        said = event.fields
         if event.kind == "step":
             epoch = min(event.step // self.plan.steps_per_epoch + 1, self.plan.epochs)
-            self.progress.update(
-                self.task, completed=event.step, description=f"epoch {epoch}/{self.plan.epochs}",
-                loss=event.fields["loss"], speed=event.fields["images_per_second"],
-            )  # fmt: skip
+            self.progress.update(self.task, completed=event.step, description=f"epoch {epoch}/{self.plan.epochs}")
+            self._known |= {"loss": f"{said['loss']:.4f}", "speed": f"{said['images_per_second']:,.0f} images/s"}
+        elif event.kind == "validation" and "loss" in said["figures"]:
+            self._known["validation"] = f"{said['figures']['loss']:.4f}"
+        words = {"loss": "loss {}", "validation": "validation {}", "speed": "{}"}
+        shown = [text.format(self._known[name]) for name, text in words.items() if name in self._known]
+        self.progress.update(self.task, figures=" · ".join(shown))
 
 
 class LoggerFeed:

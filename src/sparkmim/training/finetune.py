@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -11,13 +11,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from sparkmim.data.arrays import WholeArray, array_transform
 from sparkmim.data.augmentation import classify_transform, eval_transform
-from sparkmim.data.dataset import LabelledDataset, collate
+from sparkmim.data.dataset import LabelledDataset
 from sparkmim.data.labelled import Labelled, few_of, open_labelled
-from sparkmim.data.loading import leave_signals_to_the_parent
 from sparkmim.data.problems import counted
 from sparkmim.data.source import Source
 from sparkmim.drawing.confusion import draw_confusion
@@ -28,14 +26,11 @@ from sparkmim.interop.weights import CLASSIFIER_FILE, Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
-from sparkmim.training.modules import ClassifyModule, ScheduledModule
+from sparkmim.training.modules import ClassifyModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import FINETUNE_RECIPES
-from sparkmim.training.scoring import Scorer, share_of
+from sparkmim.training.scoring import ImageScorer
 from sparkmim.training.settings import FinetuneSettings, downstream_recipe, known_of, picked, settle
-
-_FEW = 1000
-"""Up to this many validation images, reading in-process beats starting workers."""
 
 
 def run_finetuning(
@@ -156,49 +151,25 @@ def build_datasets(
     )
 
 
-class ClassificationScorer(Scorer[ClassificationScores]):
-    """Scores a classifier and its average.
+class ClassificationScorer(ImageScorer[ClassificationScores]):
+    """Scores a classifier and its average on validation images."""
 
-    Args:
-        dataset: validation images.
-        batch_size: images at once on each process.
-        workers: loader processes.
-    """
-
+    dataset: LabelledDataset
     state_key = "Validator"
 
     def __init__(self, dataset: LabelledDataset, batch_size: int, workers: int) -> None:
-        super().__init__(self._read)
-        self.dataset = dataset
-        self.batch_size = batch_size
-        self.workers = workers if len(dataset) > _FEW else 0
+        super().__init__(self._read, dataset, batch_size, workers)
 
     def _read(self, per_class: Any, **fields: Any) -> ClassificationScores:
         if isinstance(per_class, list):  # as 0.1.0 wrote it
             per_class = dict(zip(self.dataset.classes, per_class, strict=True))
         return ClassificationScores(per_class=per_class, **fields)
 
-    def candidates(self, module: ScheduledModule) -> dict[str, nn.Module]:
-        return {"model": module.model, **super().candidates(module)}
-
     def score(
         self, trainer: pl.Trainer, model: nn.Module, device: torch.device
     ) -> tuple[ClassificationScores, dict[str, Tensor]]:
         precision = trainer.precision_plugin.forward_context
-        return score_classifier(model, self._batches(trainer), self.dataset.classes, device, precision), {}
-
-    def _batches(self, trainer: pl.Trainer) -> Iterator[dict[str, Any]]:
-        own = share_of(trainer, self.dataset)
-        keys = [[(0, index) for index in own[first : first + self.batch_size]]
-                for first in range(0, len(own), self.batch_size)]  # fmt: skip
-        loader = DataLoader(
-            self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_parent,
-        )  # fmt: skip
-        for batch in loader:
-            for complaint in batch["unreadable"]:
-                self.complain(complaint)
-            yield batch
+        return score_classifier(model, self.batches(trainer), self.dataset.classes, device, precision), {}
 
     def metrics(self) -> dict[str, Any]:
         """Returns what `metrics.json` holds: last and best scores of the model and its average, and all so far."""

@@ -251,6 +251,8 @@ def _fit(
             stack.enter_context(logged(history, folder.log, lambda: trainer.global_step))
             began: Kind = "resume" if settings.resume else "start"
             history.add(began, step, steps=plan.steps, settings=settled, environment=found)
+            for key, value in prepared.rows.items():
+                log.info("%s: %s", key, value)
             history.listeners.append(LoggerFeed(trainer, folder))
             if console.is_terminal:
                 bar = ProgressBar(console, plan, step)

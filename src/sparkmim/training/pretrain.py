@@ -9,14 +9,16 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
-from sparkmim.data.arrays import array_transform
-from sparkmim.data.augmentation import pretrain_transform
-from sparkmim.data.dataset import PretrainDataset
+from sparkmim.data.arrays import WholeArray, array_transform
+from sparkmim.data.augmentation import eval_transform, pretrain_transform
+from sparkmim.data.dataset import HeldOutDataset, PretrainDataset
+from sparkmim.data.held_out import hold_out, names_of
 from sparkmim.data.problems import counted
 from sparkmim.data.source import open_source
 from sparkmim.errors import UserError
+from sparkmim.evaluation.reconstruction import ReconstructionScores, score_reconstruction
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights
 from sparkmim.machine import check_compiles
@@ -30,6 +32,7 @@ from sparkmim.training.fit import Prepared, Training, millions, train
 from sparkmim.training.modules import PretrainModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import PAPER_DROP_PATH, PRETRAIN_RECIPES, recipe_named
+from sparkmim.training.scoring import ImageScorer
 from sparkmim.training.settings import PretrainSettings, picked, settle
 
 SHOWN = 6
@@ -66,7 +69,8 @@ class Pretraining(Training[PretrainSettings]):
             recipe["decoder_width"] = DECODER_WIDTH["fcmae"]
         if asked["recipe"].startswith("paper") and isinstance(asked["model"], str):
             recipe["drop_path"] = PAPER_DROP_PATH.get(asked["model"])
-        settings = settle(PretrainSettings, asked, before, recipe)
+        whole = {"val_split": 0.0} if before else {}  # of a run from before images were set apart
+        settings = settle(PretrainSettings, asked, before, recipe, whole)
         if not isinstance(settings.model, str | nn.Module):
             raise UserError(f"model is a {type(settings.model).__name__}; pass a name or a torch.nn.Module")
         return settings
@@ -79,7 +83,7 @@ class Pretraining(Training[PretrainSettings]):
         model, settings = build_model(settings)
         if start is not None:
             start.load_into(model)
-        dataset, settings, arrays = build_dataset(settings, model)
+        dataset, held_out, settings, arrays = build_datasets(settings, model)
         plan = plan_for(settings, batch_is_free, len(dataset))
         settings = replace(settings, batch_size=plan.batch_size)
         if settings.channels_last and len(model.image_size) == 2:
@@ -95,13 +99,15 @@ class Pretraining(Training[PretrainSettings]):
             tones = (None, None) if arrays else (settings.mean, settings.std)  # arrays are not in 0..1
             return Pictures(history, folder, samples, settings.picture_every * plan.steps_per_epoch, *tones)
 
+        batch = 2 * plan.batch_size // (plan.parts * plan.world_size)
         return Prepared(
             settings=settings,
             module=PretrainModule(model, optimizer, settings.seed, settings.compile),
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, model),
-            rows=_rows(settings, model, len(dataset), plan),
+            rows=_rows(settings, model, len(dataset), len(held_out or ()), plan),
+            scorer=None if held_out is None else ReconstructionScorer(held_out, batch, settings.workers),
             pictures=pictures if settings.picture_every and len(model.image_size) > 1 else None,
         )
 
@@ -128,23 +134,56 @@ def build_model(settings: PretrainSettings) -> tuple[SparK, PretrainSettings]:
     return model, replace(settings, beta2=beta2, patch_size=model.patch_size, image_size=list(model.image_size))
 
 
-def build_dataset(settings: PretrainSettings, model: SparK) -> tuple[PretrainDataset, PretrainSettings, bool]:
-    """Opens the data, and settles `mean`, `std` and `flip`, which depend on them; tells whether they are arrays."""
+def build_datasets(
+    settings: PretrainSettings, model: SparK
+) -> tuple[PretrainDataset, HeldOutDataset | None, PretrainSettings, bool]:
+    """Opens the data, and sets images apart.
+
+    Returns:
+        Training images; those to validate on, if any; settings with what the data decide; whether they are arrays.
+    """
     size = model.image_size
     source = open_source(settings.data, settings.channels, len(size))
+    names = names_of(source.items, settings.data)
+    if settings.val_data is None:
+        items, held, held_names = hold_out(source.items, names, settings.val_split)
+        settings = replace(settings, val_split=len(held_names) / len(names))
+    else:
+        if settings.val_split:
+            raise UserError("val_data and val_split both say what to validate on; give one")
+        items, held = source.items, open_source(settings.val_data, settings.channels, len(size)).items
+        held_names = names_of(held, settings.val_data)
     mean, std = source.normalisation(settings.mean, settings.std)
     flip = settings.flip if settings.flip is not None else 0.5 if len(size) == 2 else 0.0
     settings = replace(settings, mean=mean, std=std, flip=flip)
     scale = (settings.crop_scale, 1.0)
     transform: Any
+    whole: Any
     if source.arrays:
-        transform = array_transform(size, mean, std, scale, flip)
+        transform, whole = array_transform(size, mean, std, scale, flip), WholeArray(size, mean, std)
     else:
-        transform = pretrain_transform((size[0], size[1]), mean, std, scale, flip)
-    dataset = PretrainDataset(
-        source.items, transform, model.grid, settings.mask_ratio, settings.seed, settings.channels, source.read
-    )
-    return dataset, settings, source.arrays
+        side = (size[0], size[1])
+        transform, whole = pretrain_transform(side, mean, std, scale, flip), eval_transform(side, mean, std, 1.0)
+    rest = model.grid, settings.mask_ratio, settings.seed, settings.channels, source.read
+    validation = HeldOutDataset(held, whole, *rest, names=held_names) if held_names else None
+    return PretrainDataset(items, transform, *rest), validation, settings, source.arrays
+
+
+class ReconstructionScorer(ImageScorer[ReconstructionScores]):
+    """Computes the loss of a `SparK` model, and of its average, on images that it is not trained on."""
+
+    keeps_best = False
+    scores_start = True
+
+    def __init__(self, dataset: HeldOutDataset, batch_size: int, workers: int) -> None:
+        super().__init__(ReconstructionScores, dataset, batch_size, workers)
+
+    def score(
+        self, trainer: pl.Trainer, model: nn.Module, device: torch.device
+    ) -> tuple[ReconstructionScores, dict[str, Tensor]]:
+        assert isinstance(model, SparK)
+        precision = trainer.precision_plugin.forward_context
+        return score_reconstruction(model, self.batches(trainer), device, precision), {}
 
 
 def _metadata(settings: PretrainSettings, model: SparK) -> WeightsMetadata:
@@ -158,7 +197,7 @@ def _metadata(settings: PretrainSettings, model: SparK) -> WeightsMetadata:
     )
 
 
-def _rows(settings: PretrainSettings, model: SparK, images: int, plan: Plan) -> dict[str, str]:
+def _rows(settings: PretrainSettings, model: SparK, images: int, held_out: int, plan: Plan) -> dict[str, str]:
     """Returns settings in words."""
     rate = settings.learning_rate
     name = settings.model_name or type(settings.model).__name__
@@ -168,6 +207,8 @@ def _rows(settings: PretrainSettings, model: SparK, images: int, plan: Plan) -> 
         "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{counted(images, 'image')} at {side}, {'×'.join(map(str, model.grid))} patches of "
         f"{model.patch_size}, {settings.mask_ratio:.0%} hidden",
+        **({"held out": f"{counted(held_out, 'image')} to validate on"} if held_out else {}),
+        "loss": "1 is the best constant guess, the mean of each patch",
         "length": f"{settings.epochs:g} epochs × {counted(plan.steps_per_epoch, 'step')} of "
         f"{counted(plan.batch_size, 'image')}, {counted(plan.steps, 'step')} in all",
         "optimiser": f"{settings.optimizer}, rate {rate:g} per 256 = {rate * plan.batch_size / 256:g}, betas "

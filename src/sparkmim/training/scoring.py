@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
+from sparkmim.data.dataset import AugmentedDataset, collate
+from sparkmim.data.loading import leave_signals_to_the_parent
 from sparkmim.evaluation.scores import Scores, known_figures, write_metrics
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History
@@ -18,6 +21,9 @@ from sparkmim.training.modules import ScheduledModule
 
 DRAWN = 4
 """Number of validation images that are drawn on."""
+
+_FEW = 1000
+"""Up to this many validation images, reading in-process beats starting workers."""
 
 
 C = TypeVar("C", bound=Scores)
@@ -30,10 +36,15 @@ class Scorer(StepCallback, Generic[C]):
         read_back: makes scores of their fields, as `vars` gives them.
 
     Attributes:
+        keeps_best: whether weights are written that are better than all before.
+        scores_start: whether the model is scored before its first step.
         last: last scores, of `model` and `ema`.
         best: best scores so far, of both.
         history: figures so far, by `step`.
     """
+
+    keeps_best = True
+    scores_start = False
 
     def __init__(self, read_back: Callable[..., C]) -> None:
         super().__init__()
@@ -80,9 +91,18 @@ class Scorer(StepCallback, Generic[C]):
             self._complained.add(complaint)
             add_unreadable(self.events, self._seen, complaint, "validation")
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        if self.scores_start and not trainer.global_step:
+            assert isinstance(pl_module, ScheduledModule)
+            self.score_all(trainer, pl_module, 0)
+
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
-        if step % self.every_steps and step != trainer.max_steps:
-            return
+        if step % self.every_steps == 0 or step == trainer.max_steps:
+            self.score_all(trainer, module, step)
+
+    def score_all(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
+        """Scores all candidates, and keeps those that are better than before."""
         models = self.candidates(module)
         beside = "model" in models
         for name, model in models.items():
@@ -94,13 +114,14 @@ class Scorer(StepCallback, Generic[C]):
             self.events.add("validation", step, weights=name, figures=figures, beside_model=beside)
             prefix = "val/ema_" if name == "ema" and beside else "val/"
             shown = {f"{prefix}{key}": value for key, value in figures.items()}
-            module.log_dict(shown, on_step=True, on_epoch=False, logger=False)
+            if step:  # Lightning takes no figures before
+                module.log_dict(shown, on_step=True, on_epoch=False, logger=False)
             if trainer.is_global_zero:
                 for title, picture in pictures.items():
                     add_picture(self.events, self.folder, step, title, picture)
             if scores.main > self.floor and (name not in self.best or better(scores, self.best[name])):  # NaN is not
                 self.best[name] = scores
-                if trainer.is_global_zero:
+                if trainer.is_global_zero and self.keeps_best:
                     self.write_weights(model, "_ema_best" if prefix == "val/ema_" else "_best", scores)
 
     def state_dict(self) -> dict[str, Any]:
@@ -129,6 +150,40 @@ class Scorer(StepCallback, Generic[C]):
         """Writes `metrics.json`, if anything was scored."""
         if self.last:
             write_metrics(folder, self.metrics())
+
+
+class ImageScorer(Scorer[C]):
+    """Scores a model and its average, by batches of validation images.
+
+    Args:
+        read_back: as for `Scorer`.
+        dataset: validation images.
+        batch_size: images at once on each process.
+        workers: loader processes.
+    """
+
+    def __init__(self, read_back: Callable[..., C], dataset: AugmentedDataset, batch_size: int, workers: int) -> None:
+        super().__init__(read_back)
+        self.dataset = dataset
+        self.batch_size = batch_size
+        self.workers = workers if len(dataset) > _FEW else 0
+
+    def candidates(self, module: ScheduledModule) -> dict[str, nn.Module]:
+        return {"model": module.model, **super().candidates(module)}
+
+    def batches(self, trainer: pl.Trainer) -> Iterator[dict[str, Any]]:
+        """Yields batches of the images that this process scores."""
+        own = share_of(trainer, self.dataset)
+        keys = [[(0, index) for index in own[first : first + self.batch_size]]
+                for first in range(0, len(own), self.batch_size)]  # fmt: skip
+        loader = DataLoader(
+            self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
+            worker_init_fn=leave_signals_to_the_parent,
+        )  # fmt: skip
+        for batch in loader:
+            for complaint in batch["unreadable"]:
+                self.complain(complaint)
+            yield batch
 
 
 def better(scores: Scores, others: Scores) -> bool:

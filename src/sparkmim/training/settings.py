@@ -71,8 +71,13 @@ class TrainSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainSettings(TrainSettings):
-    """Settings of `sparkmim.pretrain`; `beta2`, `flip`, `mean`, `std` None until network and data decide."""
+    """Settings of `sparkmim.pretrain`.
 
+    `beta2`, `flip`, `mean`, `std` and `val_split` are None until network and data decide.
+    """
+
+    val_data: Any
+    val_split: float | None
     init_weights: str | None
     image_size: int | list[int]
     patch_size: int | None
@@ -94,7 +99,7 @@ class PretrainSettings(TrainSettings):
     picture_every: int
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {
-        "init_weights", "picture_every", "checkpoint_gradients", "compile",
+        "val_data", "init_weights", "picture_every", "checkpoint_gradients", "compile",
     }  # fmt: skip
 
 

@@ -1,0 +1,50 @@
+"""Images that are set apart from training by their names."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Subset
+
+_SHARE, _FEWEST, _MOST = 0.02, 32, 2000
+
+
+def names_of(items: Any, data: Any) -> list[str]:
+    """Returns names of the items of a data set that stay the same when it moves: relative paths, or numbers.
+
+    Args:
+        items: paths, or a dataset.
+        data: folder or text file that the paths come from.
+    """
+    if isinstance(items, list) and isinstance(data, (str, Path)):
+        root = Path(data).expanduser().absolute()
+        root = root if root.is_dir() else root.parent
+        return [os.path.relpath(path, root) for path in items]
+    return [str(place) for place in range(len(items))]
+
+
+def hold_out(items: Any, names: Sequence[str], share: float | None) -> tuple[Any, Any, list[str]]:
+    """Splits a data set by the hashes of its names, so that an image stays where it is when others are added.
+
+    Args:
+        items: paths, or a dataset.
+        names: of the items; those with the same name stay together.
+        share: of the items to set apart; None for 2 %, at least 32 and at most 2,000, but never more than a tenth.
+
+    Returns:
+        The items to train on, those set apart, and the names of the latter.
+    """
+    count = len(names)
+    wanted = min(max(_FEWEST, round(_SHARE * count)), _MOST, count // 10) if share is None else round(share * count)
+    by_hash = sorted(range(count), key=lambda place: hashlib.blake2b(os.fsencode(names[place]), digest_size=8).digest())
+    apart = {names[place] for place in by_hash[:wanted]}
+    places = {held: [place for place in range(count) if (names[place] in apart) == held] for held in (False, True)}
+    kept, held = (
+        [items[place] for place in chosen] if isinstance(items, list) else Subset(items, chosen)
+        for chosen in places.values()
+    )  # fmt: skip
+    return kept, held, [names[place] for place in places[True]]
