@@ -165,6 +165,7 @@ CHECKS: dict[str, Check] = {
     "optimizer": Choice(("lamb", "adamw")),
     "patch_size": COUNT,
     "picture_every": Range(0, whole=True, hint="0 for no pictures"),
+    "probe_every": POSITIVE,
     "pretrain.val_split": Range(0, 1, below=True, hint="0 to train on all images"),
     "port": Range(1, 2**16 - 1, whole=True),
     "precision": Choice(("auto", "bf16-mixed", "32-true")),

@@ -71,6 +71,9 @@ def pretrain(
     recipe: str = "default",
     val_data: str | Any | None = None,
     val_split: float | None = None,
+    probe: str | Any | None = None,
+    probe_every: float | None = None,
+    keep_best: Literal["val_loss", "probe"] | None = None,
     image_size: int | list[int] = 224,
     patch_size: int | None = None,
     channels: int = 3,
@@ -128,6 +131,10 @@ def pretrain(
         val_data: images to validate on, as data; None to set some of the data apart
         val_split: share of the data that is set apart by name, never trained on, to validate on; 0 for none; None for
             2 %, at least 32 images and at most 2,000, but never more than a tenth
+        probe: labelled images to score frozen features on during the run: class folders, a CSV file of path and label,
+            or (from Python) a dataset of (image, label)
+        probe_every: epochs between probes; None for as often as 5 % of the time allows
+        keep_best: also write the weights that are best by val_loss (the held-out loss) or probe (its linear classifier)
         image_size: side in pixels, or one size per axis: [height, width], [length] of signals, [depth, height, width]
         patch_size: side of a patch, a multiple of the network's total stride; None for that stride
         channels: image channels; other than 1 or 3 for arrays only

@@ -94,9 +94,10 @@ def _collate(samples: list[tuple[int, str, Tensor | str]]) -> Batch:
 
 
 def still_batches(
-    source: Source, preparation: Preparation, batch_size: int, workers: int | None, device: torch.device, doing: str
-) -> Iterator[Batch]:
-    """Reads images in order, and shows progress on stderr if that is a terminal.
+    source: Source, preparation: Preparation, batch_size: int, workers: int | None, device: torch.device,
+    doing: str | None,
+) -> Iterator[Batch]:  # fmt: skip
+    """Reads images in order, and shows progress on stderr if that is a terminal, unless `doing` is None.
 
     Batches are of `batch_size` items, of which unreadable ones are left out. If `workers` is None, there are 2, or none
     for a single batch.
@@ -108,7 +109,8 @@ def still_batches(
         collate_fn=_collate, worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",
     )  # fmt: skip
     console = Console(stderr=True)
-    for batch in track(loader, doing, console=console, disable=not console.is_terminal, transient=True):
+    silent = doing is None or not console.is_terminal
+    for batch in track(loader, doing or "", console=console, disable=silent, transient=True):
         if batch.images is not None:
             batch.images = batch.images.to(device)
         yield batch

@@ -15,7 +15,8 @@ from typing import Any, Literal, get_args
 from sparkmim.errors import UserError
 
 Kind = Literal[
-    "start", "resume", "step", "epoch", "validation", "picture", "unreadable", "warning", "checkpoint", "stop", "finish"
+    "start", "resume", "step", "epoch", "validation", "probe", "picture", "unreadable", "warning", "checkpoint", "stop",
+    "finish",
 ]  # fmt: skip
 """Kinds of events.
 
@@ -25,8 +26,9 @@ Kind = Literal[
 | `step` | `epoch`, `loss`, `learning_rate`, `weight_decay`, `gradient_norm`, `images_per_second` |
 | `epoch` | `epoch`, `epochs`, `loss` as the mean over the epoch, `learning_rate`, `images_per_second` |
 | `validation` | `weights` (`model` or `ema`), `figures` by name, `beside_model`: whether both are validated |
+| `probe` | `weights`, `figures` and `start` (before the first step) by name, `seconds` that it took |
 | `picture` | `name`, `file` relative to the run folder |
-| `unreadable` | `image`, `reason`, `part` of the data (`training` or `validation`) |
+| `unreadable` | `image`, `reason`, `part` of the data (`training`, `validation` or `probe`) |
 | `warning` | `message` |
 | `checkpoint`, `stop`, `finish` | – |
 """
@@ -128,8 +130,14 @@ def _sentence(event: Event) -> str | None:
             figures = "  ".join(f"{name} {value:.4g}" for name, value in said["figures"].items())
             average = " of the average" if said["weights"] == "ema" else ""
             return f"step {event.step}  validation{average}: {figures}"
+        case "probe":
+            figures = "  ".join(
+                f"{name} {value:.1%} (start {said['start'][name]:.1%})" for name, value in said["figures"].items()
+            )
+            average = " of the average" if said["weights"] == "ema" else ""
+            return f"step {event.step}  probe{average}: {figures}  took {said['seconds']:.1f} s"
         case "unreadable":
-            part = "validation image left out" if said["part"] == "validation" else "image skipped"
+            part = "image skipped" if said["part"] == "training" else f"{said['part']} image left out"
             return f"unreadable {part}: {said['image']}: {said['reason']}"
         case "stop":
             return f"stopped at step {event.step} on request; continue with --resume"

@@ -119,6 +119,9 @@ def _summary(run: Run) -> list[Entry]:
     if (held_out := run.curves.get("val/loss")) and _kind(run) == "Pretraining":
         ends = f"{held_out.values[0]:.4g} → {held_out.values[-1]:.4g}"
         entries.append(Entry("Held-out loss", ends, "on images that it was not trained on"))
+    if probe := run.curves.get("probe/linear"):
+        ends = f"{probe.values[0]:.1%} → {probe.values[-1]:.1%}"
+        entries.append(Entry("Linear probe", ends, "frozen features, before the first step and last"))
     if speed := run.curves.get("images_per_second"):
         median = statistics.median(speed.values)
         entries.append(Entry("Images per second", f"{median:,.0f}" if median >= 10 else f"{median:.2g}", "median"))
@@ -169,14 +172,20 @@ _CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
 
 _PRETRAINING_CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
     "Loss": ("number", {"loss": "training", "val/loss": "held out", "val/ema_loss": "held out, average"}),
-}
+    "Linear probe": ("share", {
+        "probe/linear": "deepest map", "probe/linear_2": "the next", "probe/ema_linear": "deepest map, average",
+    }),
+    "k-NN of frozen features": ("share", {
+        "probe/knn": "deepest map", "probe/knn_2": "the next", "probe/ema_knn": "deepest map, average",
+    }),
+}  # fmt: skip
 """Charts of pretraining that differ: both losses are of the same kind."""
 
 _BEST_GUESS = 1.0
 """Loss of the best constant guess in pretraining: the mean of each patch."""
 
 _SMOOTHED = {"loss", "gradient_norm", "images_per_second"}
-_NO_CHARTS = {"epoch", "hp_metric", "val/top5", "val/ema_top5"}
+_NO_CHARTS = {"epoch", "hp_metric", "val/top5", "val/ema_top5", "probe/ema_linear_2", "probe/ema_knn_2"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,7 @@ class Chart:
 
 def _charts(run: Run) -> list[Chart]:
     pretraining = _kind(run) == "Pretraining"
-    charts = {**_CHARTS, **(_PRETRAINING_CHARTS if pretraining else {})}
+    charts = {**_PRETRAINING_CHARTS, **_CHARTS, **_PRETRAINING_CHARTS} if pretraining else _CHARTS.copy()
     if pretraining:
         del charts["Validation loss"]
     known = _NO_CHARTS.union(*(names for _, names in charts.values()))

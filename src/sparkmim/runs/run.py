@@ -53,7 +53,7 @@ class Run:
 
     @cached_property
     def curves(self) -> dict[str, Curve]:
-        """Scalars by name: those of steps, and `val/NAME` and `val/ema_NAME`."""
+        """Scalars by name: those of steps, `val/NAME` and `val/ema_NAME`, `probe/NAME` and `probe/ema_NAME`."""
         curves: dict[str, Curve] = defaultdict(lambda: Curve([], [], []))
         for event in self.events:
             for name, value in _scalars(event):
@@ -139,6 +139,8 @@ def _scalars(event: Event) -> Iterator[tuple[str, float]]:
     elif event.kind == "validation":
         beside = event.fields["weights"] == "ema" and event.fields.get("beside_model", True)
         prefix, figures = "val/ema_" if beside else "val/", event.fields["figures"]
+    elif event.kind == "probe":
+        prefix, figures = "probe/ema_" if event.fields["weights"] == "ema" else "probe/", event.fields["figures"]
     for name, value in figures.items():
         if isinstance(value, (int, float)):
             yield prefix + name, float(value)

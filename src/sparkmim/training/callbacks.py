@@ -195,6 +195,9 @@ class LoggerFeed:
             self._scalars(
                 {f"val/{average}{name}": value for name, value in event.fields["figures"].items()}, event.step
             )
+        elif event.kind == "probe":
+            average = "ema_" if event.fields["weights"] == "ema" else ""
+            self._scalars({f"probe/{average}{name}": v for name, v in event.fields["figures"].items()}, event.step)
         elif event.kind == "picture":
             with Image.open(self.folder.path / event.fields["file"]) as picture:
                 pixels = pil_to_tensor(picture)  # uint8 [3, h, w]

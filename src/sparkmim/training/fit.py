@@ -41,12 +41,13 @@ from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
 from sparkmim.training.modules import ScheduledModule
 from sparkmim.training.plan import Plan
+from sparkmim.training.probing import Probe
 from sparkmim.training.scoring import Scorer
 from sparkmim.training.settings import MACHINE, S, TrainSettings, plain, resumed
 
 log = logging.getLogger("sparkmim")
 
-OBJECTS = ("model", "data", "val_data")
+OBJECTS = ("model", "data", "val_data", "probe")
 """Arguments that may be Python objects, which no file can hold."""
 
 
@@ -63,6 +64,8 @@ class Prepared(Generic[S]):
         file: name of the weight file; None for those of pretraining.
         rows: settings in words, to be printed.
         scorer: scores the model while it is trained.
+        probe: scores its frozen features.
+        keep_best: whether weights are written whenever the probe is better than before.
         pictures: makes the callback that draws reconstructions.
         repeats: times that each image stands in a row in the order of an epoch, with other augmentation each time.
         collate: makes a batch of samples.
@@ -77,6 +80,8 @@ class Prepared(Generic[S]):
     rows: Mapping[str, str]
     file: str | None = None
     scorer: Scorer[Any] | None = None
+    probe: Probe | None = None
+    keep_best: bool = False
     pictures: Callable[[History, RunFolder], Pictures] | None = None
     repeats: int = 1
     collate: Callable[[Any], dict[str, Any]] = collate
@@ -220,7 +225,8 @@ def _fit(
     monitor = Monitor(history, plan, settings.log_every, folder.checkpoint, skipped)
     ema = Ema(module, settings.ema) if settings.ema else None
     keeper = Keeper(history, folder, settings.save_minutes, _writer(prepared, folder, ema, history), monitor)
-    own = [prepared.pictures(history, folder) if prepared.pictures else None, monitor, ema, prepared.scorer]
+    pictures = prepared.pictures(history, folder) if prepared.pictures else None
+    own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
     every = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     with ExitStack() as stack:
@@ -302,8 +308,7 @@ def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: 
     """Returns what writes the weight files of a step; connects the scorer, which writes those of the best ones."""
     scorer = prepared.scorer
 
-    def write(model: Any, suffix: str, scores: Any, step: int | None = None) -> None:
-        figures = {} if scores is None else known_figures(scores)
+    def write(model: Any, suffix: str, figures: dict[str, float], step: int | None = None) -> None:
         metadata = replace(prepared.metadata, figures=figures, step=step)
         if prepared.file is None:
             weights.save(model, folder.weights, metadata, suffix)
@@ -312,15 +317,22 @@ def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: 
 
     def write_step(step: int) -> None:
         last, step_known = ({}, step) if scorer is None else (scorer.last, None)
-        write(prepared.module.model, "", last.get("model"), step_known)
+        figures = {name: known_figures(scores) for name, scores in last.items()}
+        write(prepared.module.model, "", figures.get("model", {}), step_known)
         if ema is not None:
-            write(ema.average.module, "_ema", last.get("ema"), step_known)
+            write(ema.average.module, "_ema", figures.get("ema", {}), step_known)
         if scorer is not None:
             scorer.write(folder.path)
 
+    def write_better(model: Any, name: str, figures: dict[str, float]) -> None:
+        write(model, "_ema_best" if name == "ema" else "_best", figures)
+
+    length = prepared.plan.steps_per_epoch
     if scorer is not None:
         every = getattr(prepared.settings, "eval_every", 1.0)
-        scorer.attach(history, folder, max(1, round(every * prepared.plan.steps_per_epoch)), ema, write)
+        scorer.attach(history, folder, max(1, round(every * length)), ema, write)
+    if prepared.probe is not None:
+        prepared.probe.attach(history, ema, length, write_better if prepared.keep_best else None)
     return write_step
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -15,6 +16,7 @@ from sparkmim.data.arrays import WholeArray, array_transform
 from sparkmim.data.augmentation import eval_transform, pretrain_transform
 from sparkmim.data.dataset import HeldOutDataset, PretrainDataset
 from sparkmim.data.held_out import hold_out, names_of
+from sparkmim.data.inference import CROP, Preparation
 from sparkmim.data.problems import counted
 from sparkmim.data.source import open_source
 from sparkmim.errors import UserError
@@ -31,6 +33,7 @@ from sparkmim.training.callbacks import Pictures
 from sparkmim.training.fit import Prepared, Training, millions, train
 from sparkmim.training.modules import PretrainModule
 from sparkmim.training.plan import Plan, plan_for
+from sparkmim.training.probing import Probe
 from sparkmim.training.recipes import PAPER_DROP_PATH, PRETRAIN_RECIPES, recipe_named
 from sparkmim.training.scoring import ImageScorer
 from sparkmim.training.settings import PretrainSettings, picked, settle
@@ -99,6 +102,11 @@ class Pretraining(Training[PretrainSettings]):
             tones = (None, None) if arrays else (settings.mean, settings.std)  # arrays are not in 0..1
             return Pictures(history, folder, samples, settings.picture_every * plan.steps_per_epoch, *tones)
 
+        probe = build_probe(settings, model, plan)
+        if settings.keep_best == "probe" and probe is None:
+            raise UserError("keep_best is probe, but there is none; name labelled images with --probe")
+        if settings.keep_best == "val_loss" and held_out is None:
+            raise UserError("keep_best is val_loss, but no images are held out; name some with --val-data")
         batch = 2 * plan.batch_size // (plan.parts * plan.world_size)
         return Prepared(
             settings=settings,
@@ -106,8 +114,13 @@ class Pretraining(Training[PretrainSettings]):
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, model),
-            rows=_rows(settings, model, len(dataset), len(held_out or ()), plan),
-            scorer=None if held_out is None else ReconstructionScorer(held_out, batch, settings.workers),
+            rows={
+                **_rows(settings, model, len(dataset), len(held_out or ()), plan),
+                **({} if probe is None else {"probe": str(probe)}),
+            },
+            scorer=None if held_out is None else ReconstructionScorer(held_out, batch, settings),
+            probe=probe,
+            keep_best=settings.keep_best == "probe",
             pictures=pictures if settings.picture_every and len(model.image_size) > 1 else None,
         )
 
@@ -169,14 +182,25 @@ def build_datasets(
     return PretrainDataset(items, transform, *rest), validation, settings, source.arrays
 
 
+def build_probe(settings: PretrainSettings, model: SparK, plan: Plan) -> Probe | None:
+    """Opens the labelled images of the probe, if there is one."""
+    if settings.probe is None:
+        return None
+    every = settings.probe_every
+    steps = None if every is None else max(1, round(every * plan.steps_per_epoch))
+    seen = Preparation(model.image_size, settings.channels, settings.mean, settings.std, CROP)
+    return Probe(settings.probe, seen, steps, settings.seed)
+
+
 class ReconstructionScorer(ImageScorer[ReconstructionScores]):
     """Computes the loss of a `SparK` model, and of its average, on images that it is not trained on."""
 
-    keeps_best = False
     scores_start = True
 
-    def __init__(self, dataset: HeldOutDataset, batch_size: int, workers: int) -> None:
-        super().__init__(ReconstructionScores, dataset, batch_size, workers)
+    def __init__(self, dataset: HeldOutDataset, batch_size: int, settings: PretrainSettings) -> None:
+        super().__init__(ReconstructionScores, dataset, batch_size, settings.workers)
+        self.keeps_best = settings.keep_best == "val_loss"
+        self.floor = -math.inf
 
     def score(
         self, trainer: pl.Trainer, model: nn.Module, device: torch.device

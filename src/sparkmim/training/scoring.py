@@ -61,13 +61,13 @@ class Scorer(StepCallback, Generic[C]):
         folder: RunFolder,
         every_steps: int,
         ema: Ema | None,
-        write: Callable[[nn.Module, str, C], None],
+        write: Callable[[nn.Module, str, dict[str, float]], None],
     ) -> None:
         """Connects the scorer to a run.
 
         Args:
             every_steps: optimiser steps between scorings; the end is always scored.
-            write: writes a weight file, given the model, a suffix and its scores.
+            write: writes a weight file, given the model, a suffix and its figures.
         """
         self.events, self.folder, self.every_steps, self.ema, self.write_weights = (
             events, folder, every_steps, ema, write,
@@ -122,7 +122,7 @@ class Scorer(StepCallback, Generic[C]):
             if scores.main > self.floor and (name not in self.best or better(scores, self.best[name])):  # NaN is not
                 self.best[name] = scores
                 if trainer.is_global_zero and self.keeps_best:
-                    self.write_weights(model, "_ema_best" if prefix == "val/ema_" else "_best", scores)
+                    self.write_weights(model, "_ema_best" if prefix == "val/ema_" else "_best", figures)
 
     def state_dict(self) -> dict[str, Any]:
         return {

@@ -78,6 +78,9 @@ class PretrainSettings(TrainSettings):
 
     val_data: Any
     val_split: float | None
+    probe: Any
+    probe_every: float | None
+    keep_best: Any
     init_weights: str | None
     image_size: int | list[int]
     patch_size: int | None
@@ -99,7 +102,8 @@ class PretrainSettings(TrainSettings):
     picture_every: int
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {
-        "val_data", "init_weights", "picture_every", "checkpoint_gradients", "compile",
+        "val_data", "probe", "probe_every", "keep_best", "init_weights", "picture_every", "checkpoint_gradients",
+        "compile",
     }  # fmt: skip
 
 
