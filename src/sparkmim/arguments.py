@@ -105,6 +105,18 @@ class Several:
 
 Check = Callable[[Any], str | None]
 
+LOGGERS = ("tensorboard", "csv", "wandb", "mlflow")
+"""Names of loggers."""
+
+
+def _loggers(value: Any) -> str | None:
+    """Tells what a list of loggers must be, if it is not that; objects in it are Lightning's."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return "it must be a list"
+    unknown = [item for item in value if isinstance(item, str | int | float | None) and item not in LOGGERS]
+    return f"choose among {', '.join(LOGGERS)}" if unknown else None
+
+
 COUNT = Range(1, whole=True)
 WHOLE = Range(0, whole=True)
 POSITIVE = Range(0, above=True)
@@ -154,6 +166,7 @@ CHECKS: dict[str, Check] = {
     "learning_rate": POSITIVE,
     "limit": COUNT,
     "log_every": COUNT,
+    "loggers": _loggers,
     "long_side": COUNT,
     "mask_ratio": Range(0, 1, above=True, below=True, hint="the paper's is 0.6"),
     "masks": COUNT,

@@ -39,13 +39,14 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "weights": commands.weights,
 }
 
-_PYTHON_ONLY: set[str | int] = {"callbacks", "loggers"}
+_PYTHON_ONLY: set[str | int] = {"callbacks"}
 
 _POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "report": "run"}
 """Arguments that may be given without their flag."""
 
 _SEVERAL = {"--images": {"reconstruct", "explain", "features", "playground"}, "--query": {"neighbors"},
-            "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect", "segment"}}  # fmt: skip
+            "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect", "segment"},
+            "--loggers": {"pretrain", "finetune", "detect", "segment"}}  # fmt: skip
 """Flags that take several words, with the commands in which they do."""
 
 _PICTURES = ("reconstruct", "explain", "features", "neighbors")

@@ -53,8 +53,14 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments of a training, without what is no setting."""
-    return {name: value for name, value in values.items() if name not in ("callbacks", "loggers")}
+    """Returns the arguments of a training, without Python objects that are no settings."""
+    names = [logger for logger in values["loggers"] if isinstance(logger, str)]
+    return {**{name: value for name, value in values.items() if name != "callbacks"}, "loggers": names}
+
+
+def _objects(loggers: Sequence[Any]) -> list[Any]:
+    """Returns those loggers that are Python objects."""
+    return [logger for logger in loggers if not isinstance(logger, str)]
 
 
 def _taken(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[str, Any]:
@@ -115,7 +121,7 @@ def pretrain(
     log_every: int = 10,
     picture_every: int = 10,
     callbacks: Sequence[Any] = (),
-    loggers: Sequence[Any] = (),
+    loggers: Sequence[str | Any] = ("tensorboard",),
 ) -> PretrainResult:
     """Pretrain a convolutional network on unlabelled images.
 
@@ -176,7 +182,7 @@ def pretrain(
         log_every: optimiser steps between logged scalars
         picture_every: epochs between pictures of reconstructions; 0 for none
         callbacks: further Lightning callbacks (from Python)
-        loggers: further Lightning loggers, beside TensorBoard's (from Python)
+        loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers
 
     Returns:
         A `PretrainResult` with step, loss, speed, and the trained model.
@@ -188,7 +194,7 @@ def pretrain(
     asked = _arguments(locals())
     from sparkmim.training.pretrain import run_pretraining
 
-    return run_pretraining(asked, _given.get(), callbacks, loggers)
+    return run_pretraining(asked, _given.get(), callbacks, _objects(loggers))
 
 
 @_command
@@ -243,7 +249,7 @@ def finetune(
     save_minutes: float = 10.0,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
-    loggers: Sequence[Any] = (),
+    loggers: Sequence[str | Any] = ("tensorboard",),
 ) -> FinetuneResult:
     """Train a classifier from pretrained weights, or from scratch.
 
@@ -301,7 +307,7 @@ def finetune(
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
         log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
-        loggers: further Lightning loggers, beside TensorBoard's (from Python)
+        loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers
 
     Returns:
         A `FinetuneResult`: accuracies, and the trained classifier.
@@ -313,7 +319,7 @@ def finetune(
     asked = _arguments(locals())
     from sparkmim.training.finetune import run_finetuning
 
-    return run_finetuning(asked, _given.get(), callbacks, loggers)
+    return run_finetuning(asked, _given.get(), callbacks, _objects(loggers))
 
 
 @_command
@@ -369,7 +375,7 @@ def detect(
     save_minutes: float = 10.0,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
-    loggers: Sequence[Any] = (),
+    loggers: Sequence[str | Any] = ("tensorboard",),
 ) -> DetectResult:
     """Train a detector, with instance masks if there are any, from pretrained weights or from scratch.
 
@@ -429,7 +435,7 @@ def detect(
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
         log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
-        loggers: further Lightning loggers, beside TensorBoard's (from Python)
+        loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers
 
     Returns:
         A `DetectResult`: COCO's figures, and the trained detector.
@@ -446,7 +452,7 @@ def detect(
         return use_detector(**_taken(asked, use_detector))
     from sparkmim.training.detect import run_detection
 
-    return run_detection(asked, _given.get(), callbacks, loggers)
+    return run_detection(asked, _given.get(), callbacks, _objects(loggers))
 
 
 @_command
@@ -501,7 +507,7 @@ def segment(
     save_minutes: float = 10.0,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
-    loggers: Sequence[Any] = (),
+    loggers: Sequence[str | Any] = ("tensorboard",),
 ) -> SegmentResult:
     """Train a network that predicts the class of each pixel, from pretrained weights or from scratch.
 
@@ -560,7 +566,7 @@ def segment(
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
         log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
-        loggers: further Lightning loggers, beside TensorBoard's (from Python)
+        loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers
 
     Returns:
         A `SegmentResult`: mean intersection over union, pixel accuracy, and the trained segmenter.
@@ -577,7 +583,7 @@ def segment(
         return use_segmenter(**_taken(asked, use_segmenter))
     from sparkmim.training.segment import run_segmentation
 
-    return run_segmentation(asked, _given.get(), callbacks, loggers)
+    return run_segmentation(asked, _given.get(), callbacks, _objects(loggers))
 
 
 @_command

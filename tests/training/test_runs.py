@@ -143,7 +143,7 @@ def test_validation_figures_are_metrics_too(photos: Path, network: str, tmp_path
 
 
 def test_further_loggers_get_the_same_scalars(settings: dict[str, Any], tmp_path: Path) -> None:
-    sparkmim.pretrain(**settings, loggers=[CSVLogger(tmp_path / "csv", name="", version="")])
+    sparkmim.pretrain(**settings, loggers=["tensorboard", CSVLogger(tmp_path / "csv", name="", version="")])
     lines = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
     assert len(lines) == 1 + 8
     assert {"loss", "learning_rate", "images_per_second"} <= set(lines[0].split(","))

@@ -14,19 +14,19 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
-from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
+from torchvision.transforms.v2.functional import to_pil_image
 
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.drawing.pixels import reconstruction_grid
 from sparkmim.files import replacing
 from sparkmim.runs.folder import PICTURES, RunFolder
 from sparkmim.runs.history import Event, History
+from sparkmim.training.loggers import log_picture
 from sparkmim.training.modules import NonFiniteLoss, PretrainModule, ScheduledModule
 from sparkmim.training.plan import Plan
 
@@ -200,10 +200,8 @@ class LoggerFeed:
             self._scalars({f"probe/{average}{name}": v for name, v in event.fields["figures"].items()}, event.step)
         elif event.kind == "picture":
             with Image.open(self.folder.path / event.fields["file"]) as picture:
-                pixels = pil_to_tensor(picture)  # uint8 [3, h, w]
-            for logger in self.trainer.loggers:
-                if isinstance(logger, TensorBoardLogger):
-                    logger.experiment.add_image(event.fields["name"], pixels, event.step)
+                for logger in self.trainer.loggers:
+                    log_picture(logger, event.fields["name"], picture, event.step)
 
     def _scalars(self, values: dict[str, float], step: int) -> None:
         for logger in self.trainer.loggers:

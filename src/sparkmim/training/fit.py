@@ -14,7 +14,6 @@ from typing import Any, Generic
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -39,6 +38,7 @@ from sparkmim.runs.history import History, Kind, logged, read_history, settled_s
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
+from sparkmim.training.loggers import check_loggers, close, identifiers, log_settings, make_loggers
 from sparkmim.training.modules import ScheduledModule
 from sparkmim.training.plan import Plan
 from sparkmim.training.probing import Probe
@@ -157,7 +157,7 @@ def train(
         asked: arguments of the command.
         given: names of the arguments passed explicitly.
         callbacks: further Lightning callbacks.
-        loggers: further Lightning loggers, beside TensorBoard's.
+        loggers: Lightning loggers, beside those that the settings name.
         draw: called at the end of a finished run, for what it leaves; returns what is printed.
 
     Raises:
@@ -168,6 +168,7 @@ def train(
     folder = RunFolder(asked["out"])
     with generators_restored():
         asked, before = begin(training.kind, asked, given, folder)
+        check_loggers(asked["loggers"])
         start = _start_of(asked)
         settings = training.settle(asked, before, start)
         torch.manual_seed(settings.seed)
@@ -229,6 +230,8 @@ def _fit(
     own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
     every = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    own_loggers = make_loggers(settings.loggers, folder, _known_to_loggers(folder) if settings.resume else {})
+    loggers = [*own_loggers, *loggers]
     with ExitStack() as stack:
         stack.enter_context(_intended())
         trainer = pl.Trainer(
@@ -243,7 +246,7 @@ def _fit(
             accumulate_grad_batches=plan.parts,
             use_distributed_sampler=False,
             default_root_dir=folder.path,
-            logger=[TensorBoardLogger(folder.path, name="tensorboard", version=""), *loggers],
+            logger=loggers,
             callbacks=every,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
@@ -256,7 +259,11 @@ def _fit(
             _say_settings(console, settings, prepared.rows)
             stack.enter_context(logged(history, folder.log, lambda: trainer.global_step))
             began: Kind = "resume" if settings.resume else "start"
-            history.add(began, step, steps=plan.steps, settings=settled, environment=found)
+            stack.callback(close, own_loggers)
+            if not settings.resume:  # MLflow refuses other values for those that it has
+                log_settings(loggers, settled)
+            known = identifiers(own_loggers)
+            history.add(began, step, steps=plan.steps, settings=settled, environment=found, loggers=known)
             for key, value in prepared.rows.items():
                 log.info("%s: %s", key, value)
             history.listeners.append(LoggerFeed(trainer, folder))
@@ -347,6 +354,14 @@ def _write_start(
     found = environment(settings.accelerator, settings.world_size)
     folder.write_environment(found, settings.resume)
     return settled, found
+
+
+def _known_to_loggers(folder: RunFolder) -> dict[str, str]:
+    """Returns the identifiers under which the loggers of earlier sessions know a run."""
+    known: dict[str, str] = {}
+    for event in read_history(folder.history) if folder.history.is_file() else []:
+        known |= event.fields.get("loggers", {}) if event.kind in ("start", "resume") else {}
+    return known
 
 
 def _step_of(folder: RunFolder) -> int:

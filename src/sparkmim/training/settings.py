@@ -52,9 +52,10 @@ class TrainSettings:
     workers: int
     save_minutes: float
     log_every: int
+    loggers: list[str]
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({
-        "data", "out", "max_unreadable", "resume", "save_minutes", "log_every", *MACHINE,
+        "data", "out", "max_unreadable", "resume", "save_minutes", "log_every", "loggers", *MACHINE,
     })  # fmt: skip
     """Arguments that may differ when a run is resumed: where things are, and what computes."""
 
