@@ -23,13 +23,14 @@ from sparkmim.cli import main
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
 SMALL = ("--image-size", 32, "--patch-size", 8, "--decoder-width", 16, "--batch-size", 8, "--warmup-epochs", 1,
-         "--learning-rate", 0.5, "--workers", 2, "--log-every", 1, "--precision", "32-true")  # fmt: skip
+         "--learning-rate", 0.5, "--workers", 2, "--log-every", 1, "--precision", "32-true",
+         "--val-split", 0)  # fmt: skip
 
 
-def losses(out: Path) -> dict[int, float]:
+def losses(out: Path, name: str = "loss") -> dict[int, float]:
     events = EventAccumulator(str(out / "tensorboard"))
     events.Reload()
-    return {event.step: event.value for event in events.Scalars("loss")}
+    return {event.step: event.value for event in events.Scalars(name)}
 
 
 def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
@@ -159,7 +160,7 @@ if __name__ == "__main__":
     sparkmim.pretrain(
         data=sys.argv[1], model=sys.argv[2], out=sys.argv[3], image_size=32, patch_size=8, decoder_width=16,
         batch_size=8, epochs=3, warmup_epochs=1, learning_rate=0.5, workers=0, log_every=1, precision="32-true",
-        picture_every=0, devices=int(sys.argv[4]), callbacks=[EvalBatchNorm()],
+        picture_every=0, devices=int(sys.argv[4]), val_split=0.25, callbacks=[EvalBatchNorm()],
     )
 """
 
@@ -183,7 +184,10 @@ def test_two_processes_train_as_one(photos: Path, network: str, tmp_path: Path, 
         done = run(command, tmp_path, **environment)
         assert done.returncode == 0, done.stderr
     one, two = losses(tmp_path / "one"), losses(tmp_path / "two")
-    assert list(one) == list(two) == list(range(1, 10))
+    assert list(one) == list(two) == list(range(1, 7))
+    assert two == pytest.approx(one, rel=1e-5)
+    one, two = (losses(tmp_path / name, "val/loss") for name in ("one", "two"))
+    assert list(one) == list(two) == [0, 2, 4, 6]
     assert two == pytest.approx(one, rel=1e-5)
 
 

@@ -20,7 +20,8 @@ from sparkmim.runs.history import read_history, settled_settings
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
-RUN = ("--warmup-epochs", 1, "--workers", 0, "--log-every", 1, "--precision", "32-true", "--picture-every", 2)
+RUN = ("--warmup-epochs", 1, "--workers", 0, "--log-every", 1, "--precision", "32-true", "--picture-every", 2,
+       "--val-split", 0)  # fmt: skip
 
 
 def smooth(generator: np.random.Generator, channels: int, *size: int) -> Any:

@@ -31,7 +31,7 @@ from sparkmim.runs.run import Run
 
 SMALL: dict[str, Any] = {
     "image_size": 32, "patch_size": 8, "decoder_width": 16, "batch_size": 8, "epochs": 2, "warmup_epochs": 1,
-    "workers": 0, "log_every": 1, "picture_every": 1, "precision": "32-true",
+    "workers": 0, "log_every": 1, "picture_every": 1, "precision": "32-true", "val_split": 0.0,
 }  # fmt: skip
 
 

@@ -34,7 +34,7 @@ def settings(photos: Path, network: str, tmp_path: Path) -> dict[str, Any]:
     return {
         "data": str(photos), "model": network, "out": tmp_path / "run", "image_size": 32, "patch_size": 8,
         "decoder_width": 16, "batch_size": 8, "epochs": 4, "warmup_epochs": 1, "workers": 0, "log_every": 2,
-        "picture_every": 2, "precision": "32-true",
+        "picture_every": 2, "precision": "32-true", "val_split": 0.0,
     }  # fmt: skip
 
 
