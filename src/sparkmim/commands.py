@@ -150,7 +150,7 @@ def pretrain(
         decoder: spark (hierarchical) or fcmae (the single block of ConvNeXt V2)
         decoder_width: channels of the decoder at the deepest map; None for the recipe's, 512 for fcmae
         drop_path: stochastic depth rate, for networks that have it
-        epochs: passes over the data
+        epochs: passes over the data; a run that is resumed may be made longer
         batch_size: images per optimiser step, over all processes; a recipe's value shrinks to fit small data sets
         accumulate: batches per optimiser step, to save memory
         optimizer: lamb or adamw

@@ -30,6 +30,7 @@ from sparkmim.machine import device_named
 from sparkmim.results import PretrainResult
 from sparkmim.runs.history import read_history, settled_settings
 from sparkmim.training.modules import NonFiniteLoss
+from sparkmim.training.schedules import learning_rate
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
 
@@ -236,6 +237,22 @@ def test_the_held_out_loss_of_a_resumed_run(photos: Path, network: str, tmp_path
     sparkmim.pretrain(out=tmp_path / "part", resume=True)
     assert same_weights(tmp_path / "whole", tmp_path / "part")
     assert validations(tmp_path / "whole") == validations(tmp_path / "part")
+
+
+def test_a_run_is_made_longer(photos: Path, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The rest follows the schedule of the new length."""
+    out = tmp_path / "run"
+    pretrain(photos, network, out, callbacks=[StopAt(6)])
+    longer = sparkmim.pretrain(out=out, resume=True, epochs=8)
+    assert "the run has 24 steps now, instead of 12: its learning rate goes from " in capsys.readouterr().err
+    assert (longer.step, longer.finished) == (24, True)
+    rates = scalars(out, "learning_rate")
+    for step, rate in rates.items():
+        length = 12 if step <= 6 else 24
+        assert rate == pytest.approx(learning_rate(step - 1, length, 3, 0.5 * 8 / 256), rel=1e-5)
+    assert sparkmim.pretrain(out=out, resume=True, epochs=10).step == 30  # also after its end
+    with pytest.raises(ValueError, match=r"stands at step 30, and epochs 2 are 6 steps; give 10 epochs or more"):
+        sparkmim.pretrain(out=out, resume=True, epochs=2)
 
 
 def test_a_run_from_before_images_were_set_apart_goes_on_with_all(photos: Path, network: str, tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def _skipped(unreadable: list[str]) -> dict[str, Any] | None:
 _GROUPS = {
     "Data": (
         "data", "val_data", "val_split", "image_size", "channels", "mean", "std", "max_unreadable", "crop_scale",
-        "flip", "augment", "erase", "mixup", "cutmix", "smoothing", "repeats", "eval_crop",
+        "flip", "augment", "erase", "mixup", "cutmix", "smoothing", "repeats", "eval_crop", "probe",
     ),
     "Network": (
         "model", "weights", "init_weights", "freeze", "stages", "feature_modules", "patch_size", "mask_ratio",
@@ -371,8 +371,8 @@ _GROUPS = {
         "loss", "ema", "seed",
     ),
     "Machine and files": (
-        "out", "accelerator", "devices", "num_nodes", "precision", "channels_last", "workers", "save_minutes",
-        "log_every", "picture_every", "eval_every",
+        "out", "accelerator", "devices", "num_nodes", "precision", "channels_last", "checkpoint_gradients", "compile",
+        "workers", "save_minutes", "keep_best", "loggers", "log_every", "picture_every", "probe_every", "eval_every",
     ),
 }  # fmt: skip
 

@@ -34,7 +34,7 @@ from sparkmim.machine import generators_restored, is_main_process
 from sparkmim.runs.config import open_value
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
-from sparkmim.runs.history import History, Kind, logged, read_history, settled_settings
+from sparkmim.runs.history import Event, History, Kind, logged, read_history, settled_settings
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
@@ -254,9 +254,16 @@ def _fit(
             log_every_n_steps=1,
         )
         step = _step_of(folder) if settings.resume else 0
+        if plan.steps < step:
+            raise UserError(
+                f"the run in {folder.path} stands at step {step}, and epochs {settings.epochs:g} are {plan.steps} "
+                f"steps; give {step / plan.steps_per_epoch:.4g} epochs or more"
+            )
         if main:
             settled, found = _write_start(settings, asked, folder)
             _say_settings(console, settings, prepared.rows)
+            if settings.resume:
+                _say_length(console, module, folder, step)
             stack.enter_context(logged(history, folder.log, lambda: trainer.global_step))
             began: Kind = "resume" if settings.resume else "start"
             stack.callback(close, own_loggers)
@@ -359,9 +366,15 @@ def _write_start(
 def _known_to_loggers(folder: RunFolder) -> dict[str, str]:
     """Returns the identifiers under which the loggers of earlier sessions know a run."""
     known: dict[str, str] = {}
-    for event in read_history(folder.history) if folder.history.is_file() else []:
-        known |= event.fields.get("loggers", {}) if event.kind in ("start", "resume") else {}
+    for event in _beginnings(folder):
+        known |= event.fields.get("loggers", {})
     return known
+
+
+def _beginnings(folder: RunFolder) -> list[Event]:
+    """The start and the resumptions of a run."""
+    events = read_history(folder.history) if folder.history.is_file() else []
+    return [event for event in events if event.kind in ("start", "resume")]
 
 
 def _step_of(folder: RunFolder) -> int:
@@ -411,6 +424,23 @@ def _say_settings(console: Console, settings: TrainSettings, rows: Mapping[str, 
     for key, value in {**rows, "device": device, "run folder": settings.out}.items():
         table.add_row(f"[bold]{key}", value)
     console.print(table)
+
+
+def _say_length(console: Console, module: ScheduledModule, folder: RunFolder, step: int) -> None:
+    """Says what becomes of the learning rate, if a resumed run is to have another length than before."""
+    before = next((event.fields["steps"] for event in reversed(_beginnings(folder)) if event.fields["steps"]), None)
+    now = module.settings
+    if before is None or before == now.steps:
+        return
+    rate = module.rate_at(step)
+    module.settings = replace(now, steps=before)
+    stood = module.rate_at(min(step, before - 1))
+    module.settings = now
+    said = (
+        f"the run has {now.steps} steps now, instead of {before}: its learning rate goes from {stood:.3g} to {rate:.3g}"
+    )
+    console.print(said)
+    log.info(said)
 
 
 def _say_end(console: Console, finished: Finished[S], draw: Callable[[Finished[S]], Sequence[Any]]) -> None:

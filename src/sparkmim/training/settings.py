@@ -103,8 +103,8 @@ class PretrainSettings(TrainSettings):
     picture_every: int
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {
-        "val_data", "probe", "probe_every", "keep_best", "init_weights", "picture_every", "checkpoint_gradients",
-        "compile",
+        "epochs", "val_data", "probe", "probe_every", "keep_best", "init_weights", "picture_every",
+        "checkpoint_gradients", "compile",
     }  # fmt: skip
 
 
