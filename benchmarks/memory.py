@@ -22,7 +22,7 @@ from rich.table import Table
 
 from measure import peak_memory, provenance
 from sparkmim.machine import keep_freed_memory
-from step import OURS, Work
+from step import OURS, SAVING, Work
 
 CASES = ("resnet18:256", "resnet50:256", "resnet50:768", "convnext_tiny:256", "convnext_small:768")
 BATCHES = (16, 32)
@@ -39,8 +39,8 @@ def main() -> None:
     if args.one:
         case, precision, saving, batch = args.one
         name, _, width = case.partition(":")
-        settings = int(width), precision == "bfloat16", "cpu", int(batch), args.size, 0.6, saving == "True"
-        work = Work(OURS, name, *settings)
+        way = SAVING if saving == "True" else OURS
+        work = Work(way, name, int(width), precision == "bfloat16", "cpu", int(batch), args.size, 0.6)
         keep_freed_memory()
         print(peak_memory(work.step, "cpu"), sum(p.numel() for p in work.model.parameters()))
         return

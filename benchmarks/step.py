@@ -4,9 +4,10 @@
 
 A step is forward and backward of `SparK`, without the optimiser. "Masked dense" computes encoder, densify and decoder
 on whole maps, with every layer of the encoder masked: in PyTorch's default memory format, as other implementations ship
-it, and in channels-last. All ways take turns, round by round; the best round counts. Peak memory is that of one step
-above what the process held before it: weights and optimiser state are not counted, gradients are. Each way is measured
-in a process of its own (CPU), or by the allocator (CUDA). Freed memory is kept for the next step, as in training.
+it, and in channels-last. `--ways` also takes sparkmim with an option. All ways take turns, round by round; the best
+round counts. Peak memory is that of one step above what the process held before it: weights and optimiser state are not
+counted, gradients are. Each way is measured in a process of its own (CPU), or by the allocator (CUDA). Freed memory is
+kept for the next step, as in training.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from sparkmim.models.spark import reconstruction_loss
 from sparkmim.sparse import MaskedDense, PatchLayout, pack
 
 NCHW, CHANNELS_LAST, OURS = WAYS = ("masked dense", "masked dense, channels-last", "sparkmim")
+SAVING, COMPILED = OPTIONS = ("sparkmim, checkpoint-gradients", "sparkmim, compile")
 PARTS = ("step", "encoder", "densify", "decoder")
 CASES = (("resnet50", 768), ("resnet50", 256), ("convnext_small", 768))
 
@@ -41,14 +43,14 @@ class Work:
     """A model with a batch of images and a mask, and the ways to compute it."""
 
     def __init__(
-        self, way: str, name: str, width: int, bfloat16: bool, device: str, batch: int, size: int, mask_ratio: float,
-        checkpoint_gradients: bool = False,
-    ) -> None:  # fmt: skip
+        self, way: str, name: str, width: int, bfloat16: bool, device: str, batch: int, size: int, mask_ratio: float
+    ) -> None:
         torch.manual_seed(0)
         memory_format = torch.contiguous_format if way == NCHW else torch.channels_last
-        self.dense = way != OURS
-        model = SparK(name, size, mask_ratio, decoder_width=width, checkpoint_gradients=checkpoint_gradients)
+        self.dense = way in (NCHW, CHANNELS_LAST)
+        model = SparK(name, size, mask_ratio, decoder_width=width, checkpoint_gradients=way == SAVING)
         self.model = model.to(device, memory_format=memory_format)
+        self.compute = torch.compile(self.model.forward, dynamic=False) if way == COMPILED else self.model
         self.autocast = partial(torch.autocast, device, torch.bfloat16, enabled=bfloat16)
         dtype = torch.bfloat16 if bfloat16 else torch.float32
         self.images = torch.randn(batch, 3, size, size, device=device).to(memory_format=memory_format)
@@ -100,7 +102,7 @@ class Work:
             loss = reconstruction_loss(prediction, self.images, self.layout)
         else:
             with self.autocast():
-                loss = self.model(self.images, self.visible).loss
+                loss = self.compute(self.images, self.visible).loss
         loss.backward()
         self.model.zero_grad(set_to_none=True)
 
@@ -154,7 +156,7 @@ def main() -> None:
     cases = [f"{name}:{width}" for name, width in CASES]
     parser.add_argument("--cases", nargs="+", default=cases, help="NETWORK:DECODER_WIDTH")
     parser.add_argument("--precisions", nargs="+", help="default: float32, and bfloat16 where the hardware has it")
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS)
+    parser.add_argument("--ways", nargs="+", choices=(*WAYS, *OPTIONS), default=WAYS)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--size", type=int, default=224)
