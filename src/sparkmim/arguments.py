@@ -162,6 +162,7 @@ CHECKS: dict[str, Check] = {
     "iterations": COUNT,
     "jitter": SHARE,
     "k": COUNT,
+    "keep_every": COUNT,
     "layer_decay": Range(0, 1, above=True, hint="1 for none"),
     "learning_rate": POSITIVE,
     "limit": COUNT,

@@ -80,6 +80,7 @@ def pretrain(
     probe: str | Any | None = None,
     probe_every: float | None = None,
     keep_best: Literal["val_loss", "probe"] | None = None,
+    keep_every: int | None = None,
     image_size: int | list[int] = 224,
     patch_size: int | None = None,
     channels: int = 3,
@@ -141,6 +142,7 @@ def pretrain(
             or (from Python) a dataset of (image, label)
         probe_every: epochs between probes; None for as often as 5 % of the time allows
         keep_best: also write the weights that are best by val_loss (the held-out loss) or probe (its linear classifier)
+        keep_every: epochs between weights and checkpoints that are kept; None to keep the last alone
         image_size: side in pixels, or one size per axis: [height, width], [length] of signals, [depth, height, width]
         patch_size: side of a patch, a multiple of the network's total stride; None for that stride
         channels: image channels; other than 1 or 3 for arrays only

@@ -239,6 +239,29 @@ def test_the_held_out_loss_of_a_resumed_run(photos: Path, network: str, tmp_path
     assert validations(tmp_path / "whole") == validations(tmp_path / "part")
 
 
+def test_weights_and_checkpoints_are_kept(photos: Path, network: str, tmp_path: Path) -> None:
+    """Each is what a run of that length in the same schedule had then."""
+    out = tmp_path / "run"
+    pretrain(photos, network, out, keep_every=2, ema=0.9, val_split=0.2, keep_best="val_loss", epochs=6)
+    kept = [f"{name}_epoch{epoch:04d}" for name in ("encoder", "spark") for epoch in (2, 4, 6)]
+    kept += [name.replace("_", "_ema_") for name in kept]
+    last = [name.rpartition("_")[0] for name in kept if name.endswith("6")]
+    best = {path.stem for path in (out / "weights").glob("*_best.safetensors")}
+    assert {path.stem for path in (out / "weights").iterdir()} - best == {*kept, *last}
+    one, two = (load_file(out / "weights" / f"spark{end}.safetensors") for end in ("", "_epoch0006"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
+        "epoch0002.ckpt", "epoch0004.ckpt", "epoch0006.ckpt", "last.ckpt",
+    ]  # fmt: skip
+    part = pretrain(photos, network, tmp_path / "part", ema=0.9, val_split=0.2, epochs=6, callbacks=[StopAt(8)])
+    assert part.step == 8
+    early, stopped = (
+        load_file(path / "weights" / name)
+        for path, name in ((out, "spark_epoch0004.safetensors"), (tmp_path / "part", "spark.safetensors"))
+    )
+    assert all(torch.equal(early[name], stopped[name]) for name in early)
+
+
 def test_a_run_is_made_longer(photos: Path, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The rest follows the schedule of the new length."""
     out = tmp_path / "run"

@@ -372,7 +372,8 @@ _GROUPS = {
     ),
     "Machine and files": (
         "out", "accelerator", "devices", "num_nodes", "precision", "channels_last", "checkpoint_gradients", "compile",
-        "workers", "save_minutes", "keep_best", "loggers", "log_every", "picture_every", "probe_every", "eval_every",
+        "workers", "save_minutes", "keep_best", "keep_every", "loggers", "log_every", "picture_every", "probe_every",
+        "eval_every",
     ),
 }  # fmt: skip
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import sys
 import time
@@ -284,11 +285,16 @@ class Abandon(BaseException):
     """Leaves training at once, on a second Ctrl-C; Lightning would end the process on a `KeyboardInterrupt`."""
 
 
+_KEPT = re.compile(r"_best$|_epoch\d+$")
+"""Ends of the names of weight files that are not of the last step."""
+
+
 class Keeper(StepCallback):
     """Saves checkpoints and weights: every few minutes, at the end, and before leaving on Ctrl-C or SIGTERM.
 
     A checkpoint is written beside the old one and then replaces it. A second Ctrl-C leaves at once. `write_weights`
-    writes the weight files, given the optimiser steps done.
+    writes the weight files, given the optimiser steps done. What is saved at multiples of `keep_steps` is kept under
+    the number of its epoch.
     """
 
     def __init__(
@@ -298,8 +304,10 @@ class Keeper(StepCallback):
         minutes: float,
         write_weights: Callable[[int], None],
         monitor: Monitor,
+        keep_steps: int | None = None,
     ) -> None:
         super().__init__()
+        self.keep_steps = keep_steps
         self.history = history
         self.folder = folder
         self.minutes = minutes
@@ -345,8 +353,11 @@ class Keeper(StepCallback):
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         stop, due = self._agreed(self.signal is not None, time.monotonic() - self._saved > 60 * self.minutes)
-        if step == trainer.max_steps or stop or due:
+        kept = self.keep_steps is not None and step % self.keep_steps == 0
+        if step == trainer.max_steps or stop or due or kept:
             self.save(trainer, step)
+        if kept and trainer.is_global_zero:
+            self.keep(step // self.monitor.plan.steps_per_epoch)
         if step == trainer.max_steps or stop:
             self.history.add("finish" if step == trainer.max_steps else "stop", step)
             trainer.should_stop = self._ended = True
@@ -385,6 +396,14 @@ class Keeper(StepCallback):
             self.write_weights(step)
             self.history.add("checkpoint", step)
         self._saved = time.monotonic()
+
+    def keep(self, epoch: int) -> None:
+        """Gives the files of the last save a second name, with the number of an epoch."""
+        written = [path for path in self.folder.weights.glob("*.safetensors") if not _KEPT.search(path.stem)]
+        names = {path: f"{path.stem}_epoch{epoch:04d}{path.suffix}" for path in written}
+        for path, name in {**names, self.folder.checkpoint: f"epoch{epoch:04d}.ckpt"}.items():
+            with replacing(path.with_name(name)) as partial:
+                shutil.copyfile(path, partial)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._ended and self._seen:  # another callback, such as EarlyStopping, has ended the run

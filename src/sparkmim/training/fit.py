@@ -225,10 +225,13 @@ def _fit(
     skipped = SkipLog(settings.max_unreadable, epoch_size=len(images))
     monitor = Monitor(history, plan, settings.log_every, folder.checkpoint, skipped)
     ema = Ema(module, settings.ema) if settings.ema else None
-    keeper = Keeper(history, folder, settings.save_minutes, _writer(prepared, folder, ema, history), monitor)
+    every = getattr(settings, "keep_every", None)
+    keep_steps = None if every is None else every * plan.steps_per_epoch
+    write = _writer(prepared, folder, ema, history)
+    keeper = Keeper(history, folder, settings.save_minutes, write, monitor, keep_steps)
     pictures = prepared.pictures(history, folder) if prepared.pictures else None
     own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
-    every = [*(callback for callback in own if callback), *callbacks, keeper]
+    together = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     own_loggers = make_loggers(settings.loggers, folder, _known_to_loggers(folder) if settings.resume else {})
     loggers = [*own_loggers, *loggers]
@@ -247,7 +250,7 @@ def _fit(
             use_distributed_sampler=False,
             default_root_dir=folder.path,
             logger=loggers,
-            callbacks=every,
+            callbacks=together,
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,

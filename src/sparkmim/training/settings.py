@@ -82,6 +82,7 @@ class PretrainSettings(TrainSettings):
     probe: Any
     probe_every: float | None
     keep_best: Any
+    keep_every: int | None
     init_weights: str | None
     image_size: int | list[int]
     patch_size: int | None
@@ -103,7 +104,7 @@ class PretrainSettings(TrainSettings):
     picture_every: int
 
     MAY_CHANGE: ClassVar[frozenset[str]] = TrainSettings.MAY_CHANGE | {
-        "epochs", "val_data", "probe", "probe_every", "keep_best", "init_weights", "picture_every",
+        "epochs", "val_data", "probe", "probe_every", "keep_best", "keep_every", "init_weights", "picture_every",
         "checkpoint_gradients", "compile",
     }  # fmt: skip
 
