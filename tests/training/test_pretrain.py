@@ -443,8 +443,8 @@ def test_nothing_is_overwritten(photos: Path, network: str, tmp_path: Path) -> N
     before = (out / "config.yaml").read_bytes()
     with pytest.raises(ValueError, match=r"already holds a run; continue it with --resume"):
         pretrain(photos, network, out, epochs=2)
-    with pytest.raises(ValueError, match="epochs is 1 there and 7 here"):
-        sparkmim.pretrain(out=out, resume=True, epochs=7)
+    with pytest.raises(ValueError, match="decoder_width is 16 there and 32 here"):
+        sparkmim.pretrain(out=out, resume=True, decoder_width=32)
     assert (out / "config.yaml").read_bytes() == before
     other = tmp_path / "other"
     other.mkdir()
