@@ -130,6 +130,7 @@ def test_mlflow(settings: dict[str, Any]) -> None:
     assert len(client.get_metric_history(run, "val/loss")) == len(held_out(out))
     assert client.get_run(run).data.params["mask_ratio"] == "0.6"
     assert client.list_artifacts(run, PICTURES)
+    assert list((out / "mlflow").rglob("*.png"))
 
 
 def test_from_the_shell(cli: Cli, settings: dict[str, Any]) -> None:

@@ -42,8 +42,11 @@ def make_loggers(names: Sequence[str], folder: RunFolder, known: Mapping[str, st
                 folder.path.name, folder.path, project=_PROJECT, version=known.get(name), resume="allow",
             ))  # fmt: skip
         elif name == "mlflow":
-            server = os.environ.get("MLFLOW_TRACKING_URI", f"sqlite:///{folder.path.absolute() / 'mlflow.db'}")
-            made.append(MLFlowLogger(_PROJECT, folder.path.name, server, run_id=known.get(name)))
+            own, server = folder.path.absolute(), os.environ.get("MLFLOW_TRACKING_URI")
+            files = None if server else (own / "mlflow").as_uri()  # by default, MLflow puts them where it is called
+            server = server or f"sqlite:///{own / 'mlflow.db'}"
+            named = known.get(name)
+            made.append(MLFlowLogger(_PROJECT, own.name, server, artifact_location=files, run_id=named))
     return made
 
 
