@@ -34,22 +34,21 @@ def main() -> None:
     parser.add_argument("--cases", nargs="+", default=CASES, help="NETWORK:DECODER_WIDTH")
     parser.add_argument("--size", type=int, default=224)
     parser.add_argument("--json", type=Path)
-    parser.add_argument("--one", nargs=4, metavar=("CASE", "PRECISION", "SAVING", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, metavar=("CASE", "PRECISION", "WAY", "BATCH"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        case, precision, saving, batch = args.one
+        case, precision, way, batch = args.one
         name, _, width = case.partition(":")
-        way = SAVING if saving == "True" else OURS
         work = Work(way, name, int(width), precision == "bfloat16", "cpu", int(batch), args.size, 0.6)
         keep_freed_memory()
         print(peak_memory(work.step, "cpu"), sum(p.numel() for p in work.model.parameters()))
         return
 
     rows = []
-    for case, precision, saving in itertools.product(args.cases, ("float32", "bfloat16"), (False, True)):
+    for case, precision, way in itertools.product(args.cases, ("float32", "bfloat16"), (OURS, SAVING)):
         peaks = []
         for batch in BATCHES:
-            command = [sys.executable, *sys.argv, "--one", case, precision, str(saving), str(batch)]
+            command = [sys.executable, *sys.argv, "--one", case, precision, way, str(batch)]
             out = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1]
             peaks.append(float(out.split()[0]))
             parameters = int(out.split()[1])
@@ -57,7 +56,7 @@ def main() -> None:
         fixed = peaks[0] - image * BATCHES[0] + 3 * 4 * parameters  # gradients are in the peak
         fits = {gb: max(0, int((0.9 * gb * 1e9 - fixed) / image)) for gb in GIGABYTES}
         rows.append({
-            "case": case, "precision": precision, "checkpoint_gradients": saving, "bytes_per_image": image,
+            "case": case, "precision": precision, "checkpoint_gradients": way == SAVING, "bytes_per_image": image,
             "fixed_bytes": fixed, "fits": fits,
         })  # fmt: skip
 

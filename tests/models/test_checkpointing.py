@@ -186,7 +186,7 @@ def test_a_part_that_changes_its_input_is_refused() -> None:
     first = nn.Sequential(nn.SiLU(inplace=True), nn.Conv2d(8, 8, 3, 2, 1))
     network = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), first)
     model = SparK(network, 32, decoder_width=16, checkpoint_gradients=True)
-    with pytest.raises(ValueError, match="the input of module 1 is changed in place, .* without inplace=True"):
+    with pytest.raises(ValueError, match="module 1 changes its input in place, .* without inplace=True"):
         model(torch.randn(2, 3, 32, 32))
 
 
@@ -209,5 +209,5 @@ class Late(nn.Module):
 
 def test_a_change_after_the_part_is_refused() -> None:
     model = SparK(Late(), 32, decoder_width=16, checkpoint_gradients=True)
-    with pytest.raises((ValueError, RuntimeError), match="in ?place"):  # by us or by PyTorch, whoever is first
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         model(torch.randn(2, 3, 32, 32)).loss.backward()

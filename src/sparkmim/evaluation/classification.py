@@ -15,7 +15,7 @@ from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from sparkmim.errors import UnusableData
-from sparkmim.evaluation.scores import evaluation_mode
+from sparkmim.evaluation.scores import evaluation_mode, readable, sum_over_processes
 
 
 @dataclass(frozen=True)
@@ -68,19 +68,16 @@ def score_classifier(
     metrics = MetricCollection({"top1": top1, "top5": top5, "confusion": confusions}, compute_groups=False).to(device)
     total = torch.zeros(2, device=device)  # sum of losses, number of images
     with evaluation_mode(model):
-        for batch in batches:
-            real = batch["skipped"] == 0
-            if not real.any():
-                continue
-            images, labels = batch["image"][real].to(device), batch["label"][real].to(device)
+        for batch in readable(batches):
+            images, labels = batch["image"].to(device), batch["label"].to(device)
             with precision():
                 logits: Tensor = model(images)
             logits = logits.float()
             metrics.update(logits, labels)
-            total += torch.stack([nn.functional.cross_entropy(logits, labels, reduction="sum"), real.sum().to(device)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    if not total[1]:
+            total += torch.stack(
+                [nn.functional.cross_entropy(logits, labels, reduction="sum"), total.new_tensor(len(images))]
+            )
+    if not sum_over_processes(total)[1]:
         raise UnusableData("none of the validation images could be read")
     found = metrics.compute()
     confusion = found["confusion"].cpu()

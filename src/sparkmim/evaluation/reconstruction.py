@@ -11,7 +11,7 @@ import torch
 from rich.table import Table
 
 from sparkmim.errors import UnusableData
-from sparkmim.evaluation.scores import evaluation_mode
+from sparkmim.evaluation.scores import evaluation_mode, readable, sum_over_processes
 from sparkmim.models import SparK
 
 
@@ -56,16 +56,12 @@ def score_reconstruction(
     """
     total = torch.zeros(2, device=device)  # sum of losses, number of images
     with evaluation_mode(model):
-        for batch in batches:
-            real = batch["skipped"] == 0
-            if not real.any():
-                continue
+        for batch in readable(batches):
+            count = len(batch["image"])
             with precision():
-                loss = model(batch["image"][real].to(device), batch["visible"][real]).loss
+                loss = model(batch["image"].to(device), batch["visible"]).loss
             # Every image has as many hidden patches, so means of batches are weighted by images.
-            total += torch.stack([loss.float() * real.sum(), real.sum().to(device)])
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(total)
-    if not total[1]:
+            total += torch.stack([loss.float() * count, total.new_tensor(count)])
+    if not sum_over_processes(total)[1]:
         raise UnusableData("none of the held-out images could be read")
     return ReconstructionScores((total[0] / total[1]).item())

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from rich.table import Table
-from torch import nn
+from torch import Tensor, nn
 
 from sparkmim.files import replacing
 
@@ -41,6 +42,21 @@ def write_metrics(folder: Path, content: Mapping[str, Any]) -> None:
     """Writes `metrics.json` into a folder."""
     with replacing(folder / "metrics.json") as partial:
         partial.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def readable(batches: Iterable[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Leaves images out that stand in for unreadable ones (`skipped` above 0), and batches that hold nothing else."""
+    for batch in batches:
+        real = batch["skipped"] == 0
+        if real.any():
+            yield {name: value[real] for name, value in batch.items() if isinstance(value, Tensor)}
+
+
+def sum_over_processes(total: Tensor) -> Tensor:
+    """Sums a tensor over all processes, in place; returns it."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(total)
+    return total
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -30,7 +30,8 @@ def checkpointing(network: nn.Module) -> Iterator[None]:
     so.
 
     Raises:
-        UserError: within the context or in the backward pass, if the input of a part is changed in place.
+        UserError: within the context, if a part changes its input in place. If something else does so later, PyTorch
+            raises a RuntimeError in the backward pass.
     """
     within = False
 
@@ -83,18 +84,19 @@ def _checkpointed(name: str, modules: list[nn.Module], function: Callable[..., A
     def compute(*_: Any) -> Any:
         nonlocal again
         if again:
-            _check(name, tensors, versions)
             positional, named = _copied(given)
             return function(*positional, **named)
         again = True
         return function(*args, **kwargs)
 
     buffers = _Buffers(modules)
-    contexts: Callable[[], tuple[AbstractContextManager[Any], AbstractContextManager[Any]]]
-    contexts = lambda: (nullcontext(), buffers)  # noqa: E731
-    # PyTorch restores the random generators of the devices that it finds among the arguments.
-    result = checkpoint(compute, *tensors, use_reentrant=False, context_fn=contexts)
-    _check(name, tensors, versions)
+    # PyTorch restores the random generators of the devices of the arguments, and refuses arguments changed in place.
+    result = checkpoint(compute, *tensors, use_reentrant=False, context_fn=lambda: (nullcontext(), buffers))
+    if _versions(tensors) != versions:
+        raise UserError(
+            f"module {name} changes its input in place, and cannot compute from it again; build the network without "
+            "inplace=True, or leave checkpoint_gradients out"
+        )
     return result
 
 
@@ -130,15 +132,6 @@ def _versions(tensors: Iterable[Tensor]) -> list[int]:
     """Returns how often tensors were changed in place."""
     with DisableTorchFunctionSubclass():
         return [tensor._version for tensor in tensors]
-
-
-def _check(name: str, tensors: Iterable[Tensor], versions: list[int]) -> None:
-    """Raises a `UserError` if tensors were changed in place since they had these versions."""
-    if _versions(tensors) != versions:
-        raise UserError(
-            f"the input of module {name} is changed in place, so the module cannot compute from it again; build the "
-            "network without inplace=True, or leave checkpoint_gradients out"
-        )
 
 
 def _parts(network: nn.Module) -> dict[nn.Module, str]:

@@ -183,6 +183,11 @@ def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[Non
             handler.close()
 
 
+def beginnings(events: Sequence[Event]) -> list[Event]:
+    """Returns the start and the resumptions."""
+    return [event for event in events if event.kind in ("start", "resume")]
+
+
 def settled_settings(events: Sequence[Event]) -> Mapping[str, Any]:
     """Returns the settings of the last start or resumption; empty if there is none."""
-    return next((event.fields["settings"] for event in reversed(events) if event.kind in ("start", "resume")), {})
+    return next((event.fields["settings"] for event in reversed(beginnings(events))), {})

@@ -200,9 +200,9 @@ class Chart:
 
 def _charts(run: Run) -> list[Chart]:
     pretraining = _kind(run) == "Pretraining"
-    charts = {**_PRETRAINING_CHARTS, **_CHARTS, **_PRETRAINING_CHARTS} if pretraining else _CHARTS.copy()
-    if pretraining:
-        del charts["Validation loss"]
+    charts = dict(_PRETRAINING_CHARTS) if pretraining else {}
+    drawn = {name for _, names in charts.values() for name in names}
+    charts.update({title: chart for title, chart in _CHARTS.items() if not drawn & chart[1].keys()})
     known = _NO_CHARTS.union(*(names for _, names in charts.values()))
     charts.update({name: ("number", {name: ""}) for name in run.curves if name not in known})
     found = []

@@ -13,7 +13,7 @@ from typing import Any
 from sparkmim.drawing.charts import Curve
 from sparkmim.errors import UserError
 from sparkmim.runs.folder import PICTURES, RunFolder, read_json
-from sparkmim.runs.history import Event, read_history, settled_settings, without_lost_steps
+from sparkmim.runs.history import Event, beginnings, read_history, settled_settings, without_lost_steps
 from sparkmim.runs.legacy import read_legacy, read_picture
 
 
@@ -77,7 +77,7 @@ class Run:
     @cached_property
     def beginnings(self) -> list[Event]:
         """The start and the resumptions."""
-        return [event for event in self.events if event.kind in ("start", "resume")]
+        return beginnings(self.events)
 
     @property
     def sessions(self) -> list[dict[str, Any]]:

@@ -34,7 +34,7 @@ from sparkmim.machine import generators_restored, is_main_process
 from sparkmim.runs.config import open_value
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
-from sparkmim.runs.history import Event, History, Kind, logged, read_history, settled_settings
+from sparkmim.runs.history import Event, History, Kind, beginnings, logged, read_history, settled_settings
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
@@ -233,7 +233,9 @@ def _fit(
     own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
     together = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    own_loggers = make_loggers(settings.loggers, folder, _known_to_loggers(folder) if settings.resume else {})
+    past = read_history(folder.history) if settings.resume and folder.history.is_file() else []
+    known = {name: found for event in beginnings(past) for name, found in event.fields.get("loggers", {}).items()}
+    own_loggers = make_loggers(settings.loggers, folder, known)
     loggers = [*own_loggers, *loggers]
     with ExitStack() as stack:
         stack.enter_context(_intended())
@@ -265,15 +267,14 @@ def _fit(
         if main:
             settled, found = _write_start(settings, asked, folder)
             _say_settings(console, settings, prepared.rows)
-            if settings.resume:
-                _say_length(console, module, folder, step)
+            _say_length(console, module, past, step)
             stack.enter_context(logged(history, folder.log, lambda: trainer.global_step))
             began: Kind = "resume" if settings.resume else "start"
             stack.callback(close, own_loggers)
             if not settings.resume:  # MLflow refuses other values for those that it has
                 log_settings(loggers, settled)
-            known = identifiers(own_loggers)
-            history.add(began, step, steps=plan.steps, settings=settled, environment=found, loggers=known)
+            named = identifiers(own_loggers)
+            history.add(began, step, steps=plan.steps, settings=settled, environment=found, loggers=named)
             for key, value in prepared.rows.items():
                 log.info("%s: %s", key, value)
             history.listeners.append(LoggerFeed(trainer, folder))
@@ -366,20 +367,6 @@ def _write_start(
     return settled, found
 
 
-def _known_to_loggers(folder: RunFolder) -> dict[str, str]:
-    """Returns the identifiers under which the loggers of earlier sessions know a run."""
-    known: dict[str, str] = {}
-    for event in _beginnings(folder):
-        known |= event.fields.get("loggers", {})
-    return known
-
-
-def _beginnings(folder: RunFolder) -> list[Event]:
-    """The start and the resumptions of a run."""
-    events = read_history(folder.history) if folder.history.is_file() else []
-    return [event for event in events if event.kind in ("start", "resume")]
-
-
 def _step_of(folder: RunFolder) -> int:
     """Optimiser steps done at the last checkpoint."""
     found: Any = torch.load(folder.checkpoint, map_location="cpu", mmap=True, weights_only=True)
@@ -429,21 +416,15 @@ def _say_settings(console: Console, settings: TrainSettings, rows: Mapping[str, 
     console.print(table)
 
 
-def _say_length(console: Console, module: ScheduledModule, folder: RunFolder, step: int) -> None:
+def _say_length(console: Console, module: ScheduledModule, past: Sequence[Event], step: int) -> None:
     """Says what becomes of the learning rate, if a resumed run is to have another length than before."""
-    before = next((event.fields["steps"] for event in reversed(_beginnings(folder)) if event.fields["steps"]), None)
-    now = module.settings
-    if before is None or before == now.steps:
+    before = next((event.fields["steps"] for event in reversed(beginnings(past)) if event.fields["steps"]), None)
+    stood = next((event.fields["learning_rate"] for event in reversed(past) if event.kind == "step"), None)
+    steps = module.settings.steps
+    if before is None or stood is None or before == steps:
         return
-    rate = module.rate_at(step)
-    module.settings = replace(now, steps=before)
-    stood = module.rate_at(min(step, before - 1))
-    module.settings = now
-    said = (
-        f"the run has {now.steps} steps now, instead of {before}: its learning rate goes from {stood:.3g} to {rate:.3g}"
-    )
-    console.print(said)
-    log.info(said)
+    rates = f"its learning rate goes from {stood:.3g} to {module.rate_at(step):.3g}"
+    console.print(f"the run has {steps} steps now, instead of {before}: {rates}")
 
 
 def _say_end(console: Console, finished: Finished[S], draw: Callable[[Finished[S]], Sequence[Any]]) -> None:

@@ -123,8 +123,8 @@ class Probe(StepCallback):
             every = [self._scores(*pair, module.device) for pair in zip(bank, queries, strict=True)]
         self.cost = time.perf_counter() - begun
         for name, model, figures in zip(models, models.values(), every, strict=True):
-            best = max((row["linear"] for row in self.figures), default=-1.0)
-            start = next((row for row in self.figures if row["of"] == name), figures)
+            earlier = [row for row in self.figures if row["of"] == name]
+            best, start = max((row["linear"] for row in earlier), default=-1.0), [*earlier, figures][0]
             self.figures.append({"step": step, "of": name, **figures})
             self.history.add(
                 "probe", step, weights=name, figures=figures, seconds=self.cost,
