@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -60,6 +61,15 @@ def network(tmp_path: Path) -> str:
     path = tmp_path / "my_network.py"
     path.write_text(NETWORK)
     return f"{path}:tiny"
+
+
+@pytest.fixture
+def small_pretraining(photos: Path, network: str) -> dict[str, Any]:
+    """Arguments of a pretraining on all 24 pictures, with 3 steps per epoch."""
+    return {
+        "data": str(photos), "model": network, "image_size": 32, "patch_size": 8, "decoder_width": 16, "batch_size": 8,
+        "epochs": 4, "warmup_epochs": 1, "workers": 0, "precision": "32-true", "val_split": 0.0,
+    }  # fmt: skip
 
 
 @pytest.fixture

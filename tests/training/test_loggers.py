@@ -26,11 +26,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
-def settings(photos: Path, network: str, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "data": str(photos), "model": network, "out": tmp_path / "run", "image_size": 32, "patch_size": 8,
-        "decoder_width": 16, "batch_size": 8, "epochs": 2, "warmup_epochs": 1, "workers": 0, "picture_every": 1,
-        "precision": "32-true", "val_split": 0.34, "log_every": 1,
+def settings(small_pretraining: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    return small_pretraining | {
+        "out": tmp_path / "run", "epochs": 2, "val_split": 0.34, "picture_every": 1, "log_every": 1,
     }  # fmt: skip
 
 

@@ -30,12 +30,8 @@ def labelled(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def settings(photos: Path, network: str, labelled: Path) -> dict[str, Any]:
-    return {
-        "data": str(photos), "model": network, "probe": str(labelled), "image_size": 32, "patch_size": 8,
-        "decoder_width": 16, "batch_size": 8, "epochs": 4, "warmup_epochs": 1, "workers": 0, "picture_every": 0,
-        "precision": "32-true", "val_split": 0.0,
-    }  # fmt: skip
+def settings(small_pretraining: dict[str, Any], labelled: Path) -> dict[str, Any]:
+    return small_pretraining | {"probe": str(labelled), "picture_every": 0}
 
 
 def probes(out: Path) -> list[Event]:

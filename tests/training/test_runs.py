@@ -29,13 +29,9 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard"
 
 
 @pytest.fixture
-def settings(photos: Path, network: str, tmp_path: Path) -> dict[str, Any]:
+def settings(small_pretraining: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
     """A pretraining of 12 steps, 3 per epoch."""
-    return {
-        "data": str(photos), "model": network, "out": tmp_path / "run", "image_size": 32, "patch_size": 8,
-        "decoder_width": 16, "batch_size": 8, "epochs": 4, "warmup_epochs": 1, "workers": 0, "log_every": 2,
-        "picture_every": 2, "precision": "32-true", "val_split": 0.0,
-    }  # fmt: skip
+    return small_pretraining | {"out": tmp_path / "run", "log_every": 2, "picture_every": 2}
 
 
 def events(settings: dict[str, Any], *kinds: str) -> list[tuple[str, int]]:

@@ -30,8 +30,8 @@ TRAIN_IMAGES, TEST_IMAGES = 2000, 1000
 TIME_SHARE = 0.05
 """Share of the time of a run that its probes take, if nothing else is asked for."""
 
-_TEST_SHARE = 1 / 3
-_MAPS = 2
+_TEST_SHARE = 1 / 3  # of labelled images without a part to test on
+_MAPS = 2  # the deepest and the next
 
 
 class Probe(StepCallback):
@@ -124,7 +124,8 @@ class Probe(StepCallback):
         self.cost = time.perf_counter() - begun
         for name, model, figures in zip(models, models.values(), every, strict=True):
             earlier = [row for row in self.figures if row["of"] == name]
-            best, start = max((row["linear"] for row in earlier), default=-1.0), [*earlier, figures][0]
+            best = max((row["linear"] for row in earlier), default=-1.0)
+            start = earlier[0] if earlier else figures
             self.figures.append({"step": step, "of": name, **figures})
             self.history.add(
                 "probe", step, weights=name, figures=figures, seconds=self.cost,
