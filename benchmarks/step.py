@@ -26,12 +26,12 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
+from masked_dense import decode_dense, densify_dense, encode_dense
 from measure import Step, peak_memory, provenance, take_turns
 from sparkmim import SparK
 from sparkmim.machine import has_bfloat16, keep_freed_memory
-from sparkmim.models.decoder import DecoderBlock, Densify
 from sparkmim.models.spark import reconstruction_loss
-from sparkmim.sparse import MaskedDense, PatchLayout, pack
+from sparkmim.sparse import PatchLayout, pack
 
 NCHW, CHANNELS_LAST, OURS = WAYS = ("masked dense", "masked dense, channels-last", "sparkmim")
 SAVING, COMPILED = OPTIONS = ("sparkmim, checkpoint-gradients", "sparkmim, compile")
@@ -69,31 +69,19 @@ class Work:
 
     def encode(self) -> list[Tensor]:
         """Returns dense maps `[B, C_i, H_i, W_i]`, zero where masked; packed ones for sparkmim."""
-        if not self.dense:
-            return self.model.encode_packed(self.images, self.visible)
-        device = self.images.device
-        with MaskedDense(self.visible.to(device)):
-            return [map_ * self.at(map_) for map_ in self.model.hierarchy(self.images * self.at(self.images))]
+        if self.dense:
+            return encode_dense(self.model, self.images, self.layout)
+        return self.model.encode_packed(self.images, self.visible)
 
     def densify(self, maps: Iterable[Tensor]) -> list[Tensor]:
         """Returns dense maps `[B, D_i, H_i, W_i]` of the decoder's width."""
-        if not self.dense:
-            return [densify(map_) for densify, map_ in zip(self.model.densify, maps, strict=True)]
-        return [self.densify_dense(part, map_) for part, map_ in zip(self.model.densify, maps, strict=True)]
-
-    def densify_dense(self, part: Densify, x: Tensor) -> Tensor:
-        with MaskedDense(self.visible.to(x.device)):
-            normed = part.norm(x)
-        return part.project(torch.where(self.at(x), normed, part.mask_token.to(normed.dtype)))
+        if self.dense:
+            return densify_dense(self.model, maps, self.layout)
+        return [densify(map_) for densify, map_ in zip(self.model.densify, maps, strict=True)]
 
     def decode(self, maps: list[Tensor]) -> Tensor:
         """Returns the prediction `[B, 3, H, W]`."""
         return decode_dense(self.model, maps) if self.dense else self.model.decoder(maps)
-
-    def at(self, x: Tensor) -> Tensor:
-        """Returns the mask `[B, 1, H, W]` at the resolution of a map."""
-        block = x.shape[-1] // self.visible.shape[-1]
-        return self.layout.upsampled((block, block)).unsqueeze(1)
 
     def step(self) -> None:
         if self.dense:
@@ -137,18 +125,6 @@ class Work:
         self.model.zero_grad(set_to_none=True)
         for leaf in leaves:
             leaf.grad = None
-
-
-def decode_dense(model: SparK, maps: list[Tensor]) -> Tensor:
-    """The decoder by PyTorch's modules alone."""
-    decoder = model.decoder
-    at_stride = dict(zip(decoder.strides, maps, strict=True))
-    x = at_stride.pop(decoder.strides[-1])
-    for stride, block in zip(decoder.block_strides, decoder.blocks, strict=True):
-        assert isinstance(block, DecoderBlock)
-        x = block.upsample(x + at_stride[stride] if stride in at_stride else x)
-        x = block.norm2(block.conv2(block.act(block.norm1(block.conv1(x)))))
-    return decoder.head(x)
 
 
 def main() -> None:

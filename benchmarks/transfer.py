@@ -1,234 +1,229 @@
-"""Does pretraining pay? Few labels: fine-tuned from pretrained weights, from scratch, both tuned; and frozen.
+"""Does pretraining pay? Few labels: fine-tuned and frozen, after SparK, its rivals, and no pretraining, in equal time.
 
-    python benchmarks/transfer.py --data cifar10-mini/ --json benchmarks/results/transfer.json --plot docs/transfer.png
+    pip install lightly --no-deps
+    python benchmarks/transfer.py --data cifar10-mini imagenette-64 --json benchmarks/results/transfer.json \\
+        --plot docs/transfer.png --runs transfer-runs
 
-`--data` holds `train/<class>/` and `test/<class>/` folders. One network is pretrained on all training images without
-labels. Then, for each number of labels per class and each kind of start, a learning rate is chosen on images that are
-neither trained nor tested on, one run per candidate; the chosen one is run with several seeds, each with other labelled
-images, and scored on the test images. Both starts have the same candidates, steps and augmentation, and no layer decay.
+Each data set is a folder with `train/<class>/`, and `test/<class>/` or not; for its three parts see `fewshot.py`. Every
+way of pretraining gets the same network, images and minutes, alone on one core. Its learning rate is the best of three,
+each tried in a third of the time, by a linear classifier of frozen features on choosing images. It is pretrained with
+several seeds; each is fine-tuned with other labelled images and scored on the test images. Rates of fine-tuning are
+chosen on choosing images, for each way and number of labels, from the same three; all have the same steps and
+augmentation, and no layer decay.
 
-The pretraining run is kept in `--runs`, and taken from there when it is complete.
+What is done is kept in `--runs`, and the same command goes on with it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
+import os
 import statistics
-import tempfile
-import time
-import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
-from torch.utils.data import Dataset
 
-import sparkmim
+from fewshot import FINETUNE_RATES, RIVALS, STEPS, Jobs, choose, finetune, frozen, pretrain
 from measure import provenance
-from sparkmim.data.augmentation import eval_transform
-from sparkmim.data.decoding import decode
-from sparkmim.data.labelled import Labelled, open_labelled
-from sparkmim.evaluation import pooled_features
-from sparkmim.evaluation.linear import Standardiser, fit_logistic
-from sparkmim.interop.weights import open_weights
-from sparkmim.models import Hierarchy, create_encoder
-from sparkmim.runs.history import read_history
+from sparkmim.files import replacing
 
-MODEL = str(Path(__file__).parents[1] / "examples" / "small_cnn.py") + ":small_cnn"
-SIZE = 32
-STEPS = {10: 200, 50: 400, 200: 600}
-"""Optimiser steps of a fine-tuning run, by labels per class."""
+SCRATCH, OURS, CONTRAST = "no pretraining", "sparkmim", "sparkmim, contrast"
+METHODS: dict[str, tuple[str, dict[str, Any]]] = {
+    OURS: ("sparkmim", {"decoder_width": 64}),
+    CONTRAST: ("sparkmim", {"decoder_width": 64, "recipe": "contrast"}),
+    "masked dense": ("masked dense", {"decoder_width": 64}),
+    **{name: (name, {}) for name in RIVALS},
+}
+"""What each way trains by, and settings that differ from the default recipe."""
 
-RATES = (1e-3, 3e-3, 1e-2)
-"""Candidates, per 256 images."""
-
-PER_CLASS_FOR_TUNING = 50
-
-
-class InMemory(Dataset[tuple[Tensor, int]]):
-    """Decoded images with their labels."""
-
-    def __init__(self, images: list[Tensor], labels: Tensor, classes: list[str]) -> None:
-        self.images, self.targets, self.classes = images, labels, classes
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, place: int) -> tuple[Tensor, int]:
-        return self.images[place], int(self.targets[place])
-
-    def take(self, chosen: list[int]) -> InMemory:
-        return InMemory([self.images[i] for i in chosen], self.targets[chosen], self.classes)
+RATES = {
+    "sparkmim": (1e-3, 2e-3, 4e-3),
+    "masked dense": (1e-3, 2e-3, 4e-3),
+    **dict.fromkeys(RIVALS, (0.03, 0.06, 0.12)),
+}
+"""Candidates for pretraining: per 256 images; of the rivals per 128, of which the published one is 0.06."""
 
 
-def in_memory(images: Labelled) -> InMemory:
-    return InMemory([decode(path) for path in images.items], images.labels, images.classes)
+class Comparison:
+    """All ways on one data set.
+
+    Args:
+        folder: the data set.
+        jobs: does the work.
+        ways: to compare, besides no pretraining.
+        minutes: of each pretraining.
+        seeds: of pretrainings and fine-tunings.
+        steps: of fine-tuning, by labels per class.
+    """
+
+    def __init__(
+        self, folder: Path, jobs: Jobs, ways: Sequence[str], minutes: float, seeds: int, steps: Mapping[int, int]
+    ) -> None:
+        self.folder = folder
+        self.jobs = jobs
+        self.ways = ways
+        self.minutes = minutes
+        self.seeds = range(1, seeds + 1)
+        self.steps = steps
+
+    def weights(self, way: str, name: object) -> Path | None:
+        return None if way == SCRATCH else self.jobs.folder / f"{way} {name}.safetensors"
+
+    def pretraining(self, way: str, name: object, rate: float, minutes: float, seed: int) -> tuple[Any, Any]:
+        return pretrain, (self.folder, self.weights(way, name), *METHODS[way], rate, minutes, seed)
+
+    def probe(self, way: str, name: object, seed: int, judged: str) -> tuple[Any, Any]:
+        return frozen, (self.folder, self.weights(way, name), list(self.steps), seed, judged)
+
+    def choose_rates(self) -> dict[str, dict[float, float]]:
+        """Returns the accuracies of frozen features on choosing images, by way and learning rate."""
+        tried = [(way, rate) for way in self.ways for rate in RATES[METHODS[way][0]]]
+        self.jobs.run({
+            f"try {way} {rate}": self.pretraining(way, f"try {rate}", rate, self.minutes / 3, 0) for way, rate in tried
+        })  # fmt: skip
+        judged = self.jobs.run({
+            f"judge {way} {rate}": self.probe(way, f"try {rate}", 0, "choosing")
+            for way, rate in tried
+        })  # fmt: skip
+        scores: dict[str, dict[float, float]] = {way: {} for way in self.ways}
+        for way, rate in tried:
+            scores[way][rate] = judged[f"judge {way} {rate}"]["linear"]
+        return scores
+
+    def finetune(self, shots: int) -> dict[str, dict[str, Any]]:
+        """Returns the rate chosen and the accuracies on test images with so many labels per class, by way."""
+
+        def run(way: str, seed: int, rate: float, drawn: int, judged: str) -> tuple[Any, Any]:
+            return finetune, (self.folder, self.weights(way, seed), shots, self.steps[shots], rate, drawn, judged)
+
+        starts = (SCRATCH, *self.ways)
+        tuned = self.jobs.run({
+            f"tune {way} {shots} {rate}": run(way, 1, rate, 0, "choosing") for way in starts for rate in FINETUNE_RATES
+        })  # fmt: skip
+        rates = {
+            way: choose({rate: tuned[f"tune {way} {shots} {rate}"]["accuracy"] for rate in FINETUNE_RATES})
+            for way in starts
+        }
+        done = self.jobs.run({
+            f"finetune {way} {shots} {seed}": run(way, seed, rates[way], seed, "test")
+            for way in starts for seed in self.seeds
+        })  # fmt: skip
+        return {
+            way: {
+                "rate": rates[way],
+                "accuracies": [done[f"finetune {way} {shots} {seed}"]["accuracy"] for seed in self.seeds],
+            }
+            for way in starts
+        }
+
+    def run(self) -> dict[str, Any]:
+        """Returns rates, times and accuracies."""
+        tried = self.choose_rates()
+        chosen = {way: choose(scores) for way, scores in tried.items()}
+        pretrained = self.jobs.run({
+            f"pretrain {way} {seed}": self.pretraining(way, seed, chosen[way], self.minutes, seed)
+            for seed in self.seeds for way in self.ways
+        })  # fmt: skip
+        starts = (SCRATCH, *self.ways)
+        probed = self.jobs.run({
+            f"frozen {way} {seed}": self.probe(way, seed, seed, "test")
+            for way in starts for seed in self.seeds
+        })  # fmt: skip
+        finetuned = {shots: self.finetune(shots) for shots in self.steps}
+        rows = []
+        for way in starts:
+            runs = [pretrained[f"pretrain {way} {seed}"] for seed in self.seeds] if way in self.ways else []
+            probes = [probed[f"frozen {way} {seed}"] for seed in self.seeds]
+            accuracies = {f"fine-tuned {shots}": finetuned[shots][way]["accuracies"] for shots in self.steps}
+            accuracies |= {name: [probe[name] for probe in probes] for name in probes[0]}
+            rows.append({
+                "way": way, "rate": chosen.get(way), "rates tried": tried.get(way),
+                "fine-tuning rates": {shots: finetuned[shots][way]["rate"] for shots in self.steps},
+                "steps": [run["steps"] for run in runs], "minutes": [run["seconds"] / 60 for run in runs],
+                "accuracies": accuracies,
+            })  # fmt: skip
+        return {"data": self.folder.name, "rows": rows}
 
 
-def places_of(labels: Tensor, per_class: int, seed: int, among: Tensor | None = None) -> list[int]:
-    """Places of so many images of each class, drawn at random."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator)
-    if among is not None:
-        order = order[torch.isin(order, among)]
-    return [int(i) for label in range(int(labels.max()) + 1) for i in order[labels[order] == label][:per_class]]
+def mean_and_spread(accuracies: list[float]) -> str:
+    spread = f" ± {statistics.stdev(accuracies):.1%}" if len(accuracies) > 1 else ""
+    return f"{statistics.mean(accuracies):.1%}{spread}"
 
 
-def tune_and_run(
-    start: str, train: InMemory, pool: Tensor, tuning: InMemory, test: InMemory, per_class: int, seeds: int,
-    extra: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
-    """Chooses settings on the tuning images, then scores `seeds` runs on the test images."""
-    batch = min(64, per_class * len(train.classes))
-
-    def run(subset: InMemory, judged: InMemory, rate: float, seed: int) -> float:
-        epochs = STEPS.get(per_class, 600) / (len(subset) // batch)
-        with tempfile.TemporaryDirectory() as folder:
-            result = sparkmim.finetune(
-                data=subset, val_data=judged, out=f"{folder}/run", weights=start, model=MODEL, image_size=SIZE,
-                epochs=epochs, warmup_epochs=epochs / 10, eval_every=epochs, batch_size=batch, learning_rate=rate,
-                layer_decay=1.0, eval_crop=1.0, workers=0, seed=seed, **extra,
-            )  # fmt: skip
-        if not result.finished:
-            raise SystemExit(130)
-        return result.top1["model"]
-
-    tried = []
-    subset = train.take(places_of(train.targets, per_class, 0, pool))
-    for rate in RATES:
-        tried.append({"learning_rate": rate, "tuning": run(subset, tuning, rate, 0)})
-        print(json.dumps({"start": Path(start).name, "per_class": per_class, **tried[-1]}), flush=True)
-    best = max(tried, key=lambda row: row["tuning"])
-    accuracies = []
-    for seed in range(1, seeds + 1):
-        subset = train.take(places_of(train.targets, per_class, seed, pool))
-        accuracies.append(run(subset, test, best["learning_rate"], seed))
-        print(json.dumps({"start": Path(start).name, "per_class": per_class, "test": accuracies[-1]}), flush=True)
-    return {"tried": tried, "chosen": best, "accuracies": accuracies}
-
-
-def probe(encoder: torch.nn.Module, train: InMemory, pool: Tensor, test: InMemory, per_class: int, seeds: int) -> Any:
-    """Accuracies of a linear classifier of frozen features, on the same labelled images."""
-    transform = eval_transform((SIZE, SIZE), crop=1.0)
-    hierarchy = Hierarchy(encoder)
-
-    def features(images: list[Tensor]) -> Tensor:
-        return pooled_features(hierarchy, torch.stack([transform(image) for image in images]).split(256))
-
-    queries = features(test.images)
-    accuracies = []
-    for seed in range(1, seeds + 1):
-        subset = train.take(places_of(train.targets, per_class, seed, pool))
-        bank = features(subset.images)
-        standard = Standardiser.of(bank)
-        weight, bias = fit_logistic(standard(bank), subset.targets, len(train.classes), 1 / len(bank))
-        predicted = (standard(queries) @ weight.t() + bias).argmax(1)
-        accuracies.append((predicted == test.targets).float().mean().item())
-    return {"accuracies": accuracies}
-
-
-def draw(rows: list[dict[str, Any]], file: Path) -> None:
-    """Accuracy over labels per class: mean of the seeds, and each."""
+def draw(results: list[dict[str, Any]], labels: Sequence[int], file: Path) -> None:
+    """Accuracy after fine-tuning over labels per class, for each data set: mean of the seeds, and each."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    styles = {
-        "pretrained": ("#1f6f8b", "o-", "fine-tuned, pretrained"),
-        "scratch": ("#c8553d", "s-", "fine-tuned, from scratch"),
-        "probe": ("#1f6f8b", "o:", "frozen, pretrained"),
-        "random probe": ("#c8553d", "s:", "frozen, random"),
-    }
-    figure, axes = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
-    for name, (colour, style, label) in styles.items():
-        own = [row for row in rows if row["start"] == name]
-        if own:
-            counts = [row["per_class"] for row in own]
-            axes.plot(counts, [100 * row["mean"] for row in own], style, color=colour, label=label)
-            for row in own:
-                scores = [100 * a for a in row["accuracies"]]
-                axes.plot([row["per_class"]] * len(scores), scores, ".", color=colour, alpha=0.35)
-    axes.set_xscale("log")
-    counts = sorted({row["per_class"] for row in rows})
-    axes.set_xticks(counts, [str(count) for count in counts])
-    axes.minorticks_off()
-    axes.set(xlabel="labelled images per class", ylabel="test accuracy, %")
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=120)
+    colours = {SCRATCH: "#8a8a8a", OURS: "#1f6f8b", CONTRAST: "#123f52", "masked dense": "#7fb3c4"}
+    others = iter(("#c8553d", "#d99a3d", "#6b8f4e"))
+    figure, panels = plt.subplots(
+        1, len(results), figsize=(5.2 * len(results), 4.2), layout="constrained", squeeze=False
+    )
+    for axes, result in zip(panels[0], results, strict=True):
+        for row in result["rows"]:
+            if row["way"] not in colours:
+                colours[row["way"]] = next(others)
+            colour = colours[row["way"]]
+            scores = [[100 * a for a in row["accuracies"][f"fine-tuned {shots}"]] for shots in labels]
+            style = {"linewidth": 2.2, "zorder": 3} if row["way"] in (OURS, CONTRAST) else {"linewidth": 1.2}
+            axes.plot(labels, [statistics.mean(s) for s in scores], "o-", color=colour, label=row["way"], **style)
+            for shots, each in zip(labels, scores, strict=True):
+                axes.plot([shots] * len(each), each, ".", color=colour, alpha=0.3)
+        axes.set_xscale("log")
+        axes.set_xticks(labels, [str(count) for count in labels])
+        axes.minorticks_off()
+        axes.set(xlabel="labelled images per class", ylabel="test accuracy after fine-tuning, %", title=result["data"])
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(alpha=0.3)
+    panels[0][0].legend(frameon=False)
+    with replacing(file) as partial:
+        figure.savefig(partial, dpi=120)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    names = list(result["rows"][0]["accuracies"])
+    table = Table("way", "minutes", *names, title=result["data"])
+    for row in result["rows"]:
+        minutes = f"{statistics.mean(row['minutes']):.1f}" if row["minutes"] else ""
+        table.add_row(row["way"], minutes, *(mean_and_spread(row["accuracies"][name]) for name in names))
+    console.print(table)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--runs", type=Path, help="folder that keeps the pretraining run; a temporary one otherwise")
-    parser.add_argument("--labels", type=int, nargs="+", default=[10, 50, 200], help="per class")
+    parser.add_argument("--data", type=Path, nargs="+", required=True)
+    parser.add_argument("--runs", type=Path, required=True, help="folder that keeps what is done")
+    parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--minutes", type=float, default=4.5, help="of each pretraining")
+    parser.add_argument("--labels", type=int, nargs="+", default=list(STEPS), help="per class")
+    parser.add_argument("--finetune-steps", type=int, nargs="+", default=list(STEPS.values()), help="for each of these")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=float, default=20, help="of pretraining")
-    parser.add_argument("--set", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of fine-tuning")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs at a time")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     args = parser.parse_args()
-    extra = {name: json.loads(value) for name, value in (item.split("=") for item in args.set)}
-    logging.getLogger("sparkmim").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", category=UserWarning)
-
-    folder = Path(args.runs or tempfile.mkdtemp())
-    run = folder / "pretrained"
-    if not (run / "weights" / "spark.safetensors").is_file():
-        sparkmim.pretrain(
-            data=str(args.data / "train"), out=run, model=MODEL, image_size=SIZE, patch_size=8, decoder_width=64,
-            epochs=args.epochs, warmup_epochs=args.epochs / 10, picture_every=0,
-        )  # fmt: skip
-    first, *_, last = read_history(run / "history.jsonl")
-    pretraining = (last.time - first.time).total_seconds()
-
-    begun = time.perf_counter()
-    found, other = open_labelled(args.data)
-    assert other is not None, "no test folder"
-    train, test = in_memory(found), in_memory(other)
-    every = torch.arange(len(train))
-    apart = torch.tensor(places_of(train.targets, PER_CLASS_FOR_TUNING, 12345))
-    pool, tuning = every[~torch.isin(every, apart)], train.take(apart.tolist())
-
-    torch.manual_seed(0)
-    random = create_encoder(MODEL)
-    pretrained = open_weights(run).encoder()
-    rows: list[dict[str, Any]] = []
-    for per_class in args.labels:
-        for name, start in (("scratch", "none"), ("pretrained", str(run))):
-            rows.append({"start": name, "per_class": per_class}
-                        | tune_and_run(start, train, pool, tuning, test, per_class, args.seeds, extra))  # fmt: skip
-        for name, encoder in (("random probe", random), ("probe", pretrained)):
-            rows.append({"start": name, "per_class": per_class}
-                        | probe(encoder, train, pool, test, per_class, args.seeds))  # fmt: skip
-    for row in rows:
-        row["mean"] = statistics.mean(row["accuracies"])
-        row["spread"] = statistics.stdev(row["accuracies"]) if args.seeds > 1 else 0.0
-
-    table = Table("labels per class", *("scratch", "pretrained", "random probe", "probe"))
-    for per_class in args.labels:
-        own = [row for row in rows if row["per_class"] == per_class]
-        cells = {row["start"]: f"{row['mean']:.1%} ± {row['spread']:.1%}" for row in own}
-        table.add_row(str(per_class), *(cells[name] for name in ("scratch", "pretrained", "random probe", "probe")))
-    Console(width=100).print(table)
+    steps = dict(zip(args.labels, args.finetune_steps, strict=True))
+    settings = {"minutes": args.minutes, "labels": args.labels, "finetune steps": args.finetune_steps}
+    results = []
+    for folder in args.data:
+        with Jobs(args.runs / folder.name, args.workers, settings) as jobs:
+            results.append(Comparison(folder, jobs, args.ways, args.minutes, args.seeds, steps).run())
+    console = Console(width=140)
+    for result in results:
+        show(result, console)
     if args.plot:
-        draw(rows, args.plot)
+        draw(results, args.labels, args.plot)
     if args.json:
-        report = {
-            **provenance(), "pretraining_epochs": args.epochs, "steps": STEPS,
-            "pretraining_seconds": pretraining, "seconds": pretraining + time.perf_counter() - begun,
-            "rows": rows,
-        }  # fmt: skip
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
+        report = {**provenance(), "minutes": args.minutes, "steps": steps, "results": results}
+        with replacing(args.json) as partial:
+            partial.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

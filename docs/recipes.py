@@ -38,6 +38,8 @@ ABOUT = {
         """\
 - `default`: thousands of images on one machine, for a few hundred epochs. Rate, optimiser and decoder width were
   measured with a small network on CIFAR-10 (`benchmarks/recipe.py`).
+- `contrast`: the same with a second loss: two views of each image, both masked, must find each other in the batch (CAN,
+  arXiv:2210.16870). An epoch shows half of the images, twice each.
 - `paper`: ImageNet at 224 pixels, or another data set of a million images, on many GPUs. Source: SparK
   (arXiv:2301.03580), appendix.
 - `paper_384`: the same at 384 pixels; give `--image-size 384` with it.

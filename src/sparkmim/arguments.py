@@ -136,6 +136,7 @@ CHECKS: dict[str, Check] = {
     "beta2": DECAY,
     "channels": COUNT,
     "clip_grad": Range(0, hint="0 disables clipping"),
+    "contrast": NOT_NEGATIVE,
     "crop": Range(0, 1, hint="a share of the image, 0 to resize it whole"),
     "crop_scale": SHARE_ABOVE_ZERO,
     "cutmix": NOT_NEGATIVE,

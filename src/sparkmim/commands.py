@@ -104,6 +104,8 @@ def pretrain(
     ema: float = 0.0,
     crop_scale: float | None = None,
     flip: float | None = None,
+    jitter: float | None = None,
+    contrast: float | None = None,
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
@@ -166,6 +168,8 @@ def pretrain(
         ema: decay of the moving average of the weights, saved beside them; 0 for none
         crop_scale: smallest share of an image's area in a random crop
         flip: probability of mirroring left to right; None for 0.5, or 0 for signals and volumes
+        jitter: strength of random changes of colour; 0 for none
+        contrast: weight of a second loss, by which two views of an image find each other in the batch; 0 for none
         mean: mean of each channel; None for ImageNet's for image files (in 0..1), measured for arrays (in their units)
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images

@@ -39,13 +39,21 @@ def pretrain_transform(
     std: Sequence[float] = IMAGENET_STD,
     crop_scale: tuple[float, float] = (0.67, 1.0),
     flip: float = 0.5,
+    jitter: float = 0.0,
 ) -> Transform:
     """Makes the paper's augmentation: a random crop, resized with bicubic filtering, and a horizontal flip.
 
     The crop covers `crop_scale` of the image's area; its aspect ratio lies between 3:4 and 4:3. Mean and std are those
-    of values in [0, 1].
+    of values in [0, 1]. With `jitter`, colours change too, as in SimCLR (arXiv:2002.05709, appendix A): brightness,
+    contrast, saturation and hue with probability 0.8, to grey with probability 0.2.
     """
-    transform: Transform = v2.Compose([*_crop_and_flip(image_size, crop_scale, flip), *_to_float(mean, std)])
+    colours: list[Transform] = []
+    if jitter:
+        change = v2.ColorJitter(0.8 * jitter, 0.8 * jitter, 0.8 * jitter, 0.2 * jitter)
+        colours = [v2.RandomApply([change], p=0.8), v2.RandomGrayscale(0.2)]
+    transform: Transform = v2.Compose([
+        *_crop_and_flip(image_size, crop_scale, flip), *colours, *_to_float(mean, std)
+    ])  # fmt: skip
     return transform
 
 

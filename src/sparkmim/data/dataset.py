@@ -152,11 +152,11 @@ class PretrainDataset(AugmentedDataset):
         self.mask_ratio = mask_ratio
 
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        generator = torch.Generator().manual_seed(self._mask_seed(*key[:2]))
+        generator = torch.Generator().manual_seed(self._mask_seed(*key))
         return {**super().__getitem__(key), "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0]}
 
-    def _mask_seed(self, epoch: int, index: int) -> int:
-        return counted_seed(self.seed, epoch, index, "mask")
+    def _mask_seed(self, epoch: int, index: int, *repeat: int) -> int:
+        return counted_seed(self.seed, epoch, index, "mask", *repeat)
 
 
 class HeldOutDataset(PretrainDataset):
@@ -166,7 +166,7 @@ class HeldOutDataset(PretrainDataset):
         super().__init__(*args, **kwargs)
         self.names = names
 
-    def _mask_seed(self, epoch: int, index: int) -> int:
+    def _mask_seed(self, epoch: int, index: int, *repeat: int) -> int:
         return counted_seed(self.seed, self.names[index], "mask")
 
 

@@ -36,12 +36,14 @@ class SparKOutput:
         visible: bool `[B, *grid]`, the mask.
         prediction: `[B, C, *S]`, the decoder's output: patches normalised by their own mean and deviation.
         images: `[B, C, *S]`, the input.
+        features: `[B, C_k]`, the deepest feature map, averaged over visible positions.
     """
 
     loss: Tensor
     visible: Tensor
     prediction: Tensor
     images: Tensor
+    features: Tensor
 
     @property
     def reconstruction(self) -> Tensor:
@@ -168,12 +170,14 @@ class SparK(nn.Module):
         """
         return [unpack(map_) for map_ in self.encode_packed(images, visible)]
 
-    def _densified(self, images: Tensor, visible: Tensor) -> tuple[list[Tensor], PatchLayout]:
-        """Returns dense maps for the decoder, and the layout of the mask."""
+    def _densified(self, images: Tensor, visible: Tensor) -> tuple[list[Tensor], PatchLayout, Tensor]:
+        """Returns dense maps for the decoder, the layout of the mask, and the pooled features."""
         maps = self.encode_packed(images, visible)
+        deepest, patches = maps[-1], maps[0].patches
+        features = deepest.mean(tuple(range(2, deepest.ndim)))  # [B, C_k]
         if isinstance(self.decoder, FCMAEDecoder):
-            return [self.decoder.fill(maps[-1])], maps[0].patches
-        return [densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)], maps[0].patches
+            return [self.decoder.fill(deepest)], patches, features
+        return [densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)], patches, features
 
     def forward(
         self, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
@@ -194,10 +198,10 @@ class SparK(nn.Module):
         densified = self._densified
         if torch.compiler.is_compiling():  # masks differ in every step, and with them the graph
             densified = torch.compiler.disable(densified)  # type: ignore[no-untyped-call]
-        maps, patches = densified(images, visible)
+        maps, patches, features = densified(images, visible)
         prediction = self.decoder(maps)
         loss = reconstruction_loss(prediction, images, patches)
-        return SparKOutput(loss, patches.visible, prediction, images)
+        return SparKOutput(loss, patches.visible, prediction, images, features)
 
 
 def patch_statistics(patches: Tensor) -> tuple[Tensor, Tensor]:

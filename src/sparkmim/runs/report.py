@@ -172,6 +172,7 @@ _CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
 
 _PRETRAINING_CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
     "Loss": ("number", {"loss": "training", "val/loss": "held out", "val/ema_loss": "held out, average"}),
+    "Contrastive loss": ("number", {"contrast": ""}),
     "Linear probe": ("share", {
         "probe/linear": "deepest map", "probe/linear_2": "the next", "probe/ema_linear": "deepest map, average",
     }),
@@ -184,7 +185,7 @@ _PRETRAINING_CHARTS: dict[str, tuple[Form, dict[str, str]]] = {
 _BEST_GUESS = 1.0
 """Loss of the best constant guess in pretraining: the mean of each patch."""
 
-_SMOOTHED = {"loss", "gradient_norm", "images_per_second"}
+_SMOOTHED = {"loss", "contrast", "gradient_norm", "images_per_second"}
 _NO_CHARTS = {"epoch", "hp_metric", "val/top5", "val/ema_top5", "probe/ema_linear_2", "probe/ema_knn_2"}
 
 
@@ -359,7 +360,7 @@ def _skipped(unreadable: list[str]) -> dict[str, Any] | None:
 _GROUPS = {
     "Data": (
         "data", "val_data", "val_split", "image_size", "channels", "mean", "std", "max_unreadable", "crop_scale",
-        "flip", "augment", "erase", "mixup", "cutmix", "smoothing", "repeats", "eval_crop", "probe",
+        "flip", "jitter", "augment", "erase", "mixup", "cutmix", "smoothing", "repeats", "eval_crop", "probe",
     ),
     "Network": (
         "model", "weights", "init_weights", "freeze", "stages", "feature_modules", "patch_size", "mask_ratio",
@@ -368,7 +369,7 @@ _GROUPS = {
     "Optimisation": (
         "recipe", "epochs", "iterations", "batch_size", "accumulate", "optimizer", "learning_rate", "layer_decay",
         "warmup_epochs", "warmup_iterations", "beta1", "beta2", "weight_decay", "weight_decay_end", "clip_grad",
-        "loss", "ema", "seed",
+        "loss", "contrast", "ema", "seed",
     ),
     "Machine and files": (
         "out", "accelerator", "devices", "num_nodes", "precision", "channels_last", "checkpoint_gradients", "compile",

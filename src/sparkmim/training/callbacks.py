@@ -131,6 +131,7 @@ class Monitor(StepCallback):
         self.history.add(
             "step", step, epoch=step / self.plan.steps_per_epoch, loss=of_step, learning_rate=module.rate,
             weight_decay=module.decay, gradient_norm=module.grad_norm.item(), **speed,
+            **{name: figure.item() for name, figure in module.step_figures.items()},
         )  # fmt: skip
         if epoch_done:
             self.epoch_loss, self._steps = mean, 0

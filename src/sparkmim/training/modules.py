@@ -23,6 +23,7 @@ from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UserError
 from sparkmim.models import SparK, SparKOutput
 from sparkmim.models.classifier import head_of
+from sparkmim.models.contrast import Contrast
 from sparkmim.training import schedules
 from sparkmim.training.layer_decay import detector_layer_decay_exponents, layer_decay_exponents
 
@@ -58,6 +59,7 @@ class ScheduledModule(pl.LightningModule):
 
     Attributes:
         step_losses: losses of the batches since the last optimiser step.
+        step_figures: further figures of the last batch, by name.
         grad_norm: gradient norm of the last step, before clipping.
         rate: learning rate of the last step, without layer decay.
         decay: weight decay of the last step.
@@ -70,6 +72,7 @@ class ScheduledModule(pl.LightningModule):
         self.seed = seed
         self.grad_norm = torch.zeros(())
         self.step_losses: list[Tensor] = []
+        self.step_figures: dict[str, Tensor] = {}
         self.rate = self.decay = 0.0
 
     def untrained(self) -> set[str]:
@@ -173,12 +176,17 @@ class PretrainModule(ScheduledModule):
 
     Args:
         compile: whether decoder and loss are computed under torch.compile.
+        contrast: weight of the contrastive loss, of batches with the two views of each image in a row; 0 for none.
     """
 
     model: SparK
 
-    def __init__(self, model: SparK, settings: OptimizerSettings, seed: int, compile: bool = False) -> None:
+    def __init__(
+        self, model: SparK, settings: OptimizerSettings, seed: int, compile: bool = False, contrast: float = 0.0
+    ) -> None:
         super().__init__(model, settings, seed)
+        self.weight = contrast
+        self.contrast = Contrast(model.hierarchy.channels[-1]) if contrast else None
         # Not `model.compile()`: pictures, in evaluation mode, would be compiled too.
         self._compute: Callable[..., SparKOutput] = torch.compile(model.forward, dynamic=False) if compile else model
 
@@ -187,8 +195,11 @@ class PretrainModule(ScheduledModule):
 
     def parameter_groups(self) -> list[dict[str, Any]]:
         ends = ("mask_token", *LAYER_SCALES)
-        spared = [name for name, _ in self.model.named_parameters() if name.endswith(ends)]
-        groups: list[dict[str, Any]] = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=spared)
+        groups: list[dict[str, Any]] = []
+        for part in (self.model, self.contrast):
+            if part is not None:
+                spared = [name for name, _ in part.named_parameters() if name.endswith(ends)]
+                groups += param_groups_weight_decay(part, 1.0, no_weight_decay_list=spared)
         return groups
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
@@ -197,9 +208,13 @@ class PretrainModule(ScheduledModule):
         return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "visible": visible}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        loss = self._compute(batch["image"], batch["visible"]).loss
-        self.step_losses.append(loss.detach())
-        return loss
+        out = self._compute(batch["image"], batch["visible"])
+        self.step_losses.append(out.loss.detach())
+        if self.contrast is None:
+            return out.loss
+        contrast: Tensor = self.contrast(out.features)
+        self.step_figures["contrast"] = contrast.detach()
+        return out.loss + self.weight * contrast
 
 
 class ClassifyModule(ScheduledModule):

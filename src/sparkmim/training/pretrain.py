@@ -89,6 +89,11 @@ class Pretraining(Training[PretrainSettings]):
         dataset, held_out, settings, arrays = build_datasets(settings, model)
         plan = plan_for(settings, batch_is_free, len(dataset))
         settings = replace(settings, batch_size=plan.batch_size)
+        own = plan.batch_size // (plan.parts * plan.world_size)
+        if settings.contrast and own % 2:
+            raise UserError(
+                f"contrast puts two views of each image in a batch, but batches are of {own} images; make it even"
+            )
         if settings.channels_last and len(model.image_size) == 2:
             model = model.to(memory_format=torch.channels_last)
         assert settings.beta2 is not None
@@ -110,7 +115,7 @@ class Pretraining(Training[PretrainSettings]):
         batch = 2 * plan.batch_size // (plan.parts * plan.world_size)
         return Prepared(
             settings=settings,
-            module=PretrainModule(model, optimizer, settings.seed, settings.compile),
+            module=PretrainModule(model, optimizer, settings.seed, settings.compile, settings.contrast),
             dataset=dataset,
             plan=plan,
             metadata=_metadata(settings, model),
@@ -122,6 +127,7 @@ class Pretraining(Training[PretrainSettings]):
             probe=probe,
             keep_best=settings.keep_best == "probe",
             pictures=pictures if settings.picture_every and len(model.image_size) > 1 else None,
+            repeats=2 if settings.contrast else 1,
         )
 
 
@@ -173,10 +179,13 @@ def build_datasets(
     transform: Any
     whole: Any
     if source.arrays:
+        if settings.jitter:
+            raise UserError(f"jitter is {settings.jitter}, but arrays have no colours; use --jitter 0")
         transform, whole = array_transform(size, mean, std, scale, flip), WholeArray(size, mean, std)
     else:
         side = (size[0], size[1])
-        transform, whole = pretrain_transform(side, mean, std, scale, flip), eval_transform(side, mean, std, 1.0)
+        transform = pretrain_transform(side, mean, std, scale, flip, settings.jitter)
+        whole = eval_transform(side, mean, std, 1.0)
     rest = model.grid, settings.mask_ratio, settings.seed, settings.channels, source.read
     validation = HeldOutDataset(held, whole, *rest, names=held_names) if held_names else None
     return PretrainDataset(items, transform, *rest), validation, settings, source.arrays
@@ -227,14 +236,18 @@ def _rows(settings: PretrainSettings, model: SparK, images: int, held_out: int, 
     name = settings.model_name or type(settings.model).__name__
     side = "×".join(map(str, model.image_size))
     encoder, whole = millions(model.encoder), millions(model)
+    batch = counted(plan.batch_size, "image")
+    if settings.contrast:
+        batch = f"2 views of {counted(plan.batch_size // 2, 'image')}"
     return {
         "model": f"{name}, {encoder:.1f} M parameters (decoder {whole - encoder:.1f} M)",
         "data": f"{counted(images, 'image')} at {side}, {'×'.join(map(str, model.grid))} patches of "
         f"{model.patch_size}, {settings.mask_ratio:.0%} hidden",
         **({"held out": f"{counted(held_out, 'image')} to validate on"} if held_out else {}),
         "loss": "1 is the best constant guess, the mean of each patch",
-        "length": f"{settings.epochs:g} epochs × {counted(plan.steps_per_epoch, 'step')} of "
-        f"{counted(plan.batch_size, 'image')}, {counted(plan.steps, 'step')} in all",
+        **({"contrast": f"a contrastive loss of two views, times {settings.contrast:g}"} if settings.contrast else {}),
+        "length": f"{settings.epochs:g} epochs × {counted(plan.steps_per_epoch, 'step')} of {batch}, "
+        f"{counted(plan.steps, 'step')} in all",
         "optimiser": f"{settings.optimizer}, rate {rate:g} per 256 = {rate * plan.batch_size / 256:g}, betas "
         f"{settings.beta1} {settings.beta2}, decay {settings.weight_decay} to {settings.weight_decay_end}, clip "
         f"{settings.clip_grad or 'none'}",

@@ -29,6 +29,8 @@ class PretrainRecipe:
     mask_ratio: float
     decoder_width: int
     crop_scale: float
+    jitter: float
+    contrast: float
 
 
 PAPER = PretrainRecipe(
@@ -44,6 +46,8 @@ PAPER = PretrainRecipe(
     mask_ratio=0.6,
     decoder_width=768,
     crop_scale=0.67,
+    jitter=0.0,
+    contrast=0.0,
 )
 """SparK's ImageNet pretraining at 224² (paper, appendix; drop path per network in `PAPER_DROP_PATH`)."""
 
@@ -63,10 +67,14 @@ few steps need a higher rate than the paper's, at which AdamW is as good as LAMB
 features than one of 64 after the same epochs, and as good ones in the same time.
 """
 
+CONTRAST = replace(DEFAULT, mask_ratio=0.5, crop_scale=0.2, jitter=0.5, contrast=1.0)
+"""The default with a contrastive loss between two masked views of each image (CAN, arXiv:2210.16870; colours and crops
+of SimCLR's, arXiv:2002.05709)."""
+
 PAPER_384 = replace(PAPER, batch_size=2048, learning_rate=4e-4, mask_ratio=0.75)
 """SparK's ImageNet pretraining at 384²."""
 
-PRETRAIN_RECIPES = {"default": DEFAULT, "paper": PAPER, "paper_384": PAPER_384}
+PRETRAIN_RECIPES = {"default": DEFAULT, "contrast": CONTRAST, "paper": PAPER, "paper_384": PAPER_384}
 
 PAPER_DROP_PATH = {
     "resnet50": 0.05, "resnet101": 0.08, "resnet152": 0.10, "resnet200": 0.15,

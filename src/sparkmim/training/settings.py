@@ -98,6 +98,8 @@ class PretrainSettings(TrainSettings):
     weight_decay_end: float
     crop_scale: float
     flip: float | None
+    jitter: float
+    contrast: float
     channels_last: bool
     checkpoint_gradients: bool
     compile: bool

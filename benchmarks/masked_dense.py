@@ -1,0 +1,68 @@
+"""SparK as other implementations run it: on whole maps, with every layer of the encoder masked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from unittest.mock import patch
+
+import torch
+from torch import Tensor
+
+from sparkmim import SparK
+from sparkmim.models.decoder import DecoderBlock, Densify
+from sparkmim.models.spark import SparKOutput, reconstruction_loss
+from sparkmim.sparse import MaskedDense, PatchLayout
+
+
+def encode_dense(model: SparK, images: Tensor, layout: PatchLayout) -> list[Tensor]:
+    """Returns dense maps `[B, C_i, H_i, W_i]`, zero where masked."""
+    with MaskedDense(layout.visible):
+        return [map_ * _at(map_, layout) for map_ in model.hierarchy(images * _at(images, layout))]
+
+
+def densify_dense(model: SparK, maps: Iterable[Tensor], layout: PatchLayout) -> list[Tensor]:
+    """Returns dense maps `[B, D_i, H_i, W_i]` of the decoder's width."""
+    return [_densify(part, map_, layout) for part, map_ in zip(model.densify, maps, strict=True)]
+
+
+def _densify(part: Densify, x: Tensor, layout: PatchLayout) -> Tensor:
+    with MaskedDense(layout.visible):
+        normed = part.norm(x)
+    return part.project(torch.where(_at(x, layout), normed, part.mask_token.to(normed.dtype)))
+
+
+def decode_dense(model: SparK, maps: list[Tensor]) -> Tensor:
+    """Returns the prediction `[B, 3, H, W]`, by PyTorch's modules alone."""
+    decoder = model.decoder
+    at_stride = dict(zip(decoder.strides, maps, strict=True))
+    x = at_stride.pop(decoder.strides[-1])
+    for stride, block in zip(decoder.block_strides, decoder.blocks, strict=True):
+        assert isinstance(block, DecoderBlock)
+        x = block.upsample(x + at_stride[stride] if stride in at_stride else x)
+        x = block.norm2(block.conv2(block.act(block.norm1(block.conv1(x)))))
+    return decoder.head(x)
+
+
+def _at(x: Tensor, layout: PatchLayout) -> Tensor:
+    """Returns the mask `[B, 1, H, W]` at the resolution of a map."""
+    block = [side // cells for side, cells in zip(x.shape[2:], layout.visible.shape[1:], strict=True)]
+    return layout.upsampled(tuple(block)).unsqueeze(1)
+
+
+def masked_dense() -> AbstractContextManager[object]:
+    """Within the context, SparK computes hidden patches too, and masks every layer."""
+
+    def forward(
+        self: SparK, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
+    ) -> SparKOutput:
+        if visible is None:
+            visible = self.draw_visible(len(images), generator)
+        layout = PatchLayout(visible, images.device)
+        maps = encode_dense(self, images, layout)
+        features = maps[-1].sum((2, 3)) / _at(maps[-1], layout).sum((2, 3))
+        prediction = decode_dense(self, densify_dense(self, maps, layout))
+        loss = reconstruction_loss(prediction, images, layout)
+        return SparKOutput(loss, layout.visible, prediction, images, features)
+
+    return patch.object(SparK, "forward", forward)

@@ -1,0 +1,118 @@
+"""The benchmark of few labels: its parts, its jobs, and that masked dense is the same function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture(autouse=True)
+def _benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Pictures of 32×32 in two classes, dark and light; none to test on."""
+    generator = np.random.default_rng(0)
+    for name, level in (("dark", 60), ("light", 180)):
+        for number in range(20):
+            path = tmp_path / "data" / "train" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(level - 40, level + 40, (32, 32, 3)).astype(np.uint8)).save(path)
+    return tmp_path / "data"
+
+
+def test_the_three_parts(folder: Path) -> None:
+    import fewshot
+
+    images = fewshot.open_images(folder)
+    assert (len(images.test), len(images.choosing), len(images.pool)) == (8, 4, 28)
+    assert len(images.unlabelled) == 32
+    every = {image.numpy().tobytes() for part in (images.test, images.unlabelled) for image in part.images}
+    assert len(every) == 40  # no image is in two parts
+    drawn = images.pool.draw(3, seed=1)
+    assert drawn.targets.tolist().count(0) == drawn.targets.tolist().count(1) == 3
+
+
+def test_masked_dense_trains_the_same_network(folder: Path) -> None:
+    import fewshot
+
+    images = fewshot.open_images(folder).unlabelled
+    networks = []
+    for method in ("sparkmim", "masked dense"):
+        network = fewshot.create_network(32, seed=3)
+        settings = {"batch_size": 8, "decoder_width": 16, "precision": "32-true", "recipe": "contrast"}
+        fewshot.train(method, settings, network, images, 32, 1e-3, 3, 0)
+        networks.append(network)
+    start = fewshot.create_network(32, seed=3).state_dict()
+    for name, value in networks[0].state_dict().items():
+        torch.testing.assert_close(value, networks[1].state_dict()[name], rtol=1e-3, atol=1e-4, msg=name)
+    assert not torch.equal(start["stage1.conv1.weight"], networks[0].state_dict()["stage1.conv1.weight"])
+
+
+def test_scores(folder: Path) -> None:
+    import fewshot
+
+    found = fewshot.frozen(folder, None, [4], 0, "test")
+    assert found.keys() == {"linear 4", "k-NN", "linear"}
+    assert found["linear"] > 0.9  # dark and light are easily told apart
+    assert 0 <= fewshot.finetune(folder, None, 4, 3, 1e-3, 0, "choosing")["accuracy"] <= 1
+
+
+def test_jobs_are_done_once(tmp_path: Path) -> None:
+    import fewshot
+
+    with fewshot.Jobs(tmp_path, 2, {"minutes": 1}) as jobs:
+        assert jobs.run({"one": (dict, ([("value", 1)],)), "two": (dict, ([("value", 2)],))})["two"] == {"value": 2}
+        (tmp_path / "one.json").write_text('{"value": 7}')
+        assert jobs.run({"one": (dict, ([("value", 1)],))}) == {"one": {"value": 7}}
+        with pytest.raises(TypeError, match="dictionary update sequence"):
+            jobs.run({"three": (dict, ([1],))})
+    assert not (tmp_path / "three.json").exists()
+    with pytest.raises(SystemExit, match="results of other settings"):
+        fewshot.Jobs(tmp_path, 2, {"minutes": 2})
+
+
+class Instant:
+    """Gives results at once: accuracies rise with the learning rate, and by way."""
+
+    folder = Path("runs")
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def run(self, jobs: dict[str, Any]) -> dict[str, Any]:
+        self.names += jobs
+        gain = {"no": 0.0, "sparkmim": 0.1}
+        results = {}
+        for name, (_, arguments) in jobs.items():
+            rate = max((part for part in arguments if isinstance(part, float)), default=0.0)
+            score = 0.2 + rate + gain[name.split()[1]]
+            results[name] = {"steps": 10, "seconds": 60.0, "accuracy": score, "k-NN": score, "linear": score}
+        return results
+
+
+def test_rates_are_chosen_on_choosing_images_and_scores_are_of_test_images(tmp_path: Path) -> None:
+    import transfer
+
+    jobs = Instant()
+    comparison = transfer.Comparison(Path("data"), jobs, ["sparkmim"], 1.0, 2, {10: 5})
+    result = comparison.run()
+    scratch, ours = result["rows"]
+    assert (scratch["way"], ours["way"]) == ("no pretraining", "sparkmim")
+    assert ours["minutes"] == [1.0, 1.0]
+    assert ours["fine-tuning rates"] == {10: 1e-2}
+    assert ours["accuracies"]["fine-tuned 10"] == pytest.approx([0.31, 0.31])
+    transfer.draw([json.loads(json.dumps(result))], [10], tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert picture.size[0] > 100
+    assert "finetune sparkmim 10 2" in jobs.names
