@@ -14,7 +14,9 @@ import functools
 import json
 import logging
 import multiprocessing
+import os
 import statistics
+import sys
 import tempfile
 import time
 import warnings
@@ -38,6 +40,7 @@ from sparkmim.data.labelled import Labelled, open_labelled
 from sparkmim.evaluation import few_shot, knn_accuracy, linear_probe, pooled_features
 from sparkmim.files import replacing
 from sparkmim.models import Hierarchy, create_encoder
+from sparkmim.training.recipes import PRETRAIN_RECIPES
 
 NETWORKS = {32: "small_cnn", 64: "small_cnn_s16"}
 """Of `examples/small_cnn.py`, by the side of the images: a grid of 4×4 patches either way."""
@@ -140,9 +143,9 @@ def train(
         encode = Pooled(network)
         width = encode.hierarchy.channels[-1]
         return train_rival(method, encode, width, images.images, size, rate, steps, seed)
-    batch = settings.get("batch_size", 128)
+    recipe = PRETRAIN_RECIPES[settings.get("recipe", "default")]
+    per_epoch = len(images) // min(len(images), settings.get("batch_size", recipe.batch_size))
     with tempfile.TemporaryDirectory() as folder, masked_dense() if method == "masked dense" else nullcontext():
-        per_epoch = len(images) // batch
         result = sparkmim.pretrain(
             data=images, out=f"{folder}/run", model=network, image_size=size, epochs=steps / per_epoch,
             warmup_epochs=steps / per_epoch / 10, learning_rate=rate, seed=seed, val_split=0.0, picture_every=0,
@@ -256,8 +259,9 @@ class Jobs:
 
 
 def _alone() -> None:
-    """Sets up a worker: one thread, and nothing but results on the screen."""
+    """Sets up a worker: one thread, and nothing on the screen, which shows the results."""
     torch.set_num_threads(1)
+    sys.stderr = Path(os.devnull).open("w")
     logging.getLogger("sparkmim").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 

@@ -142,7 +142,8 @@ def train_rival(
     rival = kind(encode, width).to(memory_format=torch.channels_last)
     trained = [parameter for parameter in rival.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(trained, lr=rate, momentum=0.9, weight_decay=5e-4)
-    batches = DataLoader(Views(images, kind.views(size)), BATCH, shuffle=True, drop_last=True)
+    views_of = Views(images, kind.views(size))
+    batches = DataLoader(views_of, min(BATCH, len(images)), shuffle=True, drop_last=True)
 
     def endless() -> Iterator[list[Tensor]]:
         while True:

@@ -1,6 +1,6 @@
 """Does pretraining pay? Few labels: fine-tuned and frozen, after SparK, its rivals, and no pretraining, in equal time.
 
-    pip install lightly --no-deps
+    pip install '.[bench]'
     python benchmarks/transfer.py --data cifar10-mini imagenette-64 --json benchmarks/results/transfer.json \\
         --plot docs/transfer.png --runs transfer-runs
 

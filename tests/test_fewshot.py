@@ -59,6 +59,25 @@ def test_masked_dense_trains_the_same_network(folder: Path) -> None:
     assert not torch.equal(start["stage1.conv1.weight"], networks[0].state_dict()["stage1.conv1.weight"])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")  # in DINO's head
+@pytest.mark.parametrize("method", ["SimCLR", "BYOL", "DINO"])
+def test_rivals_train_the_network_and_nothing_else_of_it(method: str, folder: Path) -> None:
+    import fewshot
+
+    images = fewshot.open_images(folder).unlabelled
+    networks = []
+    for _ in range(2):
+        network = fewshot.create_network(32, seed=3)
+        fewshot.train(method, {}, network, images, 32, 0.06, 2, 0)
+        networks.append(network.state_dict())
+    start = fewshot.create_network(32, seed=3).state_dict()
+    assert networks[0].keys() == start.keys()
+    for name, value in networks[0].items():
+        assert value.isfinite().all()
+        assert torch.equal(value, networks[1][name])  # by the seed alone
+        assert torch.equal(value, start[name]) == name.startswith("classifier")
+
+
 def test_scores(folder: Path) -> None:
     import fewshot
 
