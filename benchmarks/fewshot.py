@@ -11,10 +11,10 @@ Pretraining sees pool and choosing images, without labels. Settings are chosen o
 from __future__ import annotations
 
 import functools
+import io
 import json
 import logging
 import multiprocessing
-import os
 import statistics
 import sys
 import tempfile
@@ -261,7 +261,7 @@ class Jobs:
 def _alone() -> None:
     """Sets up a worker: one thread, and nothing on the screen, which shows the results."""
     torch.set_num_threads(1)
-    sys.stderr = Path(os.devnull).open("w")
+    sys.stderr = io.StringIO()
     logging.getLogger("sparkmim").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
 

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import copy
 import math
+import random
 from collections.abc import Callable, Iterator, Sequence
 
+import numpy as np
 import torch
 from lightly.loss import DINOLoss, NegativeCosineSimilarity, NTXentLoss
 from lightly.models.modules import heads
@@ -83,8 +85,10 @@ class BYOL(Rival):
 class DINO(Rival):
     def __init__(self, encode: nn.Module, width: int) -> None:
         super().__init__(encode, width)
-        self.student = nn.Sequential(encode, heads.DINOProjectionHead(width, 2048, 256, 2048, batch_norm=True))
-        self.teacher = copy.deepcopy(self.student)
+        own, other = (heads.DINOProjectionHead(width, 2048, 256, 2048, batch_norm=True) for _ in range(2))
+        other.load_state_dict(own.state_dict())  # weight norm cannot be copied
+        self.student = nn.Sequential(encode, own)
+        self.teacher = nn.Sequential(copy.deepcopy(encode), other)
         deactivate_requires_grad(self.teacher)
         # The teacher's temperature rises over the first 30 of 200 epochs.
         self.criterion = DINOLoss(output_dim=2048, warmup_teacher_temp_epochs=30)
@@ -138,6 +142,8 @@ def train_rival(
         seed: of the heads and of everything that is drawn.
     """
     torch.manual_seed(seed)
+    random.seed(seed)  # which lightly's transforms draw from too
+    np.random.seed(seed)  # noqa: NPY002
     kind = RIVALS[name]
     rival = kind(encode, width).to(memory_format=torch.channels_last)
     trained = [parameter for parameter in rival.parameters() if parameter.requires_grad]
