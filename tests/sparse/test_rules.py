@@ -989,3 +989,15 @@ def test_a_residual_block(visible: Tensor) -> None:
 
     network = randomised(nn.Sequential(nn.Conv2d(3, 12, 7, stride=2, padding=3), nn.MaxPool2d(3, 2, 1), Block()))
     agree(network, visible, (16, 16), tolerance=1e-9)
+
+
+def test_the_gradient_of_a_strided_1x1_convolution_stays_channels_last() -> None:
+    """In another memory format, everything before it would take several times as long in the backward pass."""
+    visible = torch.tensor([[[True, False], [True, True]]])
+    packed = pack(torch.randn(1, 6, 8, 8), PatchLayout(visible, torch.device("cpu")))
+    values = packed.values.detach().requires_grad_()
+    out = F.conv2d(PackedTensor.wrap(values, packed.patches, packed.axes), torch.randn(5, 6, 1, 1), stride=2)
+    with torch._C.DisableTorchFunctionSubclass():
+        (grad,) = torch.autograd.grad(out.values.sum(), values)
+    assert grad.is_contiguous(memory_format=torch.channels_last)
+    assert not grad.is_contiguous()

@@ -117,8 +117,9 @@ def _convolution(
     patches = x.patches
     with torch.autocast(x.device.type, enabled=False):
         if groups == 1 and math.prod(kernel) == 1 and not any(geometry.padding):
-            strided = (slice(None), slice(None), *(slice(None, None, step) for step in stride))
-            rows = multiply_rows(to_rows(x[strided]), weight.flatten(1).to(x.dtype), bias)
+            # Channels last while taking every other position, or the gradient would come in another memory format.
+            taken = x.movedim(1, -1)[(slice(None), *(slice(None, None, step) for step in stride))]
+            rows = multiply_rows(taken.flatten(0, -2), weight.flatten(1).to(x.dtype), bias)
         elif groups == 1 and (weight.shape[1] > _FEW_CHANNELS or _local(geometry)):
             rows = gather_convolution(to_rows(x), weight, patches, geometry, bias)
         else:
