@@ -136,7 +136,8 @@ def pretrain(
             Dataset
         out: run folder; must be new or empty unless resuming
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
-        recipe: default (thousands of images, one machine), paper (ImageNet at 224) or paper_384 (with image_size 384)
+        recipe: default (thousands of images, one machine), contrast (the same, with a second loss of two views of each
+            image), paper (ImageNet at 224) or paper_384 (with image_size 384)
         val_data: images to validate on, as data; None to set some of the data apart
         val_split: share of the data that is set apart by name, never trained on, to validate on; 0 for none; None for
             2 %, at least 32 images and at most 2,000, but never more than a tenth
