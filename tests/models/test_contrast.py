@@ -108,11 +108,20 @@ def test_a_stopped_run_with_contrast_goes_on_as_if_it_had_not_stopped(
 
 
 def test_a_batch_without_room_for_two_views(small_pretraining: dict[str, Any], tmp_path: Path) -> None:
-    with pytest.raises(
-        ValueError, match="contrast puts two views of each image in a batch, but batches are of 3 images"
-    ):
+    message = "batch_size 3 does not divide into 1 process × 1 accumulation step × 2 views; use 2"
+    with pytest.raises(ValueError, match=message):
         sparkmim.pretrain(**{**small_pretraining, "batch_size": 3}, out=tmp_path / "run", contrast=1.0)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_recipes_batch_shrinks_to_an_even_number(small_pretraining: dict[str, Any], tmp_path: Path) -> None:
+    """Grey images: jitter works on those too."""
+    del small_pretraining["batch_size"], small_pretraining["data"]
+    odd = [torch.randint(0, 256, (1, 40, 40), dtype=torch.uint8) for _ in range(7)]
+    settings = {**small_pretraining, "channels": 1, "epochs": 1, "warmup_epochs": 0, "recipe": "contrast"}
+    assert sparkmim.pretrain(**settings, data=odd, out=tmp_path / "run").finished
+    start = read_history(tmp_path / "run" / "history.jsonl")[0]
+    assert start.fields["settings"]["batch_size"] == 6
 
 
 def test_arrays_have_no_colours(tmp_path: Path) -> None:

@@ -61,7 +61,9 @@ class Plan:
         return f"batch {self.batch_size}, {self.steps / self.steps_per_epoch:.4g} epochs, {self.steps:,} steps in all"
 
 
-def plan_for(settings: TrainSettings, batch_is_free: bool, images: int, iterations: int | None = None) -> Plan:
+def plan_for(
+    settings: TrainSettings, batch_is_free: bool, images: int, iterations: int | None = None, views: int = 1
+) -> Plan:
     """Fits the batch size to the data and counts steps.
 
     Args:
@@ -69,20 +71,22 @@ def plan_for(settings: TrainSettings, batch_is_free: bool, images: int, iteratio
         batch_is_free: whether the batch size may shrink, as a recipe's does.
         images: in the training set.
         iterations: optimiser steps of the run; None to train for `settings.epochs`.
+        views: of each image, which are in one batch.
 
     Raises:
         UserError: if the batch size cannot be met.
     """
     world_size, parts = settings.world_size, settings.accumulate
-    size, unit = settings.batch_size, parts * world_size
+    size, unit = settings.batch_size, parts * world_size * views
     if batch_is_free:
         size = max(1, min(size, images) // unit) * unit
     if size > images:
         raise UserError(f"batch_size {size} is more than the {images} images there are; use {images} or less")
     if size % unit:
+        of_each = f" × {views} views" if views > 1 else ""
         raise UserError(
             f"batch_size {size} does not divide into {counted(world_size, 'process', 'processes')} × "
-            f"{counted(parts, 'accumulation step')}; use {max(1, size // unit) * unit}"
+            f"{counted(parts, 'accumulation step')}{of_each}; use {max(1, size // unit) * unit}"
         )
     steps_per_epoch = images // size
     steps = iterations or max(1, round((settings.epochs or 1) * steps_per_epoch))

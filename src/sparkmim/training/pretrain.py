@@ -87,13 +87,9 @@ class Pretraining(Training[PretrainSettings]):
         if start is not None:
             start.load_into(model)
         dataset, held_out, settings, arrays = build_datasets(settings, model)
-        plan = plan_for(settings, batch_is_free, len(dataset))
+        views = 2 if settings.contrast else 1
+        plan = plan_for(settings, batch_is_free, len(dataset), views=views)
         settings = replace(settings, batch_size=plan.batch_size)
-        own = plan.batch_size // (plan.parts * plan.world_size)
-        if settings.contrast and own % 2:
-            raise UserError(
-                f"contrast puts two views of each image in a batch, but batches are of {own} images; make it even"
-            )
         if settings.channels_last and len(model.image_size) == 2:
             model = model.to(memory_format=torch.channels_last)
         assert settings.beta2 is not None
@@ -127,7 +123,7 @@ class Pretraining(Training[PretrainSettings]):
             probe=probe,
             keep_best=settings.keep_best == "probe",
             pictures=pictures if settings.picture_every and len(model.image_size) > 1 else None,
-            repeats=2 if settings.contrast else 1,
+            repeats=views,
         )
 
 
