@@ -54,13 +54,17 @@ def masked_dense() -> AbstractContextManager[object]:
     """Within the context, SparK computes hidden patches too, and masks every layer."""
 
     def forward(
-        self: SparK, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
+        self: SparK,
+        images: Tensor,
+        visible: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        with_features: bool = False,
     ) -> SparKOutput:
         if visible is None:
             visible = self.draw_visible(len(images), generator)
         layout = PatchLayout(visible, images.device)
         maps = encode_dense(self, images, layout)
-        features = maps[-1].sum((2, 3)) / _at(maps[-1], layout).sum((2, 3))
+        features = maps[-1].sum((2, 3)) / _at(maps[-1], layout).sum((2, 3)) if with_features else None
         prediction = decode_dense(self, densify_dense(self, maps, layout))
         loss = reconstruction_loss(prediction, images, layout)
         return SparKOutput(loss, layout.visible, prediction, images, features)

@@ -36,14 +36,14 @@ class SparKOutput:
         visible: bool `[B, *grid]`, the mask.
         prediction: `[B, C, *S]`, the decoder's output: patches normalised by their own mean and deviation.
         images: `[B, C, *S]`, the input.
-        features: `[B, C_k]`, the deepest feature map, averaged over visible positions.
+        features: `[B, C_k]`, the deepest feature map, averaged over visible positions; None unless asked for.
     """
 
     loss: Tensor
     visible: Tensor
     prediction: Tensor
     images: Tensor
-    features: Tensor
+    features: Tensor | None = None
 
     @property
     def reconstruction(self) -> Tensor:
@@ -170,17 +170,23 @@ class SparK(nn.Module):
         """
         return [unpack(map_) for map_ in self.encode_packed(images, visible)]
 
-    def _densified(self, images: Tensor, visible: Tensor) -> tuple[list[Tensor], PatchLayout, Tensor]:
+    def _densified(
+        self, images: Tensor, visible: Tensor, with_features: bool
+    ) -> tuple[list[Tensor], PatchLayout, Tensor | None]:
         """Returns dense maps for the decoder, the layout of the mask, and the pooled features."""
         maps = self.encode_packed(images, visible)
         deepest, patches = maps[-1], maps[0].patches
-        features = deepest.mean(tuple(range(2, deepest.ndim)))  # [B, C_k]
+        features = deepest.mean(tuple(range(2, deepest.ndim))) if with_features else None  # [B, C_k]
         if isinstance(self.decoder, FCMAEDecoder):
             return [self.decoder.fill(deepest)], patches, features
         return [densify(map_) for densify, map_ in zip(self.densify, maps, strict=True)], patches, features
 
     def forward(
-        self, images: Tensor, visible: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        images: Tensor,
+        visible: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        with_features: bool = False,
     ) -> SparKOutput:
         """Hides patches, predicts them, and computes the loss.
 
@@ -189,6 +195,7 @@ class SparK(nn.Module):
             visible: bool `[B, *grid]`, true where visible, on any device; on the CPU, it costs a GPU no
                 synchronisation. None draws it by `draw_visible`.
             generator: draws the mask.
+            with_features: whether to average the deepest map too.
 
         Raises:
             ValueError: if the image size is not the model's, or the mask hides all or none of a sample's patches.
@@ -198,7 +205,7 @@ class SparK(nn.Module):
         densified = self._densified
         if torch.compiler.is_compiling():  # masks differ in every step, and with them the graph
             densified = torch.compiler.disable(densified)  # type: ignore[no-untyped-call]
-        maps, patches, features = densified(images, visible)
+        maps, patches, features = densified(images, visible, with_features)
         prediction = self.decoder(maps)
         loss = reconstruction_loss(prediction, images, patches)
         return SparKOutput(loss, patches.visible, prediction, images, features)

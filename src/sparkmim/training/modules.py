@@ -208,7 +208,7 @@ class PretrainModule(ScheduledModule):
         return {**super().transfer_batch_to_device(batch, device, dataloader_idx), "visible": visible}
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
-        out = self._compute(batch["image"], batch["visible"])
+        out = self._compute(batch["image"], batch["visible"], with_features=self.contrast is not None)
         self.step_losses.append(out.loss.detach())
         if self.contrast is None:
             return out.loss
