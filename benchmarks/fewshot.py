@@ -128,7 +128,8 @@ class Pooled(nn.Module):
         self.hierarchy = Hierarchy(encoder)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.hierarchy(images)[-1].mean((2, 3))  # type: ignore[no-any-return]
+        deepest: Tensor = self.hierarchy(images)[-1]
+        return deepest.mean((2, 3))
 
 
 def train(

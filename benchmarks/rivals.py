@@ -40,7 +40,6 @@ class Rival(nn.Module):
     def __init__(self, encode: nn.Module, width: int) -> None:
         super().__init__()
         self.encode = encode
-        self.width = width
 
     def forward(self, first: Tensor, second: Tensor, progress: float) -> Tensor:
         """Returns the loss of two views `[B, 3, H, W]`; `progress` is the share of the run that is over."""
@@ -79,7 +78,7 @@ class BYOL(Rival):
             targets = [self.teacher(view).float() for view in (second, first)]
         guesses = [self.predictor(self.student(view)).float() for view in (first, second)]
         losses = [self.criterion(guess, target) for guess, target in zip(guesses, targets, strict=True)]
-        return sum(losses) / 2  # type: ignore[return-value]
+        return torch.stack(losses).mean()
 
 
 class DINO(Rival):

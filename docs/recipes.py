@@ -37,7 +37,7 @@ ABOUT = {
         "Pretraining",
         """\
 - `default`: thousands of images on one machine, for a few hundred epochs. Rate, optimiser and decoder width were
-  measured with a small network on CIFAR-10 (`benchmarks/recipe.py`).
+  measured with a small network on CIFAR-10 (`benchmarks/results/recipe.json`).
 - `contrast`: the same with a second loss: two views of each image, both masked, must find each other in the batch (CAN,
   arXiv:2210.16870). An epoch shows half of the images, twice each.
 - `paper`: ImageNet at 224 pixels, or another data set of a million images, on many GPUs. Source: SparK
@@ -50,7 +50,7 @@ The decoder width is that of SparK's decoder; `--decoder fcmae` has 512.""",
         "Fine-tuning",
         """\
 - `default`: tens to thousands of labelled images on one machine. The rate was measured with a small network on CIFAR-10
-  (`benchmarks/transfer.py`).
+  (`benchmarks/results/transfer.json`).
 - The others: ImageNet, by the network of that name. `convnext_large_384` is for 384 pixels. Source: SparK, appendix;
   what its table leaves open is from the original's `downstream_imagenet/arg.py` and `data.py`.""",
     ),

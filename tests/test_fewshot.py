@@ -86,7 +86,7 @@ def test_scores(folder: Path) -> None:
     found = fewshot.frozen(folder, None, [4], 0, "test")
     assert found.keys() == {"linear 4", "k-NN", "linear"}
     assert found["linear"] > 0.9  # dark and light are easily told apart
-    assert 0 <= fewshot.finetune(folder, None, 4, 3, 1e-3, 0, "choosing")["accuracy"] <= 1
+    assert fewshot.finetune(folder, None, 8, 40, 1e-2, 0, "test")["accuracy"] > 0.9
 
 
 def test_jobs_are_done_once(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ WIDTH = 128
 """Features that are compared, per image (SimCLR, arXiv:2002.05709, section 4.2)."""
 
 TEMPERATURE = 0.2
+"""Of the softmax over cosines; SimCLR does best between 0.1 and 0.5 (table 5)."""
 
 
 class Contrast(nn.Module):

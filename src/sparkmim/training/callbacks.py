@@ -123,15 +123,15 @@ class Monitor(StepCallback):
         now = time.perf_counter()
         self.images_per_second = (step - since) * self.plan.batch_size / (now - then)
         self._clock = (step, now)
-        both = torch.stack([loss, self._total / self._steps])
+        values = torch.stack([loss, self._total / self._steps, *module.step_figures.values()])
         if trainer.world_size > 1:
-            both = trainer.strategy.reduce(both, reduce_op="mean")
-        of_step, mean = both.tolist()
+            values = trainer.strategy.reduce(values, reduce_op="mean")
+        of_step, mean, *figures = values.tolist()
         speed = {"images_per_second": self.images_per_second}
         self.history.add(
             "step", step, epoch=step / self.plan.steps_per_epoch, loss=of_step, learning_rate=module.rate,
             weight_decay=module.decay, gradient_norm=module.grad_norm.item(), **speed,
-            **{name: figure.item() for name, figure in module.step_figures.items()},
+            **dict(zip(module.step_figures, figures, strict=True)),
         )  # fmt: skip
         if epoch_done:
             self.epoch_loss, self._steps = mean, 0

@@ -185,7 +185,7 @@ class PretrainModule(ScheduledModule):
         self, model: SparK, settings: OptimizerSettings, seed: int, compile: bool = False, contrast: float = 0.0
     ) -> None:
         super().__init__(model, settings, seed)
-        self.weight = contrast
+        self.contrast_weight = contrast
         self.contrast = Contrast(model.hierarchy.channels[-1]) if contrast else None
         # Not `model.compile()`: pictures, in evaluation mode, would be compiled too.
         self._compute: Callable[..., SparKOutput] = torch.compile(model.forward, dynamic=False) if compile else model
@@ -214,7 +214,7 @@ class PretrainModule(ScheduledModule):
             return out.loss
         contrast: Tensor = self.contrast(out.features)
         self.step_figures["contrast"] = contrast.detach()
-        return out.loss + self.weight * contrast
+        return out.loss + self.contrast_weight * contrast
 
 
 class ClassifyModule(ScheduledModule):

@@ -62,7 +62,7 @@ DEFAULT = replace(
 )
 """For thousands of images on one machine.
 
-Measured on 10,000 images of CIFAR-10, pretraining a small network (`benchmarks/recipe.py`, `results/recipe.json`):
+Measured on 10,000 images of CIFAR-10, pretraining a small network (`benchmarks/results/recipe.json`):
 few steps need a higher rate than the paper's, at which AdamW is as good as LAMB; a decoder of width 256 gives better
 features than one of 64 after the same epochs, and as good ones in the same time.
 """
@@ -159,9 +159,9 @@ FINETUNE_DEFAULT = replace(
 )
 """For tens to thousands of labelled images on one machine.
 
-The rate is the middle of the three tried with a small network on CIFAR-10 (`benchmarks/transfer.py`,
-`results/transfer.json`): ten labels per class prefer 1e-3, 200 prefer 1e-2. Layer decay 0.8 is milder than the paper's;
-on that network 1 and 0.7 were alike.
+The rate is the middle of the three tried with a small network on CIFAR-10 (`benchmarks/results/transfer.json`): ten
+labels per class prefer 1e-3, 200 prefer 1e-2. Layer decay 0.8 is milder than the paper's; on that network 1 and 0.7
+were alike.
 """
 
 FINETUNE_RECIPES = {
