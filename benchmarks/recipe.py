@@ -38,11 +38,13 @@ CANDIDATES: dict[str, dict[str, Any]] = {
     "decoder 64": {"decoder_width": 64},
     "decoder 32": {"decoder_width": 32},
     "crops from 0.35": {"crop_scale": 0.35},
-    "contrast": {"recipe": "contrast"},
-    "contrast, decoder 64": {"recipe": "contrast", "decoder_width": 64},
-    "contrast, decoder 32": {"recipe": "contrast", "decoder_width": 32},
-    "contrast, mask 0.25, decoder 32": {"recipe": "contrast", "decoder_width": 32, "mask_ratio": 0.25},
-}
+    "contrast": {"recipe": "contrast", "decoder_width": 64},
+    "contrast, mask 0.25": {"recipe": "contrast", "decoder_width": 64, "mask_ratio": 0.25},
+    "contrast, rate 2e-3": {"recipe": "contrast", "decoder_width": 64, "learning_rate": 2e-3},
+    "contrast, mask 0.25, rate 2e-3": {
+        "recipe": "contrast", "decoder_width": 64, "mask_ratio": 0.25, "learning_rate": 2e-3
+    },
+}  # fmt: skip
 """Settings that differ from the default recipe's."""
 
 

@@ -77,7 +77,7 @@ def test_rivals_train_the_network_and_nothing_else_of_it(method: str, folder: Pa
         assert torch.equal(value, networks[1][name])  # by the seed alone
         if name.startswith("classifier"):
             assert torch.equal(value, start[name])
-    assert not torch.equal(networks[0]["stage4.conv2.weight"], start["stage4.conv2.weight"])
+    assert not torch.equal(networks[0]["stage3.conv2.weight"], start["stage3.conv2.weight"])
 
 
 def test_scores(folder: Path) -> None:

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from pictures import checker
+from torch import Tensor
 from torchvision.transforms import v2
 
-from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD, eval_transform, normalisation, pretrain_transform
+from sparkmim.data.augmentation import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ChangeColours,
+    adjust,
+    eval_transform,
+    normalisation,
+    pretrain_transform,
+)
 
 
 def image(height: int = 48, width: int = 64) -> torch.Tensor:
@@ -87,3 +97,70 @@ def test_wrong_settings() -> None:
         eval_transform((8, 8), crop=0)
     with pytest.raises(ValueError, match="mean has 3 values and std 1"):
         eval_transform((8, 8), std=[1.0])
+
+
+def test_colours_change_with_jitter_alone() -> None:
+    picture = torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    changed = grey = 0
+    for seed in range(40):
+        both = []
+        for jitter in (0.0, 0.5):
+            torch.manual_seed(seed)  # the crop is drawn first, and so the same
+            both.append(pretrain_transform((32, 32), (0, 0, 0), (1, 1, 1), jitter=jitter)(picture))
+        before, found = both
+        assert ((found >= 0) & (found <= 1)).all()
+        changed += not torch.equal(before, found)
+        grey += bool((found[0] - found[1]).abs().max() < 1e-6)
+    assert 24 <= changed < 40  # 0.8, and those of the rest that become grey: 0.84
+    assert 2 <= grey <= 16  # one in five
+
+
+def adjusted(image: Tensor, kind: str, amount: float) -> Tensor:
+    """An image of any colours, `[C, H, W]`, by `adjust`."""
+    channels = len(image)
+    found = torch.from_numpy(adjust(np.eye(channels, channels + 1), kind, amount, image.mean((1, 2)).numpy()))
+    return (found[:, :-1] @ image.flatten(1) + found[:, -1:]).view_as(image)
+
+
+@pytest.mark.parametrize("amount", [-1.0, -0.3, 0.2])
+@pytest.mark.parametrize("kind", ["brightness", "contrast", "saturation"])
+def test_changes_of_colours_are_torchvisions(kind: str, amount: float) -> None:
+    """Colours in the middle, so that torchvision clamps none."""
+    image = 0.3 + 0.4 * torch.rand(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = getattr(v2.functional, f"adjust_{kind}")(image, 1 + amount)
+    # Its weights of grey are rounded to four digits.
+    torch.testing.assert_close(adjusted(image, kind, amount), expected, rtol=0, atol=2e-4)
+
+
+def test_hue_turns_colours_about_the_greys() -> None:
+    image = torch.rand(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    turned = adjusted(image, "hue", 1 / 3)
+    # A third of a turn permutes the channels; torchvision's computes in float32.
+    torch.testing.assert_close(turned, v2.functional.adjust_hue(image, 1 / 3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(turned, image[[2, 0, 1]])
+    little = adjusted(image, "hue", 0.05)
+    torch.testing.assert_close(little.sum(0), image.sum(0))
+    torch.testing.assert_close(little.square().sum(0), image.square().sum(0))
+    assert not torch.allclose(little, image, atol=0.01)
+
+
+def test_changes_of_colours_follow_one_another() -> None:
+    """The composed map is each in turn; contrast knows the average of what comes before it."""
+    image = torch.rand(3, 5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    changes = [("hue", 0.1), ("brightness", 0.4), ("saturation", -0.5), ("contrast", 0.3), ("hue", -0.2)]
+    expected, colours = image, np.eye(3, 4)
+    for kind, amount in changes:
+        expected = adjusted(expected, kind, amount)
+        colours = adjust(colours, kind, amount, image.mean((1, 2)).numpy())
+    found = torch.from_numpy(colours)
+    torch.testing.assert_close((found[:, :3] @ image.flatten(1) + found[:, 3:]).view_as(image), expected)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_without_colours_change_in_brightness_and_contrast(channels: int) -> None:
+    torch.manual_seed(1)
+    image = 0.4 + 0.1 * torch.rand(channels, 5, 7)
+    found = ChangeColours(0.5)(image)
+    slope, _ = np.polyfit(image.flatten(), found.flatten(), 1)
+    assert abs(slope - 1) > 0.01
+    torch.testing.assert_close(found - found.mean(), float(slope) * (image - image.mean()), atol=1e-5, rtol=0)

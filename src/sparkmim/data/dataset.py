@@ -104,7 +104,14 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
         return len(self._source)
 
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        epoch, index, *repeat = key
+        return self.__getitems__([key])[0]
+
+    def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
+        """What loaders call for a batch; putting generators back takes longer than seeding them."""
+        with _generators_put_back():
+            return [self._sample(*key) for key in keys]
+
+    def _sample(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
         image, unreadable = self._read(index, counted_seed(self.seed, epoch, index, "image", *repeat))
         return {"image": image, "index": index, "skipped": len(unreadable), "unreadable": unreadable}
 
@@ -115,10 +122,10 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
             place = (index + offset) % len(self)
             name = f"item {place}"
             try:
-                with _seeded(seed):
-                    item = self._source[place]
-                    name = name_of(item, place)
-                    return self.transform(self.read(item, name=name)), unreadable
+                _seed(seed)
+                item = self._source[place]
+                name = name_of(item, place)
+                return self.transform(self.read(item, name=name)), unreadable
             except UnreadableImage as error:
                 unreadable.append(str(error) if error.path else f"{name}: {error.reason}")
             except OSError as error:  # a dataset that opens files itself
@@ -151,9 +158,9 @@ class PretrainDataset(AugmentedDataset):
         self.grid = tuple(grid)
         self.mask_ratio = mask_ratio
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
+    def _sample(self, *key: int) -> dict[str, Any]:
         generator = torch.Generator().manual_seed(self._mask_seed(*key))
-        return {**super().__getitem__(key), "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0]}
+        return {**super()._sample(*key), "visible": random_visible(1, self.grid, self.mask_ratio, generator)[0]}
 
     def _mask_seed(self, epoch: int, index: int, *repeat: int) -> int:
         return counted_seed(self.seed, epoch, index, "mask", *repeat)
@@ -185,8 +192,8 @@ class LabelledDataset(AugmentedDataset):
         self.labels = images.labels
         self.classes = images.classes
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        sample = super().__getitem__(key)
+    def _sample(self, *key: int) -> dict[str, Any]:
+        sample = super()._sample(*key)
         shown = (sample["index"] + sample["skipped"]) % len(self)
         return {**sample, "label": int(self.labels[shown])}
 
@@ -200,8 +207,8 @@ class TargetDataset(AugmentedDataset):
     def __init__(self, images: Dataset[Any], transform: Callable[[Any], Any], seed: int = 0) -> None:
         super().__init__(images, transform, seed, read=unchanged)
 
-    def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
-        sample = super().__getitem__(key)
+    def _sample(self, *key: int) -> dict[str, Any]:
+        sample = super()._sample(*key)
         image, target = sample["image"]
         return {**sample, "image": image, "target": target}
 
@@ -210,15 +217,18 @@ def unchanged(item: Any, name: str = "") -> Any:
     return item
 
 
+def _seed(seed: int) -> None:
+    """Seeds the generators of torch (on CPU), numpy and Python."""
+    # Not torch.manual_seed, which also seeds the GPU's generator, from which the network draws.
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 (transforms may use it)
+
+
 @contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seeds the generators of torch (on CPU), numpy and Python, and restores them afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 (transforms may use it)
+def _generators_put_back() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     with torch.random.fork_rng(devices=[]):
-        # Not torch.manual_seed, which also seeds the GPU's generator, from which the network draws.
-        torch.default_generator.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002
         try:
             yield
         finally:
