@@ -149,8 +149,8 @@ def train(
     with tempfile.TemporaryDirectory() as folder, masked_dense() if method == "masked dense" else nullcontext():
         result = sparkmim.pretrain(
             data=images, out=f"{folder}/run", model=network, image_size=size, epochs=steps / per_epoch,
-            warmup_epochs=steps / per_epoch / 10, learning_rate=rate, seed=seed, val_split=0.0, picture_every=0,
-            workers=0, **settings,
+            warmup_epochs=steps / per_epoch / 10, seed=seed, val_split=0.0, picture_every=0, workers=0,
+            **{"learning_rate": rate, **settings},
         )  # fmt: skip
     if not result.finished:
         raise KeyboardInterrupt
@@ -169,8 +169,9 @@ def pretrain(
         train(method, settings, network, unlabelled, size, rate, steps, seed)
         return time.perf_counter() - begun
 
-    few, more = (seconds(create_network(size, seed), steps) for steps in (5, 25))
-    steps = max(1, round((60 * minutes - (few - (more - few) / 4)) / ((more - few) / 20)))
+    few, more = (seconds(create_network(size, seed), steps) for steps in (5, 35))
+    each = (more - few) / 30
+    steps = max(1, round((60 * minutes - (few - 5 * each)) / each))
     network = create_network(size, seed)
     taken = seconds(network, steps)
     with replacing(weights) as partial:
@@ -248,15 +249,21 @@ class Jobs:
         """Returns the result of each job, by its name; calls the functions of those that are not done yet."""
         files = {name: self.folder / f"{name}.json" for name in jobs}
         running = {
-            self.pool.submit(function, *arguments): name
+            self.pool.submit(_keep, files[name], function, arguments): name
             for name, (function, arguments) in jobs.items() if not files[name].is_file()
         }  # fmt: skip
         for future in as_completed(running):
             name, result = running[future], future.result()
-            with replacing(files[name]) as partial:
-                partial.write_text(json.dumps(result) + "\n")
             print(f"{time.strftime('%H:%M:%S')} {self.folder.name}: {name}: {result}", flush=True)
         return {name: json.loads(file.read_text()) for name, file in files.items()}
+
+
+def _keep(file: Path, function: Callable[..., Score], arguments: Sequence[Any]) -> Score:
+    """Calls a function and writes its result, which is kept even if another job fails meanwhile."""
+    result = function(*arguments)
+    with replacing(file) as partial:
+        partial.write_text(json.dumps(result) + "\n")
+    return result
 
 
 def _alone() -> None:

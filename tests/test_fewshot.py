@@ -48,10 +48,10 @@ def test_masked_dense_trains_the_same_network(folder: Path) -> None:
 
     images = fewshot.open_images(folder).unlabelled
     networks = []
-    for method in ("sparkmim", "masked dense"):
+    settings = {"batch_size": 8, "decoder_width": 16, "precision": "32-true", "recipe": "contrast"}
+    for method, rate, more in (("sparkmim", 1e-3, {}), ("masked dense", None, {"learning_rate": 1e-3})):
         network = fewshot.create_network(32, seed=3)
-        settings = {"batch_size": 8, "decoder_width": 16, "precision": "32-true", "recipe": "contrast"}
-        fewshot.train(method, settings, network, images, 32, 1e-3, 3, 0)
+        fewshot.train(method, {**settings, **more}, network, images, 32, rate, 3, 0)
         networks.append(network)
     start = fewshot.create_network(32, seed=3).state_dict()
     for name, value in networks[0].state_dict().items():
