@@ -47,7 +47,7 @@ NETWORKS = {32: "small_cnn", 64: "small_cnn_s16"}
 
 RIVALS = ("SimCLR", "BYOL", "DINO")
 CHOOSING = 0.15
-STEPS = {10: 150, 50: 300, 200: 500}
+STEPS = {10: 100, 50: 300, 200: 400}
 """Optimiser steps of a fine-tuning run, by labels per class."""
 
 FINETUNE_RATES = (1e-3, 3e-3, 1e-2)
@@ -157,23 +157,45 @@ def train(
     return None
 
 
-def pretrain(
-    folder: Path, weights: Path, method: str, settings: Mapping[str, Any], rate: float | None, minutes: float, seed: int
-) -> Score:
-    """Pretrains for so many minutes, as counted from the time of a step, and writes the network's weights."""
+Way = tuple[str, Mapping[str, Any]]
+"""A method for `train`, and its settings."""
+
+
+def seconds_per_step(folder: Path, ways: Mapping[str, Way], rounds: int = 3, steps: int = 12) -> Score:
+    """Times a step of each way of pretraining; medians. They take turns: a machine that slows down slows all."""
     images = open_images(folder)
     unlabelled, size = images.unlabelled, images.size
 
-    def seconds(network: nn.Module, steps: int) -> float:
+    def seconds(way: str, count: int) -> float:
+        network = create_network(size, 0)
         begun = time.perf_counter()
-        train(method, settings, network, unlabelled, size, rate, steps, seed)
+        train(*ways[way], network, unlabelled, size, 1e-3, count, 0)
         return time.perf_counter() - begun
 
-    few, more = (seconds(create_network(size, seed), steps) for steps in (5, 35))
-    each = (more - few) / 30
-    steps = max(1, round((60 * minutes - (few - 5 * each)) / each))
-    network = create_network(size, seed)
-    taken = seconds(network, steps)
+    for way in ways:
+        seconds(way, 1)
+    times: dict[str, list[float]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way in ways:
+            times[way].append((seconds(way, 3 + steps) - seconds(way, 3)) / steps)
+    return {way: statistics.median(found) for way, found in times.items()}
+
+
+def count_steps(jobs: Jobs, folder: Path, ways: Mapping[str, Way]) -> dict[str, float]:
+    """Returns how many steps of each way of pretraining a minute holds, with jobs on all cores."""
+    found = jobs.run({f"time {number}": (seconds_per_step, (folder, ways)) for number in range(jobs.workers)}).values()
+    return {way: 60 / statistics.mean(times[way] for times in found) for way in ways}
+
+
+def pretrain(
+    folder: Path, weights: Path, method: str, settings: Mapping[str, Any], rate: float | None, steps: int, seed: int
+) -> Score:
+    """Pretrains for so many steps, and writes the network's weights."""
+    images = open_images(folder)
+    network = create_network(images.size, seed)
+    begun = time.perf_counter()
+    train(method, settings, network, images.unlabelled, images.size, rate, steps, seed)
+    taken = time.perf_counter() - begun
     with replacing(weights) as partial:
         save_file({name: value.contiguous() for name, value in network.state_dict().items()}, partial)
     return {"steps": steps, "seconds": taken}
@@ -200,7 +222,7 @@ def finetune(
 
 
 def frozen(folder: Path, weights: Path | None, labels: Sequence[int], seed: int, judged: str) -> Score:
-    """Accuracies on frozen features: k-NN and linear with the labels of the whole pool, linear with few."""
+    """Accuracies on frozen features: k-NN and linear with the labels of the whole pool; linear with few, per draw."""
     images = open_images(folder)
     hierarchy = Hierarchy(load_network(images.size, weights, seed))
     transform = eval_transform((images.size, images.size), crop=1.0)
@@ -213,9 +235,7 @@ def frozen(folder: Path, weights: Path | None, labels: Sequence[int], seed: int,
         return pooled_features(hierarchy, batches), part.targets
 
     scored = *features(images.pool), *features(getattr(images, judged))
-    few = {
-        f"linear {shots}": statistics.mean(few_shot(*scored, images.pool.classes, shots, seed=seed)) for shots in labels
-    }
+    few = {f"linear {shots}": few_shot(*scored, images.pool.classes, shots, seed=seed) for shots in labels}
     probe = linear_probe(*scored, images.pool.classes, epochs=20, seed=seed)
     return {**few, "k-NN": knn_accuracy(*scored), "linear": probe.accuracy}
 
@@ -231,6 +251,7 @@ class Jobs:
 
     def __init__(self, folder: Path, workers: int, settings: Mapping[str, Any]) -> None:
         self.folder = folder
+        self.workers = workers
         kept = folder / "settings.json"
         if kept.is_file() and json.loads(kept.read_text()) != settings:
             raise SystemExit(f"{folder} holds results of other settings, {kept.read_text()}; choose another --runs")

@@ -19,7 +19,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fewshot import STEPS, Jobs, finetune, frozen, pretrain
+from fewshot import STEPS, Jobs, count_steps, finetune, frozen, pretrain
 from measure import provenance
 from sparkmim.files import replacing
 
@@ -52,10 +52,16 @@ def compare(folder: Path, jobs: Jobs, names: list[str], minutes: float, seeds: i
     """Returns the scores of the random network and of each candidate."""
     every = range(1, seeds + 1)
     weights = {name: jobs.folder / f"{name}.safetensors" for name in names}
-    pretrained = jobs.run({
-        f"pretrain {name}": (pretrain, (folder, weights[name], "sparkmim", CANDIDATES[name], None, minutes, 0))
-        for name in names
-    })  # fmt: skip
+    per_minute = count_steps(jobs, folder, {name: ("sparkmim", CANDIDATES[name]) for name in names})
+    pretrained = jobs.run(
+        {
+            f"pretrain {name}": (
+                pretrain,
+                (folder, weights[name], "sparkmim", CANDIDATES[name], None, round(minutes * per_minute[name]), 0),
+            )
+            for name in names
+        }
+    )
     starts: dict[str, Path | None] = {"random network": None, **weights}
     probed = jobs.run(
         {f"frozen {name}": (frozen, (folder, file, [SHOTS], 0, "choosing")) for name, file in starts.items()}
@@ -81,7 +87,7 @@ def show(result: dict[str, Any], console: Console) -> None:
     table = Table("candidate", "steps", "k-NN", "linear", f"linear, {SHOTS} labels", f"fine-tuned, {SHOTS} labels")
     table.title = result["data"]
     for row in result["rows"]:
-        scores = [row[name] for name in ("k-NN", "linear", f"linear {SHOTS}")]
+        scores = [row["k-NN"], row["linear"], statistics.mean(row[f"linear {SHOTS}"])]
         table.add_row(
             row["name"], str(row.get("steps", "")), *(f"{score:.1%}" for score in scores),
             f"{statistics.mean(row['fine-tuned']):.1%}",

@@ -85,6 +85,7 @@ def test_scores(folder: Path) -> None:
 
     found = fewshot.frozen(folder, None, [4], 0, "test")
     assert found.keys() == {"linear 4", "k-NN", "linear"}
+    assert len(found["linear 4"]) == 10
     assert found["linear"] > 0.9  # dark and light are easily told apart
     assert fewshot.finetune(folder, None, 8, 40, 1e-2, 0, "test")["accuracy"] > 0.9
 
@@ -106,19 +107,27 @@ def test_jobs_are_done_once(tmp_path: Path) -> None:
 class Instant:
     """Gives results at once: accuracies rise with the learning rate, and by way."""
 
-    folder = Path("runs")
+    folder, workers = Path("runs"), 2
 
     def __init__(self) -> None:
-        self.names: list[str] = []
+        self.jobs: dict[str, Any] = {}
 
     def run(self, jobs: dict[str, Any]) -> dict[str, Any]:
-        self.names += jobs
-        gain = {"no": 0.0, "sparkmim": 0.1}
-        results = {}
+        self.jobs |= jobs
+        gain = {"no": 0.0, "sparkmim": 0.1, "masked": 0.1}
+        results: dict[str, Any] = {}
         for name, (_, arguments) in jobs.items():
+            if name.startswith("time"):
+                results[name] = {"sparkmim": 0.5, "masked dense": 1.0}
+                continue
             rate = max((part for part in arguments if isinstance(part, float)), default=0.0)
+            if name.startswith("judge"):
+                rate = float(name.split()[-1])
             score = 0.2 + rate + gain[name.split()[1]]
-            results[name] = {"steps": 10, "seconds": 60.0, "accuracy": score, "k-NN": score, "linear": score}
+            results[name] = {
+                "steps": 10, "seconds": 60.0, "accuracy": score, "k-NN": score, "linear": score,
+                "linear 10": [score] * 3,
+            }  # fmt: skip
         return results
 
 
@@ -126,14 +135,35 @@ def test_rates_are_chosen_on_choosing_images_and_scores_are_of_test_images(tmp_p
     import transfer
 
     jobs = Instant()
-    comparison = transfer.Comparison(Path("data"), jobs, ["sparkmim"], 1.0, 2, {10: 5})
+    comparison = transfer.Comparison(Path("data"), jobs, ["sparkmim", "masked dense"], 2.0, 0.5, 1, 2, {10: 5})
     result = comparison.run()
-    scratch, ours = result["rows"]
+    scratch, ours, dense = result["rows"]
     assert (scratch["way"], ours["way"]) == ("no pretraining", "sparkmim")
-    assert ours["minutes"] == [1.0, 1.0]
-    assert ours["fine-tuning rates"] == {10: 1e-2}
+    assert ours["minutes"] == [1.0]
+    assert (ours["rate"], dense["rate"]) == (4e-3, 4e-3)
+    assert ours["fine-tuning rate"] == 1e-2
     assert ours["accuracies"]["fine-tuned 10"] == pytest.approx([0.31, 0.31])
+    assert len(ours["accuracies"]["linear 10"]) == 3
     transfer.draw([json.loads(json.dumps(result))], [10], tmp_path / "plot.png")
     with Image.open(tmp_path / "plot.png") as picture:
         assert picture.size[0] > 100
-    assert "finetune sparkmim 10 2" in jobs.names
+    arguments = {name: arguments for name, (_, arguments) in jobs.jobs.items()}
+    # Masked dense takes twice the time, so half the steps.
+    assert (arguments["pretrain sparkmim 1"][5], arguments["pretrain masked dense 1"][5]) == (240, 120)
+    assert arguments["try sparkmim 0.002"][5] == 60
+    for name, given in arguments.items():
+        if name.startswith(("judge", "tune")):
+            assert given[-1] == "choosing"
+        elif name.startswith(("frozen", "finetune")):
+            assert given[-1] == "test"
+    assert arguments["finetune sparkmim 10 2"][1] == Path("runs/sparkmim 1.safetensors")
+    comparison.pretrainings = range(1, 3)
+    assert comparison.finetuning("sparkmim", 2, 10, 1e-3, 2, "test")[1][1] == Path("runs/sparkmim 2.safetensors")
+
+
+def test_ways_are_timed_in_turn(folder: Path) -> None:
+    import fewshot
+
+    ways = {name: ("sparkmim", {"batch_size": 8, "decoder_width": width}) for name, width in (("a", 16), ("b", 32))}
+    times = fewshot.seconds_per_step(folder, ways, rounds=1, steps=2)
+    assert times.keys() == {"a", "b"}

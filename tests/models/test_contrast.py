@@ -61,7 +61,8 @@ def test_a_run_with_contrast(small_pretraining: dict[str, Any], tmp_path: Path) 
     """It learns both, shows the reconstruction's loss as such, and leaves plain weights."""
     run = tmp_path / "run"
     # Without jitter, for colours are what these pictures differ by.
-    settings = {**small_pretraining, "epochs": 30, "recipe": "contrast", "jitter": 0.0, "learning_rate": 0.05}
+    settings = {**small_pretraining, "epochs": 30, "recipe": "contrast", "mask_ratio": 0.5, "jitter": 0.0}
+    settings["learning_rate"] = 0.05
     result = sparkmim.pretrain(**settings, out=run, log_every=1)
     steps = [event.fields for event in read_history(run / "history.jsonl") if event.kind == "step"]
     losses, contrasts = ([step[name] for step in steps] for name in ("loss", "contrast"))

@@ -68,7 +68,7 @@ features than one of 64 after the same epochs, and as good ones in the same time
 """
 
 CONTRAST = replace(
-    DEFAULT, batch_size=256, learning_rate=1e-3, mask_ratio=0.5, crop_scale=0.2, jitter=0.5, contrast=1.0
+    DEFAULT, batch_size=256, learning_rate=1e-3, mask_ratio=0.25, crop_scale=0.2, jitter=0.5, contrast=1.0
 )
 """The default with a contrastive loss between two masked views of each image (CAN, arXiv:2210.16870; colours and crops
 of SimCLR's, arXiv:2002.05709)."""
