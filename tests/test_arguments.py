@@ -100,7 +100,7 @@ def test_a_range_contains_what_it_says(
 def test_a_command_checks_before_it_looks_at_anything(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["pretrain", "--data", "nowhere", "--out", "run", "--beta1", "1.5"])
-    assert capsys.readouterr().err == "sparkmim pretrain: beta1 is 1.5; it must be 0 or more and below 1\n"
+    assert capsys.readouterr().err == "sparkmim pretrain: --beta1 is 1.5; it must be 0 or more and below 1\n"
 
 
 def test_cuda_without_a_gpu(monkeypatch: pytest.MonkeyPatch, photos: Any, tmp_path: Any) -> None:

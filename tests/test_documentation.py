@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import sparkmim
-from sparkmim.cli import _spelled_as_arguments, build_parser
+from sparkmim.cli import COMMANDS, build_parser
 from sparkmim.sparse.packed import RULES
+from sparkmim.words import spell
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,7 +44,7 @@ def test_commands_are_understood(page: Path) -> None:
         words = shlex.split(command)
         if "sparkmim" in words:
             arguments = [word for word in words[words.index("sparkmim") + 1 :] if word != "--print_config"]  # exits
-            build_parser().parse_args(_spelled_as_arguments(arguments))
+            build_parser().parse_args(spell(arguments, COMMANDS))
 
 
 @pytest.mark.parametrize(

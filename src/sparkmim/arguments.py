@@ -2,12 +2,39 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from sparkmim.errors import UserError
+
+LARGEST = 2**63 - 1
+"""The largest seed."""
+
+
+def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
+    """Returns the word that is most like another, if one is.
+
+    Example:
+        >>> nearest("tensorbord", ["csv", "tensorboard"])
+        'tensorboard'
+    """
+    found = difflib.get_close_matches(word.lower(), list(words), n=1, cutoff=cutoff)
+    return found[0] if found else None
+
+
+def one_of(word: str, words: Sequence[str]) -> str:
+    """Says which word may have been meant; all of them, if none is like it.
+
+    Example:
+        >>> one_of("adam", ["lamb", "adamw"]), one_of("sgd", ["lamb", "adamw"])
+        ('did you mean adamw?', 'choose lamb or adamw')
+    """
+    if near := nearest(word, words, cutoff=0.7):
+        return f"did you mean {near}?"
+    return f"choose {', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else f"it takes {words[0]}"
 
 
 @dataclass(frozen=True)
@@ -37,7 +64,8 @@ class Range:
             or not isinstance(value, int | float)
             or (isinstance(value, float) and not math.isfinite(value))
         ):
-            return f"it must be a finite number, {self}"
+            kind = "whole" if self.whole else "finite"
+            return f"it must be a {kind} number{'' if self.low == -math.inf else f', {self}'}"
         if self.whole and value != int(value):
             return f"it must be a whole number, {self}"
         low = value > self.low if self.above else value >= self.low
@@ -48,14 +76,12 @@ class Range:
         least = f"above {self.low:g}" if self.above else f"{self.low:g} or more"
         if (self.low, self.high, self.whole) == (1, math.inf, True):
             said = "above 0"
-        elif self.low == -math.inf:
-            said = "of any size"
         elif self.high == math.inf:
             said = least
         elif self.above or self.below:
             said = f"{least} and {'below' if self.below else 'at most'} {self.high:g}"
         else:
-            said = f"between {self.low:g} and {self.high:g}"
+            said = f"between {self.low:g} and {'2^63 - 1' if self.high == LARGEST else f'{self.high:g}'}"
         return f"{said} ({self.hint})" if self.hint else said
 
 
@@ -67,7 +93,7 @@ class Choice:
 
     def __call__(self, value: Any) -> str | None:
         """Tells what `value` must be, if it is not that."""
-        return None if value in self.words else f"choose {', '.join(self.words[:-1])} or {self.words[-1]}"
+        return None if value in self.words else one_of(value, self.words)
 
 
 @dataclass(frozen=True)
@@ -88,7 +114,7 @@ class Several:
 
     def __call__(self, value: Any) -> str | None:
         """Tells what `value` must be, if it is not that."""
-        if self.alone and not isinstance(value, Sequence):
+        if self.alone and (isinstance(value, str) or not isinstance(value, Sequence)):
             return self.each(value)
         if isinstance(value, str) or not isinstance(value, Sequence):
             return f"it must be a list of numbers, each {self.each}"
@@ -96,8 +122,9 @@ class Several:
         if not low <= len(value) or (high is not None and len(value) > high):
             wanted = f"{low} or more" if high is None else f"{low} to {high}"
             return f"it must have {wanted} values"
-        if any(self.each(item) for item in value):
-            return f"each of its values must be {self.each}"
+        complaints = [complaint for item in value if (complaint := self.each(item))]
+        if complaints:
+            return f"each of its values {complaints[0].removeprefix('it ')}"
         if self.ascending and any(a >= b for a, b in zip(value, value[1:], strict=False)):
             return "its values must rise"
         return None
@@ -114,7 +141,7 @@ def _loggers(value: Any) -> str | None:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return "it must be a list"
     unknown = [item for item in value if isinstance(item, str | int | float | None) and item not in LOGGERS]
-    return f"choose among {', '.join(LOGGERS)}" if unknown else None
+    return one_of(str(unknown[0]), LOGGERS) if unknown else None
 
 
 COUNT = Range(1, whole=True)
@@ -190,7 +217,7 @@ CHECKS: dict[str, Check] = {
     "samples": COUNT,
     "save_minutes": POSITIVE,
     "schedule": Choice(("cosine", "linear")),
-    "seed": Range(0, 2**63 - 1, whole=True),
+    "seed": Range(0, LARGEST, whole=True),
     "segment.crop": COUNT,
     "short_side": COUNT,
     "short_sides": Several(COUNT),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import re
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
@@ -18,6 +17,7 @@ from sparkmim._version import __version__
 from sparkmim.errors import UserError
 from sparkmim.runs.config import commented_yaml
 from sparkmim.training.recipes import RECIPES, notes_for
+from sparkmim.words import PYTHON_ONLY, spell
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
@@ -38,16 +38,6 @@ COMMANDS: dict[str, Callable[..., Any]] = {
     "export": commands.export,
     "weights": commands.weights,
 }
-
-_PYTHON_ONLY: set[str | int] = {"callbacks"}
-
-_POSITIONAL = {"predict": "images", "embed": "images", "explain": "topic", "report": "run"}
-"""Arguments that may be given without their flag."""
-
-_SEVERAL = {"--images": {"reconstruct", "explain", "features", "playground"}, "--query": {"neighbors"},
-            "--data": {"neighbors"}, "--stages": {"features"}, "--predict": {"detect", "segment"},
-            "--loggers": {"pretrain", "finetune", "detect", "segment"}}  # fmt: skip
-"""Flags that take several words, with the commands in which they do."""
 
 _PICTURES = ("reconstruct", "explain", "features", "neighbors")
 """Commands that draw a picture; the shell always writes it."""
@@ -74,46 +64,12 @@ class _Parser(ArgumentParser):
         shown = super().format_help(*args, **kwargs)
         return re.sub(r"--(?!print_config)[a-z]+(_[a-z]+)+", lambda flag: flag[0].replace("_", "-"), shown)
 
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        raise UserError(" ".join(message.split()))
+
     def dump(self, cfg: Any, *args: Any, **kwargs: Any) -> str:
         values = {name: value for name, value in vars(cfg).items() if name != "config"}
         return commented_yaml(values, notes_for(self.prog.rpartition(" ")[2], values))
-
-
-def _spelled_as_arguments(argv: list[str]) -> list[str]:
-    """Spells flags and words as jsonargparse wants them.
-
-    `--image-size 64 --resume` becomes `--image_size 64 --resume=true`; `embed photos/`, `embed --images=photos/`; and
-    `features --images a.jpg b/`, `features --images=["a.jpg", "b/"]`.
-    """
-    function = COMMANDS.get(argv[0]) if argv else None
-    flags = {
-        f"--{parameter.name}"
-        for parameter in (inspect.signature(function).parameters.values() if function else ())
-        if isinstance(parameter.default, bool)
-    }
-    out: list[str] = []
-    several: list[str] | None = None
-    for position, word in enumerate(argv):
-        if several is not None and not word.startswith("-"):
-            several.append(word)
-            out[-1] = f"{out[-1].partition('=')[0]}={json.dumps(several)}"
-            continue
-        several = None
-        if argv[0] in _SEVERAL.get(word, ()):
-            several = []
-            out.append(word)
-            continue
-        if word.startswith("--"):
-            name, equals, value = word.partition("=")
-            word = name.replace("-", "_").replace("__", "--", 1) + equals + value
-            following = argv[position + 1] if position + 1 < len(argv) else "--"
-            if word in flags and following.lower() not in ("true", "false"):
-                word += "=true"
-        elif position and argv[0] in _POSITIONAL and not word.startswith("-"):
-            of_a_flag = out[-1].startswith("--") and "=" not in out[-1]
-            word = word if of_a_flag else f"--{_POSITIONAL[argv[0]]}={word}"
-        out.append(word)
-    return out
 
 
 def build_parser() -> ArgumentParser:
@@ -129,7 +85,7 @@ def build_parser() -> ArgumentParser:
         defaults = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
         sub = _Parser(prog=f"sparkmim {name}", description=summary)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file of arguments; a run's config.yaml is one")
-        sub.add_function_arguments(function, skip=_PYTHON_ONLY, as_group=False, fail_untyped=False)
+        sub.add_function_arguments(function, skip={*PYTHON_ONLY}, as_group=False, fail_untyped=False)
         subcommands.add_subcommand(name, sub, help=summary)
         sub.formatter_class = type("_Formatter", (_Formatter,), {"notes": notes_for(name, defaults)})
     return parser
@@ -137,9 +93,14 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command. A user's error is one line on stderr and status 2; an interrupted run ends with status 130."""
-    parser = build_parser()
-    words = _spelled_as_arguments(sys.argv[1:] if argv is None else argv)
-    config = parser.parse_args(words)
+    given = sys.argv[1:] if argv is None else argv
+    try:
+        words = spell(given, COMMANDS)
+        config = build_parser().parse_args(words)
+    except UserError as error:
+        where = " ".join(["sparkmim", *(word for word in given[:1] if word in COMMANDS)])
+        print(f"{where}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
     arguments = config[config.command]
     arguments.pop("config", None)
     if config.command in _PICTURES and arguments.out is None:

@@ -13,13 +13,14 @@ import torch
 
 import sparkmim
 from processes import Cli
-from sparkmim.cli import _spelled_as_arguments, build_parser
+from sparkmim.cli import COMMANDS, build_parser
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.evaluation import stage_features
 from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.models import Hierarchy, create_classifier
+from sparkmim.words import spell
 
 FAST: dict[str, Any] = {"workers": 0, "accelerator": "cpu"}
 
@@ -74,7 +75,7 @@ def test_predict_writes_every_image_with_its_probabilities(cli: Cli, run: Path, 
     ],
 )
 def test_images_may_stand_without_their_flag(words: list[str]) -> None:
-    parsed = build_parser().parse_args(_spelled_as_arguments(["predict", *words])).predict
+    parsed = build_parser().parse_args(spell(["predict", *words], COMMANDS)).predict
     assert (parsed.images, str(parsed.weights), parsed.overwrite) == ("photos/", "run", True)
 
 

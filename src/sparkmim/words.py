@@ -1,0 +1,356 @@
+"""The words of a command line: spelled as the parser takes them, and one sentence for each that is wrong.
+
+Everything here is read off the commands' signatures and docstrings.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import json
+import re
+import types
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from sparkmim.arguments import CHECKS, nearest, one_of
+from sparkmim.errors import MissingPath, UserError
+
+Command = Callable[..., Any]
+
+POSITIONAL = {
+    "pretrain": ("data",), "finetune": ("data",), "detect": ("data",), "segment": ("data",), "statistics": ("data",),
+    "evaluate": ("weights",), "export": ("weights",), "playground": ("weights",), "verify": ("model",),
+    "reconstruct": ("weights", "images"), "features": ("weights", "images"), "neighbors": ("weights", "query"),
+    "predict": ("images",), "embed": ("images",), "explain": ("topic",), "report": ("run",),
+}  # fmt: skip
+"""Arguments that may be given without their flags, in this order."""
+
+SEVERAL = {
+    "reconstruct": ("images",), "explain": ("images",), "features": ("images",), "playground": ("images",),
+    "neighbors": ("query", "data"), "detect": ("predict",), "segment": ("predict",),
+}  # fmt: skip
+"""Arguments that take several words, besides those whose type is a list."""
+
+SYNONYMS = {
+    "accelerator": ("device",), "batch_size": ("bs", "batch"), "data": ("dataset", "path"), "devices": ("gpus",),
+    "ema": ("ema_decay",), "image_size": ("img_size", "input_size", "resolution", "size"), "images": ("image",),
+    "init_weights": ("pretrained", "checkpoint", "ckpt"), "iterations": ("steps",), "k": ("neighbours", "neighbors"),
+    "learning_rate": ("lr",), "model": ("arch", "backbone", "network"), "out": ("output", "output_dir"),
+    "weight_decay": ("wd",), "weights": ("pretrained", "checkpoint", "ckpt"), "workers": ("num_workers",),
+}  # fmt: skip
+"""What others call arguments."""
+
+PYTHON_ONLY = {"callbacks"}
+"""Arguments that take objects."""
+
+ASKING = ("-h", "--help", "--print_config", "--print-config", "--version")
+"""Flags that show something, and do nothing else."""
+
+
+@dataclass(frozen=True)
+class Flag:
+    """A flag of a command.
+
+    Attributes:
+        name: of the argument, as in Python.
+        about: what it is, from the docstring.
+        required: whether it must be given.
+        choices: the words that it takes, if only some.
+        switch: whether it may stand alone.
+        several: whether it takes several words.
+        alone: whether one of these may stand without a list.
+        number: `int` or `float`, if its values are numbers.
+        optional: whether it may be `null`.
+    """
+
+    name: str
+    about: str
+    required: bool
+    choices: tuple[str, ...]
+    switch: bool
+    several: bool
+    alone: bool
+    number: type | None
+    optional: bool
+
+    @property
+    def brief(self) -> str:
+        """The first words of `about`, or the words that it takes."""
+        if self.choices:
+            return ", ".join(self.choices)
+        return re.split(r"; | \(|: ", self.about)[0]
+
+    def __str__(self) -> str:
+        return f"--{self.name.replace('_', '-')}"
+
+
+@functools.cache
+def flags_of(command: Command) -> dict[str, Flag]:
+    """Returns the flags of a command by the names of its arguments."""
+    about = dict(re.findall(r"^ {8}(\w+): (.+(?:\n {12}.+)*)", command.__doc__ or "", re.MULTILINE))
+    hints = get_type_hints(command)
+    found = {}
+    for name, parameter in inspect.signature(command).parameters.items():
+        if name in PYTHON_ONLY:
+            continue
+        parts = _parts(hints[name])
+        listed = [part for part in parts if get_origin(part) not in (None, Literal)]
+        elements = {element for part in listed for element in get_args(part)} | {*parts}
+        numbers = [kind for kind in (float, int) if kind in elements]
+        found[name] = Flag(
+            name,
+            " ".join(about.get(name, "").split()),
+            parameter.default is inspect.Parameter.empty,
+            next((get_args(part) for part in parts if get_origin(part) is Literal), ()),
+            bool in parts,
+            bool(listed) or name in SEVERAL.get(command.__name__, ()),
+            int in parts,
+            numbers[0] if numbers and str not in elements else None,
+            types.NoneType in parts,
+        )
+    return found
+
+
+def _parts(hint: Any) -> tuple[Any, ...]:
+    return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+
+
+def spell(words: Sequence[str], commands: Mapping[str, Command]) -> list[str]:
+    """Spells a command line as the parser takes it: `--name=value` for each argument, lists as JSON.
+
+    `pretrain --image-size 96 160 --resume` becomes `pretrain --image_size=[96, 160] --resume=true`, and
+    `embed photos/`, `embed --images=photos/`.
+
+    Raises:
+        UserError: if a word is wrong, or one is missing.
+    """
+    if not words:
+        raise UserError("give a command, such as sparkmim pretrain; sparkmim --help explains them")
+    name, *rest = words
+    if name in ASKING:
+        return list(words)
+    if name not in commands:
+        if name.startswith("-"):
+            raise UserError(f"{name} comes before the command; write sparkmim pretrain {name}, or another command")
+        near = nearest(name, commands)
+        hint = f"did you mean {near}?" if near else "sparkmim --help lists them"
+        raise UserError(f"there is no command {name!r}; {hint}")
+    return [name, *_Words(name, commands).spell(rest)]
+
+
+class _Words:
+    """Spells what follows the name of a command."""
+
+    def __init__(self, name: str, commands: Mapping[str, Command]) -> None:
+        self.name = name
+        self.commands = commands
+        self.flags = flags_of(commands[name])
+        self.positional = [self.flags[argument] for argument in POSITIONAL.get(name, ())]
+
+    def spell(self, words: Sequence[str]) -> list[str]:
+        spelled: list[str] = []
+        given: set[str] = set()
+        alone: list[str] = []
+        before: Flag | None = None
+        left = list(words)
+        while left:
+            word = left.pop(0)
+            if word in ASKING:
+                spelled.append(word.replace("-config", "_config"))
+                given.update(self.flags)
+            elif not word.startswith("-") or _is_number(word):
+                if before is not None and (_is_number(word) or not self.positional):
+                    raise UserError(f"{before} takes one value; {word!r} is one too many")
+                alone.append(word)
+            else:
+                argument, value = self._flag(word, left)
+                before = self.flags.get(argument)
+                given.add(argument)
+                spelled.append(f"--{argument}={value}")
+        for argument, value in self._placed(alone, given):
+            given.add(argument)
+            spelled.append(f"--{argument}={value}")
+        if "config" in given:
+            given.update(check_config(self.name, _config_in(spelled), self.flags))
+        for flag in self.flags.values():
+            if flag.required and flag.name not in given:
+                raise UserError(f"{flag} is missing ({flag.brief})")
+        return spelled
+
+    def _flag(self, word: str, left: list[str]) -> tuple[str, str]:
+        """Returns the argument of a flag, and its value; takes the words of the value from those left."""
+        if not word.startswith("--"):
+            name = word.lstrip("-").partition("=")[0].replace("-", "_")
+            known = name in self.flags
+            hint = f"did you mean {self.flags[name]}?" if known else "flags begin with two dashes"
+            raise UserError(f"there is no flag {word}; {hint}")
+        name, equals, value = word[2:].partition("=")
+        name = name.replace("-", "_")
+        if name == "config":
+            if not equals:
+                value = left.pop(0) if left and not left[0].startswith("--") else ""
+            if not value:
+                raise UserError("--config has no value (YAML file of arguments)")
+            return name, value
+        flag = self.flags.get(name)
+        if flag is None:
+            raise UserError(self._unknown(name, word.partition("=")[0]))
+        if equals:
+            values = [value]
+        elif flag.switch:
+            values = [left.pop(0)] if left and left[0].lower() in ("true", "false") else ["true"]
+        else:
+            values = []
+            while left and not left[0].startswith("--") and (flag.several or not values):
+                values.append(left.pop(0))
+            if not values:
+                raise UserError(f"{flag} has no value ({flag.brief})")
+        return name, value_of(self.name, flag, values)
+
+    def _unknown(self, name: str, written: str) -> str:
+        """Says what may have been meant by a flag that the command has not."""
+        plain = name.removeprefix("no_")
+        meant = meant_by(plain, self.flags, cutoff=0.9)
+        others = [other for other, command in self.commands.items() if name in flags_of(command)]
+        if meant is None and others:
+            have = f"{', '.join(others[:3])} {'has' if len(others) == 1 else 'have'} one"
+            return f"{self.name} has no flag {written}; {have}"
+        meant = meant or meant_by(plain, self.flags)
+        if meant is None:
+            return f"there is no flag {written}; sparkmim {self.name} --help lists its flags"
+        return f"there is no flag {written}; did you mean {self.flags[meant]}{'=false' if plain != name else ''}?"
+
+    def _placed(self, alone: Sequence[str], given: set[str]) -> list[tuple[str, str]]:
+        """Returns the arguments of words that stand without a flag, and their values."""
+        open_ = [flag for flag in self.positional if flag.name not in given]
+        placed = []
+        rest = list(alone)
+        for place, flag in enumerate(open_):
+            if rest:
+                last = place == len(open_) - 1
+                values = rest if last and flag.several else rest[:1]
+                rest = rest[len(values) :]
+                placed.append((flag.name, value_of(self.name, flag, values)))
+        if rest and self.positional:
+            raise UserError(f"{self.positional[-1]} takes one value; {rest[0]!r} is one too many")
+        if rest:
+            raise UserError(f"{rest[0]!r} belongs to no flag; sparkmim {self.name} --help lists them")
+        return placed
+
+
+def meant_by(name: str, flags: Mapping[str, Flag], cutoff: float = 0.6) -> str | None:
+    """Returns the argument that another name may mean."""
+    for argument, others in SYNONYMS.items():
+        if name in others and argument in flags:
+            return argument
+    return nearest(name, flags, cutoff)
+
+
+def value_of(command: str, flag: Flag, values: Sequence[str]) -> str:
+    """Returns the value of a flag as the parser takes it.
+
+    Raises:
+        UserError: if the flag does not take it.
+    """
+    if flag.optional and list(values) == ["null"]:
+        return "null"
+    if any(not value.strip() for value in values):
+        raise UserError(f"{flag} is empty ({flag.brief})")
+    shown = " ".join(values)
+    if flag.switch or flag.choices:
+        choices = flag.choices or ("true", "false")
+        if shown not in choices and not (flag.switch and shown.lower() in choices):
+            raise UserError(f"{flag} is {shown!r}; {one_of(shown, choices)}")
+        return shown.lower() if flag.switch else shown
+    if flag.several:
+        items = _listed(values, flag.number)
+        found: Any = [_number(item) for item in items] if flag.number else items
+        if flag.alone and len(found) == 1 and not values[0].startswith("["):
+            found = found[0]
+        complaint = _complaint(command, flag, found)
+        if complaint is None and flag.number and any(isinstance(item, str) for item in _each(found)):
+            complaint = "it must be a list of numbers"
+    else:
+        found = _number(values[0]) if flag.number else values[0]
+        complaint = _complaint(command, flag, found)
+        if complaint is None and flag.number and isinstance(found, str):
+            complaint = "it must be a number"
+    if complaint is not None:
+        number = flag.number and not any(isinstance(item, str) for item in _each(found))
+        raise UserError(f"{flag} is {shown if number else repr(shown)}; {complaint}")
+    if flag.several:
+        return json.dumps(found)
+    return str(int(found)) if flag.number is int else shown
+
+
+def _complaint(command: str, flag: Flag, value: Any) -> str | None:
+    check = CHECKS.get(f"{command}.{flag.name}", CHECKS.get(flag.name))
+    return check(value) if check else None
+
+
+def _each(found: Any) -> list[Any]:
+    return found if isinstance(found, list) else [found]
+
+
+def _listed(values: Sequence[str], number: type | None) -> list[str]:
+    """Returns the items of a list, however it was written: `96 160`, `96x160`, `96,160` or `[96, 160]`."""
+    if len(values) == 1 and values[0].startswith("[") and values[0].endswith("]"):
+        inside = values[0].strip("[]")
+        return [item.strip().strip("'\"") for item in inside.split(",") if item.strip()]
+    if number is None:
+        return list(values)
+    return [item for value in values for item in re.split(r"[,x×]", value.strip("[],")) if item] or list(values)
+
+
+def _number(text: str) -> Any:
+    """Returns the number that a text is, or the text."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _is_number(word: str) -> bool:
+    return not isinstance(_number(word), str)
+
+
+def _config_in(spelled: Sequence[str]) -> str:
+    return next(word.partition("=")[2] for word in spelled if word.startswith("--config="))
+
+
+def check_config(command: str, path: str, flags: Mapping[str, Flag]) -> set[str]:
+    """Checks a file of arguments; returns the names that it gives.
+
+    Raises:
+        MissingPath: if it does not exist.
+        UserError: if it is not such a file, or has a name that the command has not.
+    """
+    import yaml
+
+    file = Path(path).expanduser()
+    if not path or not file.is_file():
+        raise MissingPath(f"--config is {path!r}; there is no such file")
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        raise UserError(f"{path}{where} is not YAML; each line is an argument, such as epochs: 100") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no arguments; each line is one, such as epochs: 100")
+    for name, value in content.items():
+        flag = flags.get(name)
+        if flag is None and name != "config":
+            meant = meant_by(str(name), flags)
+            hint = f"did you mean {meant}?" if meant else f"sparkmim {command} --help lists them"
+            raise UserError(f"{path}: there is no argument {name!r}; {hint}")
+        if flag is not None and value is not None:
+            try:
+                value_of(command, flag, [value if isinstance(value, str) else json.dumps(value)])
+            except (UserError, TypeError) as error:
+                raise UserError(f"{path}: {error}") from None
+    return {name for name, value in content.items() if value is not None}
