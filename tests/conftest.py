@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from processes import Cli, run
 torch.set_num_threads(1)  # tests run side by side
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as in the background of a shell; commands are to hear Ctrl-C
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="sparkmim-tests-")  # not the user's
 
 NETWORK = """
 from torch import nn

@@ -21,6 +21,8 @@ FILES = {
     "synonym.yaml": b"lr: 3\n",
     "value.yaml": b"out: run\nepochs: many\n",
     "binary.yaml": b"\xff\xfe\x00",
+    "bomb.yaml": b"a: &a [x, x, x]\n"
+    + b"".join(b"%c: &%c [%s]\n" % (96 + n, 96 + n, b", ".join([b"*%c" % (95 + n)] * 9)) for n in range(2, 12)),
 }
 
 

@@ -93,7 +93,7 @@ class Choice:
 
     def __call__(self, value: Any) -> str | None:
         """Tells what `value` must be, if it is not that."""
-        return None if value in self.words else one_of(value, self.words)
+        return None if value in self.words else one_of(str(value), self.words)
 
 
 @dataclass(frozen=True)
@@ -200,6 +200,7 @@ CHECKS: dict[str, Check] = {
     "mask_ratio": Range(0, 1, above=True, below=True, hint="the paper's is 0.6"),
     "masks": COUNT,
     "max_megapixels": POSITIVE,
+    "max_minutes": POSITIVE,
     "max_unreadable": SHARE,
     "mean": Several(ANY),
     "mixup": NOT_NEGATIVE,
@@ -250,6 +251,8 @@ def check_arguments(command: str, arguments: Mapping[str, Any]) -> None:
         UserError: if a value is out of its range.
     """
     for name, value in arguments.items():
+        if isinstance(value, str) and not value.strip():
+            raise UserError(f"{name} is empty; leave it out, or give it a value")
         check = CHECKS.get(f"{command}.{name}", CHECKS.get(name))
         if check is None or value is None:
             continue

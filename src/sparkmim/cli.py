@@ -17,7 +17,8 @@ from sparkmim._version import __version__
 from sparkmim.errors import UserError
 from sparkmim.runs.config import commented_yaml
 from sparkmim.training.recipes import RECIPES, notes_for
-from sparkmim.words import PYTHON_ONLY, spell
+from sparkmim.trust import trusting
+from sparkmim.words import PYTHON_ONLY, TRUST, TRUST_HELP, spell
 
 COMMANDS: dict[str, Callable[..., Any]] = {
     "pretrain": commands.pretrain,
@@ -83,7 +84,8 @@ def build_parser() -> ArgumentParser:
     for name, function in COMMANDS.items():
         summary = (function.__doc__ or "").splitlines()[0]
         defaults = {key: parameter.default for key, parameter in inspect.signature(function).parameters.items()}
-        sub = _Parser(prog=f"sparkmim {name}", description=summary)
+        epilog = TRUST_HELP if {"weights", "resume"} & defaults.keys() else None
+        sub = _Parser(prog=f"sparkmim {name}", description=summary, epilog=epilog)
         sub.add_argument("--config", action=ActionConfigFile, help="YAML file of arguments; a run's config.yaml is one")
         sub.add_function_arguments(function, skip={*PYTHON_ONLY}, as_group=False, fail_untyped=False)
         subcommands.add_subcommand(name, sub, help=summary)
@@ -93,7 +95,15 @@ def build_parser() -> ArgumentParser:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs a command. A user's error is one line on stderr and status 2; an interrupted run ends with status 130."""
-    given = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    token = trusting.set(TRUST in words)
+    try:
+        _main([word for word in words if word != TRUST])
+    finally:
+        trusting.reset(token)
+
+
+def _main(given: Sequence[str]) -> None:
     try:
         words = spell(given, COMMANDS)
         config = build_parser().parse_args(words)
@@ -115,6 +125,10 @@ def main(argv: list[str] | None = None) -> None:
         result = COMMANDS[config.command](**_explicit(vars(arguments), words))
     except UserError as error:
         print(f"sparkmim {config.command}: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:  # a full disk, a folder that vanished
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"sparkmim {config.command}: {where}{error.strerror or error}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from pathlib import Path
@@ -28,6 +29,7 @@ from sparkmim.results import (
     SegmentResult,
     VanishingResult,
 )
+from sparkmim.trust import is_code, remember
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -37,12 +39,19 @@ _given: ContextVar[frozenset[str]] = ContextVar("_given")
 
 
 def _command(function: Callable[P, R]) -> Callable[P, R]:
-    """Checks the arguments of a command before it runs, and notes in `_given` which were passed."""
+    """Checks the arguments of a command before it runs, and notes in `_given` which were passed.
+
+    A `~` at the beginning of a path is replaced by the user's folder. Code that `model` names is trusted from then on.
+    """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
-    def checked(*args: P.args, **kwargs: P.kwargs) -> R:
-        check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
+    def checked(*args: Any, **kwargs: Any) -> R:
+        args, kwargs = tuple(map(_at_home, args)), {name: _at_home(value) for name, value in kwargs.items()}
+        arguments = signature.bind(*args, **kwargs).arguments
+        check_arguments(function.__name__, arguments)
+        if is_code(model := arguments.get("model")):
+            remember(model)
         token = _given.set(frozenset(kwargs))
         try:
             return function(*args, **kwargs)
@@ -50,6 +59,15 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
             _given.reset(token)
 
     return checked
+
+
+def _at_home(value: Any) -> Any:
+    """Expands `~`, in a list too."""
+    if isinstance(value, str) and value.startswith("~"):
+        return os.path.expanduser(value)  # noqa: PTH111 (which fails on a user that is not there)
+    if isinstance(value, Path):
+        return value.expanduser()
+    return [_at_home(item) for item in value] if type(value) is list else value
 
 
 def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -111,6 +129,7 @@ def pretrain(
     max_unreadable: float = 0.1,
     init_weights: str | Path | None = None,
     resume: bool = False,
+    accept_changed_data: bool = False,
     seed: int = 0,
     accelerator: str = "auto",
     devices: str | int = "auto",
@@ -121,6 +140,7 @@ def pretrain(
     compile: bool = False,
     workers: int | None = None,
     save_minutes: float = 10.0,
+    max_minutes: float | None = None,
     log_every: int = 10,
     picture_every: int = 10,
     callbacks: Sequence[Any] = (),
@@ -176,6 +196,7 @@ def pretrain(
         max_unreadable: largest share of unreadable images
         init_weights: run folder, weight file, or original SparK file to start from
         resume: continue the run in out from its last checkpoint
+        accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
         accelerator: auto, cpu or cuda
         devices: processes on each machine; auto for all GPUs, or one CPU process
@@ -186,6 +207,7 @@ def pretrain(
         compile: run decoder and loss under torch.compile; needs a C++ compiler
         workers: loader processes of each process; None to share out the cores
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        max_minutes: minutes after which the run is saved and stops, as after Ctrl-C; None for no limit
         log_every: optimiser steps between logged scalars
         picture_every: epochs between pictures of reconstructions; 0 for none
         callbacks: further Lightning callbacks (from Python)
@@ -246,6 +268,7 @@ def finetune(
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
     resume: bool = False,
+    accept_changed_data: bool = False,
     seed: int = 0,
     accelerator: str = "auto",
     devices: str | int = "auto",
@@ -254,6 +277,7 @@ def finetune(
     channels_last: bool = True,
     workers: int | None = None,
     save_minutes: float = 10.0,
+    max_minutes: float | None = None,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
     loggers: Sequence[str | Any] = ("tensorboard",),
@@ -304,6 +328,7 @@ def finetune(
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
         resume: continue the run in out from its last checkpoint
+        accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
         accelerator: auto, cpu or cuda
         devices: processes on each machine; auto for all GPUs, or one CPU process
@@ -312,6 +337,7 @@ def finetune(
         channels_last: use channels-last memory, which is faster
         workers: loader processes of each process; None to share out the cores
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        max_minutes: minutes after which the run is saved and stops, as after Ctrl-C; None for no limit
         log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
         loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers
@@ -373,6 +399,7 @@ def detect(
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
     resume: bool = False,
+    accept_changed_data: bool = False,
     seed: int = 0,
     accelerator: str = "auto",
     devices: str | int = "auto",
@@ -380,6 +407,7 @@ def detect(
     precision: str = "auto",
     workers: int | None = None,
     save_minutes: float = 10.0,
+    max_minutes: float | None = None,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
     loggers: Sequence[str | Any] = ("tensorboard",),
@@ -433,6 +461,7 @@ def detect(
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
         resume: continue the run in out from its last checkpoint
+        accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
         accelerator: auto, cpu or cuda
         devices: processes on each machine; auto for all GPUs, or one CPU process
@@ -440,6 +469,7 @@ def detect(
         precision: auto, bf16-mixed (of encoder and pyramid; boxes are computed in float32) or 32-true
         workers: loader processes of each process; None to share out the cores
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        max_minutes: minutes after which the run is saved and stops, as after Ctrl-C; None for no limit
         log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
         loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers
@@ -505,6 +535,7 @@ def segment(
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
     resume: bool = False,
+    accept_changed_data: bool = False,
     seed: int = 0,
     accelerator: str = "auto",
     devices: str | int = "auto",
@@ -512,6 +543,7 @@ def segment(
     precision: str = "auto",
     workers: int | None = None,
     save_minutes: float = 10.0,
+    max_minutes: float | None = None,
     log_every: int = 10,
     callbacks: Sequence[Any] = (),
     loggers: Sequence[str | Any] = ("tensorboard",),
@@ -564,6 +596,7 @@ def segment(
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
         resume: continue the run in out from its last checkpoint
+        accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
         accelerator: auto, cpu or cuda
         devices: processes on each machine; auto for all GPUs, or one CPU process
@@ -571,6 +604,7 @@ def segment(
         precision: auto, bf16-mixed or 32-true
         workers: loader processes of each process; None to share out the cores
         save_minutes: minutes between checkpoints; the end and Ctrl-C save one too
+        max_minutes: minutes after which the run is saved and stops, as after Ctrl-C; None for no limit
         log_every: optimiser steps between logged scalars
         callbacks: further Lightning callbacks (from Python)
         loggers: tensorboard, csv, wandb and mlflow, any of them; or (from Python) Lightning loggers

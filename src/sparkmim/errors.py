@@ -8,6 +8,12 @@ class UserError(ValueError):
     a traceback.
     """
 
+    def __init__(self, message: object = "", *more: object) -> None:
+        # Loader workers pass an error on as text, behind their traceback.
+        if isinstance(message, str) and message.startswith("Caught ") and "Original Traceback" in message:
+            message = message.rpartition(f"{type(self).__name__}: ")[2].strip()
+        super().__init__(message, *more)
+
 
 class UnusableData(UserError, RuntimeError):
     """Data that prove unusable while a run reads them."""

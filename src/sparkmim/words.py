@@ -15,8 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+import yaml
+
 from sparkmim.arguments import CHECKS, nearest, one_of
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.runs.config import read_yaml
 
 Command = Callable[..., Any]
 
@@ -45,6 +48,13 @@ SYNONYMS = {
 
 PYTHON_ONLY = {"callbacks"}
 """Arguments that take objects."""
+
+TRUST = "--trust"
+"""Flag of every command that reads weights: run the code that they name."""
+
+TRUST_HELP = (
+    f"Code that weights name (FILE.py:FUNCTION) is run only if you have named it by --model before, or by {TRUST}."
+)
 
 ASKING = ("-h", "--help", "--print_config", "--print-config", "--version")
 """Flags that show something, and do nothing else."""
@@ -330,15 +340,14 @@ def check_config(command: str, path: str, flags: Mapping[str, Flag]) -> set[str]
         MissingPath: if it does not exist.
         UserError: if it is not such a file, or has a name that the command has not.
     """
-    import yaml
-
     file = Path(path).expanduser()
     if not path or not file.is_file():
         raise MissingPath(f"--config is {path!r}; there is no such file")
     try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+        content = read_yaml(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        where = f", line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where} is not YAML; each line is an argument, such as epochs: 100") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no arguments; each line is one, such as epochs: 100")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
 import warnings
 from pathlib import Path
@@ -14,7 +15,8 @@ from pictures import checker, png
 from PIL import Image, ImageFile
 
 from sparkmim.data import decoding
-from sparkmim.data.decoding import UnreadableImage, decode, from_pil
+from sparkmim.data.decoding import UnreadableImage, decode, from_pil, stored_size
+from sparkmim.data.discovery import find_images
 
 
 def pixels(path: Path, channels: int = 3) -> np.ndarray:
@@ -313,3 +315,28 @@ def test_from_pil() -> None:
 def test_error_travels_between_processes() -> None:
     error = pickle.loads(pickle.dumps(UnreadableImage("a.jpg", "is bad")))
     assert (error.path, error.reason, str(error)) == ("a.jpg", "is bad", "a.jpg: is bad")
+
+
+@pytest.mark.parametrize("file_format", ["EPS", "PDF", "TGA", "PCX", "ICO"])
+def test_no_other_formats_are_opened(file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the name: Pillow starts Ghostscript for EPS."""
+    path = tmp_path / "photo.jpg"
+    Image.new("RGB", (32, 32), "red").save(path, file_format)
+    monkeypatch.setattr("subprocess.Popen", lambda *_: pytest.fail("a program was started"))
+    for read in (decode, stored_size):
+        with pytest.raises(UnreadableImage, match="not an image of a known format"):
+            read(path)
+
+
+@pytest.mark.parametrize(("suffix", "file_format"), [("gif", "GIF"), ("ppm", "PPM"), ("pgm", "PPM"), ("jfif", "JPEG")])
+def test_further_endings(suffix: str, file_format: str, tmp_path: Path) -> None:
+    Image.new("L" if suffix == "pgm" else "RGB", (8, 6), "white").save(tmp_path / f"photo.{suffix}", file_format)
+    found = find_images(tmp_path)
+    assert len(found) == 1
+    assert decode(found[0]).shape == (3, 6, 8)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(UnreadableImage, match="not a file"):
+        decode(tmp_path / "photo.jpg")

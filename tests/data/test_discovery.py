@@ -8,9 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sparkmim.data import discovery
 from sparkmim.data.discovery import find_images
+from sparkmim.errors import UserError
 
 
 def touch(root: Path, *names: str, old: bool = False) -> None:
@@ -82,7 +84,7 @@ def test_links_are_followed_once(root: Path, tmp_path: Path) -> None:
 def test_no_images(root: Path, names: list[str], found: str) -> None:
     for name in names:
         (root / name).mkdir(parents=True) if name.endswith("/") else touch(root, name)
-    with pytest.raises(ValueError, match=r"no images in .*images: looked for \.jpg, .*\.tiff at any depth") as caught:
+    with pytest.raises(ValueError, match=r"no images in .*images: looked for \.jpg, .*\.heif at any depth") as caught:
         find_images(root)
     assert str(caught.value).endswith(f"found {found}")
 
@@ -212,3 +214,16 @@ def test_slow_scan_shows_a_count_on_stderr(
     find_images(root)
     assert shown[-1] == f"searching {root}: 3 images"
     assert capfd.readouterr().out == ""
+
+
+def test_a_link_to_itself_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "photo.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    assert find_images(tmp_path) == [str(tmp_path / "photo.png")]
+    assert f"left out {tmp_path / 'loop.png'}" in caplog.text
+
+
+def test_a_pipe_is_no_list(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "list.txt")
+    with pytest.raises(UserError, match="is neither a folder of images nor a text file of paths"):
+        find_images(tmp_path / "list.txt")

@@ -28,6 +28,7 @@ from sparkmim.data.labelled import open_labelled
 from sparkmim.data.loading import leave_signals_to_the_parent
 from sparkmim.data.segmentation_transforms import segmentation_transform
 from sparkmim.data.source import Source, images_source, open_source
+from sparkmim.errors import UnusableData
 
 HALF = [0.5] * 3
 
@@ -111,3 +112,19 @@ def test_threads_share_pillows_limit() -> None:
     thread.join()
     assert strict == 250_000_000
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+class Broken:
+    """Reading it fails as a data set of 50 broken images does."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, place: int) -> Any:
+        raise UnusableData("50 images in a row are unreadable: the first is a.jpg")
+
+
+def test_errors_of_workers_arrive_without_their_traceback() -> None:
+    with pytest.raises(UnusableData) as arrived:
+        list(DataLoader(Broken(), num_workers=1))  # type: ignore[arg-type]
+    assert str(arrived.value) == "50 images in a row are unreadable: the first is a.jpg"

@@ -251,7 +251,7 @@ def test_weights_and_checkpoints_are_kept(photos: Path, network: str, tmp_path: 
     one, two = (load_file(out / "weights" / f"spark{end}.safetensors") for end in ("", "_epoch0006"))
     assert all(torch.equal(one[name], two[name]) for name in one)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == [
-        "epoch0002.ckpt", "epoch0004.ckpt", "epoch0006.ckpt", "last.ckpt",
+        "epoch0002.ckpt", "epoch0004.ckpt", "epoch0006.ckpt", "last.ckpt", "previous.ckpt",
     ]  # fmt: skip
     part = pretrain(photos, network, tmp_path / "part", ema=0.9, val_split=0.2, epochs=6, callbacks=[StopAt(8)])
     assert part.step == 8

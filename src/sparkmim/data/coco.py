@@ -179,7 +179,7 @@ class CocoImages(Dataset[Any]):
 
     Attributes:
         image_ids: ids in the file, by item.
-        file_names: paths of the images, relative to the folder.
+        names: paths of the images, relative to the folder.
         sizes: long `[images, 2]`, height and width in the file.
         category_ids: ids in the file, ascending: label 1 is the first of them.
         problems: problems of the annotation file; `check_coco` adds those of the image files.
@@ -204,7 +204,8 @@ class CocoImages(Dataset[Any]):
         return len(self.image_ids)
 
     @property
-    def file_names(self) -> list[str]:
+    def names(self) -> list[str]:
+        """Names of the image files, as in the annotations."""
         return list(self._names)
 
     def path(self, place: int) -> Path:
@@ -277,7 +278,7 @@ class CocoImages(Dataset[Any]):
         sizeless = self.image_ids[(self.sizes < 1).any(1)].tolist()
         if sizeless:
             fatal.append(f"{counted(len(sizeless), 'image')} without height and width: id {few(sizeless)}")
-        report(notes, repeated(self.file_names), "named by several images", "file")
+        report(notes, repeated(self.names), "named by several images", "file")
         if self.category_ids != list(range(1, len(self.category_ids) + 1)):
             first, last = self.category_ids[0], self.category_ids[-1]
             number = counted(len(self.classes), "class", "classes")
@@ -378,7 +379,7 @@ def check_coco(data: CocoImages) -> list[str]:
     if missing:
         number = counted(len(missing), "image file")
         fatal.insert(0, f"{number} missing of {len(data):,} in {data.images}: {few(missing)}")
-    names, absent = data.file_names, set(missing)
+    names, absent = data.names, set(missing)
     looked, wrong, unreadable = 0, [], []
     for place in np.unique(np.linspace(0, len(data) - 1, HEADERS_READ).astype(int)).tolist():
         name = names[place]
@@ -401,7 +402,7 @@ def check_coco(data: CocoImages) -> list[str]:
 def _missing(data: CocoImages) -> list[str]:
     """Returns the names of files that do not exist; lists each folder once."""
     by_folder: dict[str, list[str]] = defaultdict(list)
-    for name in data.file_names:
+    for name in data.names:
         by_folder[os.path.dirname(name)].append(name)  # noqa: PTH120 (a hundred thousand of them)
     missing = []
     for folder, names in by_folder.items():

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, default_collate
 
 from sparkmim.data.decoding import UnreadableImage, check_channels, name_of, to_image
+from sparkmim.data.held_out import names_of
 from sparkmim.data.labelled import Labelled
 from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UnusableData, UserError
@@ -102,6 +103,17 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         return len(self._source)
+
+    def image_names(self, data: Any) -> list[str] | None:
+        """Returns names of the images that stay the same when the data move; None if they have none.
+
+        Args:
+            data: folder or file that they come from.
+        """
+        if isinstance(self._source, SharedPaths):
+            return names_of(list(self._source), data)
+        found: list[str] | None = getattr(self._source, "names", None)
+        return found
 
     def __getitem__(self, key: tuple[int, ...]) -> dict[str, Any]:
         return self.__getitems__([key])[0]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import io
+import stat
 import threading
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from sparkmim.errors import UserError
@@ -25,6 +27,9 @@ except ImportError:  # pragma: no cover
 
 MAX_PIXELS = 500_000_000
 """Larger images count as unreadable: a small file can claim a size that fills the memory."""
+
+FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
+"""What files are read as. Pillow knows others, some of which start programs: Ghostscript for EPS."""
 
 _EXIF_ORIENTATION = 0x0112
 _TURNED = (5, 6, 7, 8)
@@ -109,7 +114,8 @@ def _check_tensor(image: Tensor, channels: int, name: str) -> Tensor:
 def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     """Reads an image as uint8 `[channels, H, W]`, upright by its EXIF orientation.
 
-    The format is recognised by the content, not by the name. Other modes than 8-bit RGB and grey are converted:
+    The format is one of `FORMATS`, recognised by the content, not by the name. Other modes than 8-bit RGB and grey are
+    converted:
 
     - grey is repeated to RGB, RGB weighted to grey (ITU-R 601 luma), palettes and CMYK are converted;
     - transparent pixels become white;
@@ -126,12 +132,14 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     """
     check_channels(channels)
     try:
+        if not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(mode):  # a pipe would keep us waiting
+            raise UnreadableImage(path, "not a file")
         encoded = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UnreadableImage(path, getattr(error, "strerror", None) or str(error)) from error
     if not encoded:
         raise UnreadableImage(path, "the file is empty")
-    with pillow_errors(path), Image.open(io.BytesIO(encoded)) as image:  # reads the header only
+    with pillow_errors(path), open_picture(io.BytesIO(encoded)) as image:  # reads the header only
         if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             with suppress(RuntimeError):  # Pillow may read it, and has the clearer errors
                 return _decode_jpeg(encoded, channels, upright)
@@ -140,13 +148,28 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         return _to_tensor(image, channels, upright)
 
 
+def open_picture(file: Any) -> ImageFile.ImageFile:
+    """Opens an image file, of one of `FORMATS`, by Pillow, which reads its header.
+
+    Raises what Pillow raises; see `pillow_errors`.
+    """
+    return Image.open(file, formats=_formats())
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """Returns those of `FORMATS` that Pillow has here."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
 def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
     """Returns stored height and width by an image's header, and whether its EXIF orientation swaps them.
 
     Raises:
         UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
     """
-    with pillow_errors(path), Image.open(path) as image:
+    with pillow_errors(path), open_picture(path) as image:
         return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
 
 

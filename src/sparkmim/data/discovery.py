@@ -19,7 +19,10 @@ from sparkmim.files import replacing
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (
+    ".jpg", ".jpeg", ".jfif", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".avif",
+    ".heic", ".heif",
+)  # fmt: skip
 """Endings of image files' names, in upper or lower case."""
 
 CACHE_ABOVE = 10_000
@@ -63,6 +66,8 @@ def find_images(
         return _find_in_folder(root, cache or _user_cache(), progress, suffixes)
     if not root.exists():
         raise MissingPath(f"there is no folder or text file {root}")
+    if not root.is_file():
+        raise UserError(f"{root} is neither a folder of images nor a text file of paths")
     if root.name.lower().endswith(suffixes):
         raise UserError(f"{root} is a single image; give a folder of images, or a text file of paths")
     return _read_list(root)
@@ -149,10 +154,13 @@ def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
         for entry in entries:
             if entry.name.startswith("."):
                 continue
-            if entry.is_dir():
-                folders.append(entry.name)
-            elif entry.name.lower().endswith(suffixes) and entry.is_file():
-                images.append(entry.name)
+            try:
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(suffixes) and entry.is_file():
+                    images.append(entry.name)
+            except OSError as error:  # a link to itself
+                log.warning("left out %s (%s)", entry.path, error.strerror)
     return Listing(mtime_ns, sorted(images), sorted(folders))
 
 

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from rich.console import Console
 from rich.progress import track
 from torch.utils.data import Dataset
@@ -20,7 +19,14 @@ from torchvision import tv_tensors
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.dataset import SharedPaths
-from sparkmim.data.decoding import UnreadableImage, decode_annotated, pillow_errors, size_text, stored_size
+from sparkmim.data.decoding import (
+    UnreadableImage,
+    decode_annotated,
+    open_picture,
+    pillow_errors,
+    size_text,
+    stored_size,
+)
 from sparkmim.data.discovery import SUFFIXES, existing_folder, find_images
 from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 from sparkmim.data.problems import Problems, counted, few, report
@@ -133,6 +139,11 @@ class SegmentationImages(Dataset[Any]):
         return self._images[place]
 
     @property
+    def names(self) -> list[str]:
+        """Paths of the images, relative to the folder."""
+        return list(self._images)
+
+    @property
     def source(self) -> Source:
         """The images without their label maps."""
         return Source([str(self.files.images / name) for name in self._images], self.arrays, self.channels, 2)
@@ -209,7 +220,7 @@ def read_values(path: Path) -> npt.NDArray[Any]:
     Raises:
         NotIndices: if it holds colours.
     """
-    with pillow_errors(path), Image.open(path) as image:
+    with pillow_errors(path), open_picture(path) as image:
         if image.mode not in _GREY:
             raise NotIndices(image.mode)
         spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)

@@ -31,7 +31,7 @@ from sparkmim.runs.run import Run
 CONFIG_FILE, WEIGHTS_FILE, CARD_FILE = "config.json", "model.safetensors", "README.md"
 
 _NOT_SHOWN = {"data", "out", "resume", "weights", "init_weights", "workers", "devices", "num_nodes", "accelerator",
-              "val_data", "save_minutes", "log_every", "picture_every", "max_unreadable", "mean", "std",
+              "val_data", "save_minutes", "max_minutes", "log_every", "picture_every", "max_unreadable", "mean", "std",
               "model"}  # fmt: skip
 """Settings that do not describe the weights, appear elsewhere in the card, or name local paths."""
 

@@ -24,6 +24,7 @@ from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
 from sparkmim.models.detector import create_detector
 from sparkmim.models.segmenter import Segmenter, create_segmenter
+from sparkmim.trust import check_trusted
 
 ENCODER_FILE = "encoder.safetensors"
 MODEL_FILE = "spark.safetensors"
@@ -83,9 +84,10 @@ class Weights:
 
     @property
     def model(self) -> str:
-        """The network's name; a UserError if it was made from a Python object, or is not recognised."""
+        """The network's name; a UserError if it was made from a Python object, is not recognised, or not trusted."""
         if not self.metadata.model:
             raise UserError(f"{self.path} does not name its network; give it as --model (from Python, a module)")
+        check_trusted(self.metadata.model, str(self.path))
         return self.metadata.model
 
     @property

@@ -16,6 +16,7 @@ from typing import Any, cast
 from torch import nn
 
 from sparkmim.errors import UserError
+from sparkmim.trust import remember
 
 
 def create_encoder(
@@ -131,6 +132,7 @@ def factory_settings(name: str, channels: int, classes: int | None = None) -> di
 
 
 def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
+    remember(name)
     encoder = factory_of(name)(**factory_settings(name, channels, classes))
     if not isinstance(encoder, nn.Module):
         raise UserError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")

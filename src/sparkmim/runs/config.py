@@ -14,6 +14,23 @@ _DERIVED = (
     "channels", "classes", "feature_modules", "ignore", "masks", "mean", "model", "patch_size", "stages", "std",
 )  # fmt: skip
 
+ONCE = ("resume", "accept_changed_data")
+"""Switches that concern one call, and are not kept."""
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Refuses aliases, by which a few lines can stand for gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.composer.ComposerError(None, None, "aliases are not read", self.peek_event().start_mark)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
+
+
+def read_yaml(text: str) -> Any:
+    """Reads YAML without aliases; raises a `yaml.YAMLError` if it is none."""
+    return yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
+
 
 def open_value(name: str, value: Any) -> bool:
     """Returns whether the value of an argument leaves the decision to the package.

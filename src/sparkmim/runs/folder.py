@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
-from sparkmim.runs.config import commented_yaml, settled_notes
+from sparkmim.runs.config import commented_yaml, read_yaml, settled_notes
+
+if sys.platform != "win32":
+    import fcntl
 
 CHECKPOINT = Path("checkpoints") / "last.ckpt"
+LOCK = ".lock"
+"""Name of the file that a training holds locked."""
+
 PICTURES = "input, masked, reconstruction"
 """Name of pictures of reconstructions."""
 
@@ -27,8 +38,10 @@ class RunFolder:
         self.path = Path(path)
         self.config = self.path / "config.yaml"  # arguments as the user gave them; `--config` takes this file
         self.checkpoint = self.path / CHECKPOINT  # everything that resuming needs
+        self.previous = self.checkpoint.with_name("previous.ckpt")  # the one before, in case the last is damaged
         self.weights = self.path / "weights"
         self.history = self.path / "history.jsonl"  # events; see `runs.history`
+        self.names = self.path / "images.txt.gz"  # names of the training images
         self.pictures = self.path / "pictures"
         self.metrics = self.path / "metrics.json"  # validation figures of the finished run
         self.evaluation = self.path / "evaluation"  # results of `sparkmim evaluate`
@@ -38,13 +51,75 @@ class RunFolder:
         self.report = self.path / "report.html"
 
     def check_new(self) -> None:
-        """Refuses a path where no new run can start: a file, or a folder that is not empty."""
-        if self.config.is_file():
-            raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
+        """Refuses a path where no new run can start: a file, or a folder that holds a run or anything else.
+
+        A run that was killed before its first checkpoint holds nothing to keep, and may start over.
+        """
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --out names a folder")
+        if self.config.is_file():
+            if self.has_checkpoint or self.weights.exists():
+                raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
+        elif self.path.is_dir() and any(inside.name != LOCK for inside in self.path.iterdir()):
+            raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return self.checkpoint.is_file() or self.previous.is_file()
+
+    def clear(self) -> None:
+        """Removes what a run left that was killed before its first checkpoint."""
+        for path in (self.history, self.log, self.environment, self.names, self.config):
+            path.unlink(missing_ok=True)
+        for folder in (self.pictures, self.tensorboard):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other trainings out of the folder, which is created, within the context.
+
+        The lock is the kernel's (`flock`), which lets go of it when the process ends, however that happens. The file
+        says who holds it.
+
+        Raises:
+            UserError: if another training holds it, or the folder cannot be made.
+        """
+        file = self._lock()
+        with file:
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                (self.path / LOCK).unlink(missing_ok=True)
+
+    def _lock(self) -> IO[str]:
+        """Opens the file of the lock, and locks it."""
+        path = self.path / LOCK
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                file = path.open("a+", encoding="utf-8")
+            except OSError as error:
+                raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another --out") from error
+            if sys.platform == "win32":
+                return file
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
+            except FileNotFoundError:
+                pass  # who held it has just removed it
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                file.close()
+                raise UserError(f"{self.path} is in use by {holder}; wait for it, or choose another --out") from None
+            except OSError:  # a file system without locks
+                return file
+            file.close()
 
     def read_config(self) -> dict[str, Any]:
         """Reads the arguments of a run, and under `from_python` the names of those that were Python objects."""
@@ -52,7 +127,7 @@ class RunFolder:
             raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one there")
         try:
             text = self.config.read_text(encoding="utf-8")
-            arguments = yaml.safe_load(text)
+            arguments = read_yaml(text)
         except (yaml.YAMLError, UnicodeDecodeError):
             arguments = None
         if not isinstance(arguments, dict):

@@ -22,7 +22,7 @@ Kind = Literal[
 
 | event | fields besides `time`, `event` and `step` |
 | --- | --- |
-| `start`, `resume` | `steps` of the whole run, `settings` as settled, `environment`, `loggers`: their names for it |
+| `start`, `resume` | `steps` of the whole run, `settings` as settled, `environment`, `loggers` (their names), `data` |
 | `step` | `epoch`, `loss`, `learning_rate`, `weight_decay`, `gradient_norm`, `images_per_second`; `contrast`, if any |
 | `epoch` | `epoch`, `epochs`, `loss` as the mean over the epoch, `learning_rate`, `images_per_second` |
 | `validation` | `weights` (`model` or `ema`), `figures` by name, `beside_model`: whether both are validated |

@@ -24,7 +24,7 @@ from sparkmim.drawing.pixels import GAP
 from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.results import EvaluationResult, Score
-from sparkmim.runs.config import decided_by
+from sparkmim.runs.config import ONCE, decided_by
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.run import Run
 
@@ -373,15 +373,15 @@ _GROUPS = {
     ),
     "Machine and files": (
         "out", "accelerator", "devices", "num_nodes", "precision", "channels_last", "checkpoint_gradients", "compile",
-        "workers", "save_minutes", "keep_best", "keep_every", "loggers", "log_every", "picture_every", "probe_every",
-        "eval_every",
+        "workers", "save_minutes", "max_minutes", "keep_best", "keep_every", "loggers", "log_every", "picture_every",
+        "probe_every", "eval_every",
     ),
 }  # fmt: skip
 
 
 def _settings(run: Run) -> list[tuple[str, list[Entry]]]:
     """Returns the settings by group."""
-    shown = {name: value for name, value in run.settings.items() if name != "resume"}
+    shown = {name: value for name, value in run.settings.items() if name not in ONCE}
     named = {name for names in _GROUPS.values() for name in names}
     groups = {**_GROUPS, "Others": tuple(name for name in shown if name not in named)}
     found = [(title, [_setting(run, name) for name in names if name in shown]) for title, names in groups.items()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import shutil
@@ -282,6 +283,14 @@ class Pictures(StepCallback):
         add_picture(self.history, self.folder, step, PICTURES, reconstruction_grid(output, self.mean, self.std))
 
 
+def link_or_copy(path: Path, other: Path) -> None:
+    """Gives a file another name, or copies it where that is impossible; files are replaced, never written into."""
+    try:
+        os.link(path, other)
+    except OSError:
+        shutil.copyfile(path, other)
+
+
 class Abandon(BaseException):
     """Leaves training at once, on a second Ctrl-C; Lightning would end the process on a `KeyboardInterrupt`."""
 
@@ -295,7 +304,7 @@ class Keeper(StepCallback):
 
     A checkpoint is written beside the old one and then replaces it. A second Ctrl-C leaves at once. `write_weights`
     writes the weight files, given the optimiser steps done. What is saved at multiples of `keep_steps` is kept under
-    the number of its epoch.
+    the number of its epoch. After `max_minutes`, the run ends as after Ctrl-C.
     """
 
     def __init__(
@@ -306,9 +315,11 @@ class Keeper(StepCallback):
         write_weights: Callable[[int], None],
         monitor: Monitor,
         keep_steps: int | None = None,
+        max_minutes: float | None = None,
     ) -> None:
         super().__init__()
         self.keep_steps = keep_steps
+        self.limit = math.inf if max_minutes is None else time.monotonic() + 60 * max_minutes
         self.history = history
         self.folder = folder
         self.minutes = minutes
@@ -353,7 +364,8 @@ class Keeper(StepCallback):
             )
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
-        stop, due = self._agreed(self.signal is not None, time.monotonic() - self._saved > 60 * self.minutes)
+        late = time.monotonic() > self.limit
+        stop, due = self._agreed(self.signal is not None or late, time.monotonic() - self._saved > 60 * self.minutes)
         kept = self.keep_steps is not None and step % self.keep_steps == 0
         if step == trainer.max_steps or stop or due or kept:
             self.save(trainer, step)
@@ -393,10 +405,18 @@ class Keeper(StepCallback):
         # All ranks take part in a checkpoint; the first writes it.
         with replacing(path) if trainer.is_global_zero else nullcontext(path) as partial:
             trainer.save_checkpoint(partial)
+            if trainer.is_global_zero and path.is_file():
+                with replacing(self.folder.previous) as before:
+                    link_or_copy(path, before)
         if trainer.is_global_zero:
             self.write_weights(step)
             self.history.add("checkpoint", step)
         self._saved = time.monotonic()
+
+    def complete(self, step: int) -> None:
+        """Writes the weights of a run that was loaded at its last step, and says that it is finished."""
+        self.write_weights(step)
+        self.history.add("finish", step)
 
     def keep(self, epoch: int) -> None:
         """Gives the files of the last save a second name, with the number of an epoch."""
@@ -404,7 +424,7 @@ class Keeper(StepCallback):
         names = {path: f"{path.stem}_epoch{epoch:04d}{path.suffix}" for path in written}
         for path, name in {**names, self.folder.checkpoint: f"epoch{epoch:04d}.ckpt"}.items():
             with replacing(path.with_name(name)) as partial:
-                shutil.copyfile(path, partial)
+                link_or_copy(path, partial)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not self._ended and self._seen:  # another callback, such as EarlyStopping, has ended the run

@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Generic
 
 import lightning.pytorch as pl
@@ -31,10 +32,11 @@ from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import generators_restored, is_main_process
-from sparkmim.runs.config import open_value
+from sparkmim.runs.config import ONCE, open_value
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import Event, History, Kind, beginnings, logged, read_history, settled_settings
+from sparkmim.runs.remembered import check_same, summary, write_names
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
@@ -44,6 +46,7 @@ from sparkmim.training.plan import Plan
 from sparkmim.training.probing import Probe
 from sparkmim.training.scoring import Scorer
 from sparkmim.training.settings import MACHINE, S, TrainSettings, plain, resumed
+from sparkmim.trust import check_trusted
 
 log = logging.getLogger("sparkmim")
 
@@ -167,7 +170,10 @@ def train(
     console = Console(stderr=True, quiet=not is_main_process())
     folder = RunFolder(asked["out"])
     with generators_restored():
+        resume = asked["resume"]
         asked, before = begin(training.kind, asked, given, folder)
+        if resume and not asked["resume"]:
+            console.print(f"{folder.path} has no checkpoint yet; the run starts over", markup=False, soft_wrap=True)
         check_loggers(asked["loggers"])
         start = _start_of(asked)
         settings = training.settle(asked, before, start)
@@ -189,16 +195,20 @@ def begin(
             folder.check_new()
         return asked, {}
     saved = folder.read_config()
-    if not folder.checkpoint.is_file():
-        raise UserError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
     settled = settled_settings(read_history(folder.history)) if folder.history.is_file() else {}
     objects = saved.pop("from_python", ())
     asked = resumed(kind, asked, given, saved, settled, objects)
     check_arguments(kind.__name__.removesuffix("Settings").lower(), asked)  # the file may have been edited
+    if "model" not in given:
+        for named in (asked["model"], settled.get("model")):
+            check_trusted(named, f"the run in {folder.path}")
+    if not folder.has_checkpoint:  # killed before the first one
+        folder.check_new()
+        return {**asked, "resume": False}, {}
     changed = {name for name in given & asked.keys() if not open_value(name, asked[name])}
     known = {
         name: value for name, value in settled.items()
-        if name not in {*MACHINE, *OBJECTS, "out", "resume"} and name not in changed
+        if name not in {*MACHINE, *OBJECTS, "out", *ONCE} and name not in changed
     }  # fmt: skip
     return asked, known
 
@@ -228,7 +238,7 @@ def _fit(
     every = getattr(settings, "keep_every", None)
     keep_steps = None if every is None else every * plan.steps_per_epoch
     write = _writer(prepared, folder, ema, history)
-    keeper = Keeper(history, folder, settings.save_minutes, write, monitor, keep_steps)
+    keeper = Keeper(history, folder, settings.save_minutes, write, monitor, keep_steps, settings.max_minutes)
     pictures = prepared.pictures(history, folder) if prepared.pictures else None
     own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
     together = [*(callback for callback in own if callback), *callbacks, keeper]
@@ -239,6 +249,15 @@ def _fit(
     loggers = [*own_loggers, *loggers]
     with ExitStack() as stack:
         stack.enter_context(_intended())
+        names = images.image_names(settings.data)
+        if settings.resume and not asked["accept_changed_data"]:
+            before = beginnings(past)[-1].fields.get("data", {}) if past else {}
+            check_same(folder, before, names, len(images))
+        if main:
+            stack.enter_context(folder.locked())
+            if not settings.resume:
+                folder.check_new()  # another run may have begun there meanwhile
+                folder.clear()
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
@@ -258,7 +277,7 @@ def _fit(
             enable_model_summary=False,
             log_every_n_steps=1,
         )
-        step = _step_of(folder) if settings.resume else 0
+        checkpoint, step = _last_checkpoint(folder, console) if settings.resume else (None, 0)
         if plan.steps < step:
             raise UserError(
                 f"the run in {folder.path} stands at step {step}, and epochs {settings.epochs:g} are {plan.steps} "
@@ -274,7 +293,11 @@ def _fit(
             if not settings.resume:  # MLflow refuses other values for those that it has
                 log_settings(loggers, settled)
             named = identifiers(own_loggers)
-            history.add(began, step, steps=plan.steps, settings=settled, environment=found, loggers=named)
+            history.add(
+                began, step, steps=plan.steps, settings=settled, environment=found, loggers=named,
+                data=summary(names, len(images)),
+            )  # fmt: skip
+            write_names(folder, names)
             for key, value in prepared.rows.items():
                 log.info("%s: %s", key, value)
             history.listeners.append(LoggerFeed(trainer, folder))
@@ -294,11 +317,15 @@ def _fit(
         stack.enter_context(module.frozen())
         stack.enter_context(synchronised_batch_norm(module) if plan.world_size > 1 and cuda else nullcontext())
         stack.enter_context(keeper.signals())
-        checkpoint = folder.checkpoint if settings.resume else None
+        monitor.epoch_loss = next(
+            (event.fields["loss"] for event in reversed(past) if event.kind == "epoch"), monitor.epoch_loss
+        )
         try:
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         except Abandon:
             raise KeyboardInterrupt from None
+        if step == plan.steps and main:  # it was finished before, or stopped between its last files
+            keeper.complete(step)
     return Finished(prepared, folder, trainer.global_step, monitor, trainer.is_global_zero)
 
 
@@ -361,16 +388,32 @@ def _write_start(
     objects = [name for name in OBJECTS if not isinstance(plain(asked.get(name)), str | None)]
     settled = {name: None if name in objects else value for name, value in vars(settings).items()}
     kept = {name: None if name in objects else plain(value) for name, value in asked.items()}
-    folder.write_config({**kept, "resume": False}, settled, objects)
+    folder.write_config({**kept, **dict.fromkeys(ONCE, False)}, settled, objects)
     found = environment(settings.accelerator, settings.world_size)
     folder.write_environment(found, settings.resume)
     return settled, found
 
 
-def _step_of(folder: RunFolder) -> int:
-    """Optimiser steps done at the last checkpoint."""
-    found: Any = torch.load(folder.checkpoint, map_location="cpu", mmap=True, weights_only=True)
-    return int(found["global_step"])
+def _last_checkpoint(folder: RunFolder, console: Console) -> tuple[Path, int]:
+    """Returns the last checkpoint that can be read, and the optimiser steps done then.
+
+    Raises:
+        UserError: if neither the last nor the one before can be read.
+    """
+    for path in (folder.checkpoint, folder.previous):
+        try:
+            found: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            step = int(found["global_step"])
+        except Exception:  # whatever PyTorch raises at a damaged file
+            continue
+        if path == folder.previous:
+            console.print(
+                f"{folder.checkpoint} is damaged or missing; the run goes on from step {step}",
+                markup=False,
+                soft_wrap=True,
+            )
+        return path, step
+    raise UserError(f"{folder.checkpoint} cannot be read, nor the one before; start anew with another --out")
 
 
 @contextmanager

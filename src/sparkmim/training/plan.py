@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
 from sparkmim.training.modules import OptimizerSettings
 from sparkmim.training.settings import PyramidSettings, TrainSettings
+
+log = logging.getLogger("sparkmim")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,11 @@ class Plan:
         betas: tuple[float, float] = (0.9, 0.999), weight_decay_end: float | None = None,
     ) -> OptimizerSettings:  # fmt: skip
         """Returns optimiser settings whose learning rate is given for `images` per step; `warmup` is in steps."""
+        if warmup > self.steps:
+            log.warning(
+                "the warm-up of %d steps is longer than the run of %d; the learning rate never reaches its peak",
+                round(warmup), self.steps,
+            )  # fmt: skip
         end = settings.weight_decay if weight_decay_end is None else weight_decay_end
         return OptimizerSettings(
             name, settings.learning_rate * (self.batch_size / images), betas, settings.weight_decay, end,

@@ -16,7 +16,7 @@ from torch import nn
 from sparkmim.errors import UserError
 from sparkmim.interop.weights import Weights
 from sparkmim.machine import settle_machine
-from sparkmim.runs.config import open_value
+from sparkmim.runs.config import ONCE, open_value
 from sparkmim.training.recipes import recipe_named
 
 MACHINE = ("accelerator", "devices", "num_nodes", "precision", "workers")
@@ -44,6 +44,7 @@ class TrainSettings:
     std: list[float] | None
     max_unreadable: float
     resume: bool
+    accept_changed_data: bool
     seed: int
     accelerator: str
     devices: int
@@ -51,11 +52,12 @@ class TrainSettings:
     precision: str
     workers: int
     save_minutes: float
+    max_minutes: float | None
     log_every: int
     loggers: list[str]
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({
-        "data", "out", "max_unreadable", "resume", "save_minutes", "log_every", "loggers", *MACHINE,
+        "data", "out", "max_unreadable", "save_minutes", "max_minutes", "log_every", "loggers", *ONCE, *MACHINE,
     })  # fmt: skip
     """Arguments that may differ when a run is resumed: where things are, and what computes."""
 
@@ -218,6 +220,9 @@ def settle(kind: type[S], asked: Mapping[str, Any], *known: Mapping[str, Any]) -
         candidates = [machine] if name in machine else [asked, *known]
         found = (candidate.get(name) for candidate in candidates)
         values[name] = plain(next((value for value in found if value is not None), None))
+    epochs, warmup = values.get("epochs"), values.get("warmup_epochs")
+    if asked.get("warmup_epochs") is None and epochs and warmup and warmup >= epochs:
+        values["warmup_epochs"] = epochs / 10  # a recipe's, in a shorter run than it was made for
     return kind(**values)
 
 

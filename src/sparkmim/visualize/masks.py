@@ -11,6 +11,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from sparkmim.data.decoding import open_picture
 from sparkmim.data.discovery import SUFFIXES
 from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
@@ -34,10 +35,12 @@ def mask_given(mask: Any, grid: Sequence[int]) -> Tensor:
     """
     if isinstance(mask, (str, Path)):
         path = Path(mask)
+        if path.suffix.lower() not in (*SUFFIXES, ".txt"):
+            return mask_of_text(str(mask), grid)
+        if path.exists() and not path.is_file():
+            raise UserError(f"the mask {path} is not a file")
         if path.suffix.lower() in SUFFIXES:
             return _checked(_of_picture(path, grid))
-        if path.suffix.lower() != ".txt":
-            return mask_of_text(str(mask), grid)
         try:
             return mask_of_text(path.read_text(encoding="utf-8-sig"), grid, str(path))
         except (OSError, UnicodeDecodeError) as error:
@@ -101,7 +104,7 @@ def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
     if len(grid) != 2:
         raise UserError(f"{path} is a picture, but there are {times(grid)} patches; write the mask as text")
     try:
-        with Image.open(path) as picture:
+        with open_picture(path) as picture:
             grey = picture.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
     except FileNotFoundError as error:
         raise UserError(f"there is no mask {path}") from error

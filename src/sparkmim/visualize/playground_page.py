@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
+from sparkmim.data.decoding import open_picture
 from sparkmim.errors import UserError
 from sparkmim.visualize.masks import mask_text
 from sparkmim.visualize.playground_session import Playground, Refused, Session, View, strip, to_bytes
@@ -169,7 +170,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 
 def _thumbnail(path: str) -> Image.Image:
-    with Image.open(path) as image:
+    with open_picture(path) as image:
         image.draft("RGB", (320, 320))
         small = image.convert("RGB")
     small.thumbnail((240, 240))
