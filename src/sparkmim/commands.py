@@ -62,12 +62,15 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
 
 
 def _at_home(value: Any) -> Any:
-    """Expands `~`, in a list too."""
+    """Expands `~`, in a list too; returns the same object if there is none."""
     if isinstance(value, str) and value.startswith("~"):
         return os.path.expanduser(value)  # noqa: PTH111 (which fails on a user that is not there)
     if isinstance(value, Path):
         return value.expanduser()
-    return [_at_home(item) for item in value] if type(value) is list else value
+    if type(value) is list:
+        found = [_at_home(item) for item in value]
+        return found if any(one is not other for one, other in zip(found, value, strict=True)) else value
+    return value
 
 
 def _arguments(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -193,7 +193,7 @@ def test_the_space_serves_the_page(tmp_path: Path, pretrained: Callable[..., Pat
     [
         (["--weights", "nowhere"], "nowhere does not exist"),
         (["--weights", "a", "--images", "nowhere"], "there is no folder, image or text file"),
-        (["--weights", "a", "--max-megapixels", "0"], "max_megapixels is 0"),
+        (["--weights", "a", "--max-megapixels", "0"], "--max-megapixels is 0"),
         (["--weights", "a", "--port", "99999"], "port is 99999; it must be between 1 and 65535"),
         (["--weights", "a/weights/encoder.safetensors"], "no decoder"),
     ],

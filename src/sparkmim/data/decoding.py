@@ -132,7 +132,9 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     """
     check_channels(channels)
     try:
-        if not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(mode):  # a pipe would keep us waiting
+        if not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(
+            mode
+        ):  # a pipe would keep us waiting
             raise UnreadableImage(path, "not a file")
         encoded = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have

@@ -8,7 +8,7 @@ import shutil
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -77,7 +77,7 @@ class RunFolder:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Keeps other trainings out of the folder, which is created, within the context.
+        """Keeps other trainings out of the folder, within the context. If it is made and stays empty, it is removed.
 
         The lock is the kernel's (`flock`), which lets go of it when the process ends, however that happens. The file
         says who holds it.
@@ -85,8 +85,8 @@ class RunFolder:
         Raises:
             UserError: if another training holds it, or the folder cannot be made.
         """
-        file = self._lock()
-        with file:
+        there = self.path.exists()
+        with self._lock() as file:
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -94,6 +94,9 @@ class RunFolder:
                 yield
             finally:
                 (self.path / LOCK).unlink(missing_ok=True)
+                if not there:
+                    with suppress(OSError):  # it is not empty
+                        self.path.rmdir()
 
     def _lock(self) -> IO[str]:
         """Opens the file of the lock, and locks it."""

@@ -180,7 +180,11 @@ def train(
         torch.manual_seed(settings.seed)
         batch_is_free = asked["batch_size"] is None and "batch_size" not in before
         prepared = training.prepare(settings, batch_is_free, start, console)
-        finished = _fit(prepared, asked, folder, callbacks, loggers, console)
+        with folder.locked() if is_main_process() else nullcontext():
+            if not asked["resume"] and is_main_process():
+                folder.check_new()  # another run may have begun there meanwhile
+                folder.clear()
+            finished = _fit(prepared, asked, folder, callbacks, loggers, console)
     if finished.main:
         _say_end(console, finished, draw)
     return finished
@@ -202,8 +206,9 @@ def begin(
     if "model" not in given:
         for named in (asked["model"], settled.get("model")):
             check_trusted(named, f"the run in {folder.path}")
-    if not folder.has_checkpoint:  # killed before the first one
-        folder.check_new()
+    if not folder.has_checkpoint:
+        if folder.weights.exists():
+            raise UserError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
         return {**asked, "resume": False}, {}
     changed = {name for name in given & asked.keys() if not open_value(name, asked[name])}
     known = {
@@ -253,11 +258,6 @@ def _fit(
         if settings.resume and not asked["accept_changed_data"]:
             before = beginnings(past)[-1].fields.get("data", {}) if past else {}
             check_same(folder, before, names, len(images))
-        if main:
-            stack.enter_context(folder.locked())
-            if not settings.resume:
-                folder.check_new()  # another run may have begun there meanwhile
-                folder.clear()
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
