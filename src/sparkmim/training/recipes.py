@@ -160,8 +160,8 @@ FINETUNE_DEFAULT = replace(
 """For tens to thousands of labelled images on one machine.
 
 The rate is the middle of the three tried with a small network on CIFAR-10 (`benchmarks/results/transfer.json`): of
-seven starts, four did best with it and three with 1e-2. Layer decay 0.8 is milder than the paper's; on that network 1 and 0.7
-were alike.
+seven starts, four did best with it and three with 1e-2. Layer decay 0.8 is milder than the paper's; on that network 1
+and 0.7 were alike.
 """
 
 FINETUNE_RECIPES = {
