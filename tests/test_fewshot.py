@@ -161,9 +161,17 @@ def test_rates_are_chosen_on_choosing_images_and_scores_are_of_test_images(tmp_p
     assert comparison.finetuning("sparkmim", 2, 10, 1e-3, 2, "test")[1][1] == Path("runs/sparkmim 2.safetensors")
 
 
-def test_ways_are_timed_in_turn(folder: Path) -> None:
+def test_ways_are_timed_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of a takes 1 s and of b 2 s, and each call 10 s more."""
     import fewshot
 
-    ways = {name: ("sparkmim", {"batch_size": 8, "decoder_width": width}) for name, width in (("a", 16), ("b", 32))}
-    times = fewshot.seconds_per_step(folder, ways, rounds=1, steps=2)
-    assert times.keys() == {"a", "b"}
+    clock, calls = [0.0], []
+
+    def train(method: str, settings: dict[str, Any], network: Any, images: Any, size: int, *rest: Any) -> None:
+        calls.append(method)
+        clock[0] += 10 + {"a": 1, "b": 2}[method] * rest[1]
+
+    monkeypatch.setattr(fewshot, "train", train)
+    monkeypatch.setattr(fewshot.time, "perf_counter", lambda: clock[0])
+    assert fewshot.seconds_per_step(folder, {"a": ("a", {}), "b": ("b", {})}, rounds=2) == {"a": 1.0, "b": 2.0}
+    assert calls == ["a", "b", *["a", "a", "b", "b"] * 2]

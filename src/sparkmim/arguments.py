@@ -10,8 +10,7 @@ from typing import Any
 
 from sparkmim.errors import UserError
 
-LARGEST = 2**63 - 1
-"""The largest seed."""
+LARGEST_SEED = 2**63 - 1
 
 
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -81,7 +80,7 @@ class Range:
         elif self.above or self.below:
             said = f"{least} and {'below' if self.below else 'at most'} {self.high:g}"
         else:
-            said = f"between {self.low:g} and {'2^63 - 1' if self.high == LARGEST else f'{self.high:g}'}"
+            said = f"between {self.low:g} and {'2^63 - 1' if self.high == LARGEST_SEED else f'{self.high:g}'}"
         return f"{said} ({self.hint})" if self.hint else said
 
 
@@ -218,7 +217,7 @@ CHECKS: dict[str, Check] = {
     "samples": COUNT,
     "save_minutes": POSITIVE,
     "schedule": Choice(("cosine", "linear")),
-    "seed": Range(0, LARGEST, whole=True),
+    "seed": Range(0, LARGEST_SEED, whole=True),
     "segment.crop": COUNT,
     "short_side": COUNT,
     "short_sides": Several(COUNT),
@@ -240,6 +239,12 @@ CHECKS: dict[str, Check] = {
 """Checks by the name of an argument; by `command.argument` where commands differ."""
 
 
+def complaint_about(command: str, name: str, value: Any) -> str | None:
+    """Tells what the value of a command's argument must be, if it is not that; None stands for an open decision."""
+    check = CHECKS.get(f"{command}.{name}", CHECKS.get(name))
+    return None if check is None or value is None else check(value)
+
+
 def check_arguments(command: str, arguments: Mapping[str, Any]) -> None:
     """Checks all arguments of a command, before any work is done for it.
 
@@ -253,10 +258,7 @@ def check_arguments(command: str, arguments: Mapping[str, Any]) -> None:
     for name, value in arguments.items():
         if isinstance(value, str) and not value.strip():
             raise UserError(f"{name} is empty; leave it out, or give it a value")
-        check = CHECKS.get(f"{command}.{name}", CHECKS.get(name))
-        if check is None or value is None:
-            continue
-        if complaint := check(value):
+        if complaint := complaint_about(command, name, value):
             raise UserError(f"{name} is {_shown(value)}; {complaint}")
 
 

@@ -108,9 +108,7 @@ def _main(given: Sequence[str]) -> None:
         words = spell(given, COMMANDS)
         config = build_parser().parse_args(words)
     except UserError as error:
-        where = " ".join(["sparkmim", *(word for word in given[:1] if word in COMMANDS)])
-        print(f"{where}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(given[0] if given and given[0] in COMMANDS else "", str(error))
     arguments = config[config.command]
     arguments.pop("config", None)
     if config.command in _PICTURES and arguments.out is None:
@@ -124,12 +122,9 @@ def _main(given: Sequence[str]) -> None:
     try:
         result = COMMANDS[config.command](**_explicit(vars(arguments), words))
     except UserError as error:
-        print(f"sparkmim {config.command}: {error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(config.command, str(error))
     except OSError as error:  # a full disk, a folder that vanished
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"sparkmim {config.command}: {where}{error.strerror or error}", file=sys.stderr)
-        raise SystemExit(2) from None
+        _refuse(config.command, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if config.command == "verify":
@@ -159,6 +154,11 @@ def _main(given: Sequence[str]) -> None:
         return
     if not result.finished:
         raise SystemExit(130)
+
+
+def _refuse(command: str, why: str) -> NoReturn:
+    print(f"{f'sparkmim {command}'.rstrip()}: {why}", file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _explicit(arguments: dict[str, Any], words: Sequence[str]) -> dict[str, Any]:

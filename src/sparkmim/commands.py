@@ -29,7 +29,6 @@ from sparkmim.results import (
     SegmentResult,
     VanishingResult,
 )
-from sparkmim.trust import is_code, remember
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -41,17 +40,14 @@ _given: ContextVar[frozenset[str]] = ContextVar("_given")
 def _command(function: Callable[P, R]) -> Callable[P, R]:
     """Checks the arguments of a command before it runs, and notes in `_given` which were passed.
 
-    A `~` at the beginning of a path is replaced by the user's folder. Code that `model` names is trusted from then on.
+    A `~` at the beginning of a path is replaced by the user's folder.
     """
     signature = inspect.signature(function)
 
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> R:
         args, kwargs = tuple(map(_at_home, args)), {name: _at_home(value) for name, value in kwargs.items()}
-        arguments = signature.bind(*args, **kwargs).arguments
-        check_arguments(function.__name__, arguments)
-        if is_code(model := arguments.get("model")):
-            remember(model)
+        check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
         token = _given.set(frozenset(kwargs))
         try:
             return function(*args, **kwargs)

@@ -99,11 +99,11 @@ def is_main_process() -> bool:
 
 
 @contextmanager
-def generators_restored() -> Iterator[None]:
+def generators_restored(with_gpus: bool = True) -> Iterator[None]:
     """Puts the global random generators of Python, numpy and torch back as they were."""
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     in_use: Callable[[], bool] = torch.cuda.is_initialized
-    gpus = range(torch.cuda.device_count()) if in_use() else ()
+    gpus = range(torch.cuda.device_count()) if with_gpus and in_use() else ()
     try:
         with torch.random.fork_rng(devices=list(gpus)):
             yield

@@ -11,13 +11,14 @@ import json
 import re
 import types
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 
-from sparkmim.arguments import CHECKS, nearest, one_of
+from sparkmim.arguments import complaint_about, nearest, one_of
 from sparkmim.errors import MissingPath, UserError
 from sparkmim.runs.config import read_yaml
 
@@ -178,13 +179,11 @@ class _Words:
             else:
                 argument, value = self._flag(word, left)
                 before = self.flags.get(argument)
-                given.add(argument)
+                given |= check_config(self.name, value, self.flags) if argument == "config" else {argument}
                 spelled.append(f"--{argument}={value}")
         for argument, value in self._placed(alone, given):
             given.add(argument)
             spelled.append(f"--{argument}={value}")
-        if "config" in given:
-            given.update(check_config(self.name, _config_in(spelled), self.flags))
         for flag in self.flags.values():
             if flag.required and flag.name not in given:
                 raise UserError(f"{flag} is missing ({flag.brief})")
@@ -275,44 +274,28 @@ def value_of(command: str, flag: Flag, values: Sequence[str]) -> str:
         if shown not in choices and not (flag.switch and shown.lower() in choices):
             raise UserError(f"{flag} is {shown!r}; {one_of(shown, choices)}")
         return shown.lower() if flag.switch else shown
-    if flag.several:
-        items = _listed(values, flag.number)
-        found: Any = [_number(item) for item in items] if flag.number else items
-        if flag.alone and len(found) == 1 and not values[0].startswith("["):
-            found = found[0]
-        complaint = _complaint(command, flag, found)
-        if complaint is None and flag.number and any(isinstance(item, str) for item in _each(found)):
-            complaint = "it must be a list of numbers"
-    else:
-        found = _number(values[0]) if flag.number else values[0]
-        complaint = _complaint(command, flag, found)
-        if complaint is None and flag.number and isinstance(found, str):
-            complaint = "it must be a number"
-    if complaint is not None:
-        number = flag.number and not any(isinstance(item, str) for item in _each(found))
-        raise UserError(f"{flag} is {shown if number else repr(shown)}; {complaint}")
+    items = _items(flag, values)
+    found: Any = items if flag.several else items[0]
+    if flag.alone and len(items) == 1 and not values[0].startswith("["):
+        found = items[0]
+    if complaint := complaint_about(command, flag.name, found):
+        mistyped = flag.number and any(isinstance(item, str) for item in items)
+        raise UserError(f"{flag} is {repr(shown) if mistyped or not flag.number else shown}; {complaint}")
     if flag.several:
         return json.dumps(found)
     return str(int(found)) if flag.number is int else shown
 
 
-def _complaint(command: str, flag: Flag, value: Any) -> str | None:
-    check = CHECKS.get(f"{command}.{flag.name}", CHECKS.get(flag.name))
-    return check(value) if check else None
-
-
-def _each(found: Any) -> list[Any]:
-    return found if isinstance(found, list) else [found]
-
-
-def _listed(values: Sequence[str], number: type | None) -> list[str]:
-    """Returns the items of a list, however it was written: `96 160`, `96x160`, `96,160` or `[96, 160]`."""
-    if len(values) == 1 and values[0].startswith("[") and values[0].endswith("]"):
-        inside = values[0].strip("[]")
-        return [item.strip().strip("'\"") for item in inside.split(",") if item.strip()]
-    if number is None:
-        return list(values)
-    return [item for value in values for item in re.split(r"[,x×]", value.strip("[],")) if item] or list(values)
+def _items(flag: Flag, values: Sequence[str]) -> list[Any]:
+    """Returns numbers or texts, however they were written: `96 160`, `96x160`, `96,160` or `[96, 160]`."""
+    items: Sequence[Any] = values
+    if flag.several and len(values) == 1 and values[0].startswith("["):
+        with suppress(yaml.YAMLError):
+            read = read_yaml(values[0])
+            items = read if isinstance(read, list) else values
+    elif flag.several and flag.number:
+        items = [item for value in values for item in re.split(r"[,x×]", value) if item] or values
+    return [_number(str(item)) if flag.number else str(item) for item in items]
 
 
 def _number(text: str) -> Any:
@@ -327,10 +310,6 @@ def _number(text: str) -> Any:
 
 def _is_number(word: str) -> bool:
     return not isinstance(_number(word), str)
-
-
-def _config_in(spelled: Sequence[str]) -> str:
-    return next(word.partition("=")[2] for word in spelled if word.startswith("--config="))
 
 
 def check_config(command: str, path: str, flags: Mapping[str, Flag]) -> set[str]:

@@ -317,7 +317,7 @@ def test_error_travels_between_processes() -> None:
     assert (error.path, error.reason, str(error)) == ("a.jpg", "is bad", "a.jpg: is bad")
 
 
-@pytest.mark.parametrize("file_format", ["EPS", "PDF", "TGA", "PCX", "ICO"])
+@pytest.mark.parametrize("file_format", ["EPS", "TGA", "PCX", "ICO"])
 def test_no_other_formats_are_opened(file_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the name: Pillow starts Ghostscript for EPS."""
     path = tmp_path / "photo.jpg"

@@ -68,7 +68,7 @@ class ChangeColours:
     """Changes the colours of an image at random, as SimCLR does (arXiv:2002.05709, appendix A).
 
     With probability 0.8, `CHANGES` are made in random order; with probability 0.2, the image becomes grey. Together
-    they are one affine map of colours (StyleGAN2-ADA, arXiv:2006.06676, appendix B), in a fraction of the time of
+    they are one affine map of colours (StyleGAN2-ADA, arXiv:2006.06676, appendix B), which takes less time than
     torchvision's `ColorJitter`: hue is a rotation about the axis of greys, and values are clamped once. Images that
     have not three channels change in brightness and contrast alone.
     """

@@ -6,7 +6,6 @@ import functools
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sparkmim.data.held_out import names_of
 from sparkmim.data.labelled import Labelled
 from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UnusableData, UserError
+from sparkmim.machine import generators_restored
 from sparkmim.models.masking import random_visible, visible_per_sample
 
 MAX_STAND_INS = 50
@@ -120,7 +120,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
 
     def __getitems__(self, keys: Sequence[tuple[int, ...]]) -> list[dict[str, Any]]:
         """What loaders call for a batch; putting generators back takes longer than seeding them."""
-        with _generators_put_back():
+        with generators_restored(with_gpus=False):
             return [self._sample(*key) for key in keys]
 
     def _sample(self, epoch: int, index: int, *repeat: int) -> dict[str, Any]:
@@ -235,17 +235,6 @@ def _seed(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     random.seed(seed)
     np.random.seed([seed & 0xFFFFFFFF, seed >> 32])  # noqa: NPY002 (transforms may use it)
-
-
-@contextmanager
-def _generators_put_back() -> Iterator[None]:
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
-    with torch.random.fork_rng(devices=[]):
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy)  # noqa: NPY002
 
 
 def collate(samples: Sequence[Mapping[str, Any]], lists: Sequence[str] = ()) -> dict[str, Any]:

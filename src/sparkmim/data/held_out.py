@@ -23,7 +23,8 @@ def names_of(items: Any, data: Any) -> list[str]:
     if isinstance(items, list) and isinstance(data, (str, Path)):
         root = Path(data).expanduser().absolute()
         root = root if root.is_dir() else root.parent
-        return [os.path.relpath(path, root) for path in items]
+        inside = f"{root}{os.sep}"  # cut off here, as relpath takes seconds for a million paths
+        return [path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root) for path in items]
     return [str(place) for place in range(len(items))]
 
 

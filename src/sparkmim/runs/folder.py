@@ -69,8 +69,8 @@ class RunFolder:
         return self.checkpoint.is_file() or self.previous.is_file()
 
     def clear(self) -> None:
-        """Removes what a run left that was killed before its first checkpoint."""
-        for path in (self.history, self.log, self.environment, self.names, self.config):
+        """Removes what a run left that was killed before its first checkpoint; its arguments will be written over."""
+        for path in (self.history, self.log, self.environment, self.names):
             path.unlink(missing_ok=True)
         for folder in (self.pictures, self.tensorboard):
             shutil.rmtree(folder, ignore_errors=True)

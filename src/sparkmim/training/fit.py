@@ -36,7 +36,7 @@ from sparkmim.runs.config import ONCE, open_value
 from sparkmim.runs.environment import environment
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import Event, History, Kind, beginnings, logged, read_history, settled_settings
-from sparkmim.runs.remembered import check_same, summary, write_names
+from sparkmim.runs.remembered import TrainingImages
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
@@ -254,10 +254,10 @@ def _fit(
     loggers = [*own_loggers, *loggers]
     with ExitStack() as stack:
         stack.enter_context(_intended())
-        names = images.image_names(settings.data)
+        seen = TrainingImages.of(len(images), images.image_names(settings.data))
         if settings.resume and not asked["accept_changed_data"]:
             before = beginnings(past)[-1].fields.get("data", {}) if past else {}
-            check_same(folder, before, names, len(images))
+            seen.check_unchanged(folder, before)
         trainer = pl.Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
@@ -295,9 +295,9 @@ def _fit(
             named = identifiers(own_loggers)
             history.add(
                 began, step, steps=plan.steps, settings=settled, environment=found, loggers=named,
-                data=summary(names, len(images)),
+                data=seen.summary,
             )  # fmt: skip
-            write_names(folder, names)
+            seen.write(folder)
             for key, value in prepared.rows.items():
                 log.info("%s: %s", key, value)
             history.listeners.append(LoggerFeed(trainer, folder))

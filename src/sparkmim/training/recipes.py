@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
+from sparkmim.arguments import nearest
 from sparkmim.errors import UserError
 
 
@@ -354,8 +354,8 @@ def recipe_named(name: str, recipes: Mapping[str, R]) -> R:
         UserError: if there is none of that name.
     """
     if name not in recipes:
-        near = difflib.get_close_matches(name, recipes, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"choose one of {', '.join(recipes)}"
+        near = nearest(name, recipes)
+        hint = f"did you mean {near}?" if near else f"choose one of {', '.join(recipes)}"
         raise UserError(f"there is no recipe {name!r}; {hint}")
     return recipes[name]
 
