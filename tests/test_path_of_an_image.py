@@ -18,8 +18,8 @@ from sparkmim.training.modules import OptimizerSettings, PretrainModule
 
 PACKAGE = Path(sparkmim.__file__).parent
 
-BESIDE = {"data/samplers.py", "models/masking.py", "sparse/layout.py"}
-"""Files that handle the seed, the mask and index tables, but no image."""
+BESIDE = {"data/samplers.py", "machine.py", "models/masking.py", "sparse/layout.py"}
+"""Files that handle the seed, random generators, the mask and index tables, but no image."""
 
 
 @pytest.mark.parametrize("network", ["resnet50", "convnext_atto"])
