@@ -50,8 +50,8 @@ CHOOSING = 0.15
 STEPS = {10: 100, 50: 300, 200: 400}
 """Optimiser steps of a fine-tuning run, by labels per class."""
 
-FINETUNE_RATES = (1e-3, 3e-3, 1e-2)
-"""Candidates, per 256 images."""
+FINETUNINGS = [(rate, fit_head) for fit_head in (False, True) for rate in (1e-3, 3e-3, 1e-2)]
+"""Candidates: learning rate per 256 images; whether the head is fitted first."""
 
 Score = dict[str, Any]
 
@@ -161,7 +161,7 @@ Way = tuple[str, Mapping[str, Any]]
 """A method for `train`, and its settings."""
 
 
-def seconds_per_step(folder: Path, ways: Mapping[str, Way], rounds: int = 3, steps: int = 12) -> Score:
+def seconds_per_step(folder: Path, ways: Mapping[str, Way], rounds: int = 3, steps: int = 8) -> Score:
     """Times a step of each way of pretraining; medians. They take turns: a machine that slows down slows all."""
     images = open_images(folder)
     unlabelled, size = images.unlabelled, images.size
@@ -202,7 +202,7 @@ def pretrain(
 
 
 def finetune(
-    folder: Path, weights: Path | None, per_class: int, steps: int, rate: float, seed: int, judged: str
+    folder: Path, weights: Path | None, per_class: int, steps: int, rate: float, fit_head: bool, seed: int, judged: str
 ) -> Score:  # fmt: skip
     """Fine-tunes on images of the pool, drawn by the seed; returns the accuracy on `choosing` or `test` images."""
     images = open_images(folder)
@@ -214,7 +214,7 @@ def finetune(
         result = sparkmim.finetune(
             data=subset, val_data=getattr(images, judged), out=f"{out}/run", model=network,
             image_size=images.size, epochs=epochs, warmup_epochs=epochs / 10, eval_every=epochs, batch_size=batch,
-            learning_rate=rate, layer_decay=1.0, eval_crop=1.0, workers=0, seed=seed,
+            learning_rate=rate, fit_head=fit_head, layer_decay=1.0, eval_crop=1.0, workers=0, seed=seed,
         )  # fmt: skip
     if not result.finished:
         raise KeyboardInterrupt

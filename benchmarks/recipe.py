@@ -23,8 +23,8 @@ from fewshot import STEPS, Jobs, count_steps, finetune, frozen, pretrain
 from measure import provenance
 from sparkmim.files import replacing
 
-SHOTS, RATE = 50, 3e-3
-"""Labels per class of fine-tuning, and its learning rate per 256 images: that of the recipe."""
+SHOTS, RATE, FIT_HEAD = 50, 3e-3, False
+"""Labels per class of fine-tuning, its learning rate per 256 images, and whether the head is fitted first."""
 
 CANDIDATES: dict[str, dict[str, Any]] = {
     "default": {},
@@ -67,7 +67,7 @@ def compare(folder: Path, jobs: Jobs, names: list[str], minutes: float, seeds: i
         {f"frozen {name}": (frozen, (folder, file, [SHOTS], 0, "choosing")) for name, file in starts.items()}
     )
     tuned = jobs.run({
-        f"finetune {name} {seed}": (finetune, (folder, file, SHOTS, STEPS[SHOTS], RATE, seed, "choosing"))
+        f"finetune {name} {seed}": (finetune, (folder, file, SHOTS, STEPS[SHOTS], RATE, FIT_HEAD, seed, "choosing"))
         for name, file in starts.items() for seed in every
     })  # fmt: skip
     return {

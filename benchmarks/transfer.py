@@ -5,11 +5,11 @@
         --plot docs/transfer.png --runs transfer-runs
 
 Each data set is a folder with `train/<class>/`, and `test/<class>/` or not; for its three parts see `fewshot.py`. Every
-way of pretraining gets the same network and images, and as many steps as take the same time on one core. Its learning
-rate is the best of three, each tried in a part of that time, by a linear classifier of frozen features on choosing
-images. The network is fine-tuned several times, each with other labelled images, and scored on the test images. Rates
-of fine-tuning are chosen for each way on choosing images, with 50 labels per class, from the same three; all have the
-same steps and augmentation, and no layer decay.
+way of pretraining gets the same network and images, and as many steps as take the same time on one core, by timings in
+turn before. Its learning rate is the best of three, each tried in a part of that time, by a linear classifier of frozen
+features on choosing images. The network is fine-tuned several times, each with other labelled images, and scored on the
+test images. Rates of fine-tuning, and whether the head is fitted to frozen features first, are chosen for each way on
+choosing images, with 50 labels per class, from the same; all have the same steps and augmentation, and no layer decay.
 
 What is done is kept in `--runs`, and the same command goes on with it.
 """
@@ -27,7 +27,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fewshot import FINETUNE_RATES, RIVALS, STEPS, Jobs, Way, choose, count_steps, finetune, frozen, pretrain
+from fewshot import FINETUNINGS, RIVALS, STEPS, Jobs, Way, choose, count_steps, finetune, frozen, pretrain
 from measure import provenance
 from sparkmim.files import replacing
 
@@ -43,13 +43,16 @@ METHODS: dict[str, Way] = {
 RATES = {
     OURS: (1e-3, 2e-3, 4e-3),
     CONTRAST: (5e-4, 1e-3, 2e-3),
-    **dict.fromkeys(RIVALS, (0.03, 0.06, 0.12)),
+    "SimCLR": (0.015, 0.03, 0.06),
+    "BYOL": (0.06, 0.12, 0.24),
+    "DINO": (0.06, 0.12, 0.24),
 }
-"""Candidates for pretraining: per 256 images; of the rivals per 128, of which the published one is 0.06. Masked dense
-takes the rate of `OURS`, whose function it computes."""
+"""Candidates for pretraining: per 256 images; of the rivals per 128, of which the published one is 0.06 (of 0.03, 0.06
+and 0.12, SimCLR did best with the lowest, the others with the highest). Masked dense takes the rate of `OURS`, whose
+function it computes."""
 
 TUNED_AT = 50
-"""Labels per class that rates of fine-tuning are chosen with."""
+"""Labels per class that fine-tuning is tuned with."""
 
 
 class Comparison:
@@ -104,18 +107,21 @@ class Comparison:
             scores.setdefault(way, {})[rate] = judged[f"judge {way} {rate}"]["linear"]
         return scores
 
-    def finetuning(self, way: str, seed: int, shots: int, rate: float, drawn: int, judged: str) -> tuple[Any, Any]:
+    def finetuning(
+        self, way: str, seed: int, shots: int, settings: tuple[float, bool], drawn: int, judged: str
+    ) -> tuple[Any, Any]:
         weights = self.weights(way, self.pretrainings[(seed - 1) % len(self.pretrainings)])
-        return finetune, (self.folder, weights, shots, self.steps[shots], rate, drawn, judged)
+        return finetune, (self.folder, weights, shots, self.steps[shots], *settings, drawn, judged)
 
-    def choose_finetuning_rates(self) -> dict[str, float]:
+    def tune(self) -> dict[str, dict[tuple[float, bool], float]]:
+        """Returns the accuracies of fine-tuned networks on choosing images, by way and settings of fine-tuning."""
         shots = TUNED_AT if TUNED_AT in self.steps else next(iter(self.steps))
         tuned = self.jobs.run({
-            f"tune {way} {rate}": self.finetuning(way, 1, shots, rate, 0, "choosing")
-            for way in self.starts for rate in FINETUNE_RATES
+            f"tune {way} {described(*settings)}": self.finetuning(way, 1, shots, settings, 0, "choosing")
+            for way in self.starts for settings in FINETUNINGS
         })  # fmt: skip
         return {
-            way: choose({rate: tuned[f"tune {way} {rate}"]["accuracy"] for rate in FINETUNE_RATES})
+            way: {settings: tuned[f"tune {way} {described(*settings)}"]["accuracy"] for settings in FINETUNINGS}
             for way in self.starts
         }
 
@@ -134,9 +140,10 @@ class Comparison:
             f"frozen {way} {seed}": self.probe(way, seed, "test")
             for way in self.starts for seed in self.pretrainings
         })  # fmt: skip
-        rates = self.choose_finetuning_rates()
+        tuned = self.tune()
+        best = {way: choose(scores) for way, scores in tuned.items()}
         finetuned = self.jobs.run({
-            f"finetune {way} {shots} {seed}": self.finetuning(way, seed, shots, rates[way], seed, "test")
+            f"finetune {way} {shots} {seed}": self.finetuning(way, seed, shots, best[way], seed, "test")
             for shots in self.steps for way in self.starts for seed in self.seeds
         })  # fmt: skip
         rows = []
@@ -150,11 +157,17 @@ class Comparison:
                 for name, score in probed[f"frozen {way} {seed}"].items():
                     accuracies.setdefault(name, []).extend(score if isinstance(score, list) else [score])
             rows.append({
-                "way": way, "rate": chosen.get(way), "rates tried": tried.get(way), "fine-tuning rate": rates[way],
-                "steps": [run["steps"] for run in runs], "minutes": [run["seconds"] / 60 for run in runs],
+                "way": way, "rate": chosen.get(way), "rates tried": tried.get(way),
+                "fine-tuning": described(*best[way]),
+                "fine-tuning tried": {described(*settings): score for settings, score in tuned[way].items()},
+                "steps": [run["steps"] for run in runs], "steps per minute": self.per_minute.get(way),
                 "accuracies": accuracies,
             })  # fmt: skip
         return {"data": self.folder.name, "rows": rows}
+
+
+def described(rate: float, fit_head: bool) -> str:
+    return f"{rate:g}, fitted head" if fit_head else f"{rate:g}"
 
 
 def mean_and_spread(accuracies: list[float]) -> str:
@@ -197,10 +210,10 @@ def draw(results: list[dict[str, Any]], labels: Sequence[int], file: Path) -> No
 
 def show(result: dict[str, Any], console: Console) -> None:
     names = list(result["rows"][0]["accuracies"])
-    table = Table("way", "minutes", *names, title=result["data"])
+    table = Table("way", "steps", *names, title=result["data"])
     for row in result["rows"]:
-        minutes = f"{statistics.mean(row['minutes']):.1f}" if row["minutes"] else ""
-        table.add_row(row["way"], minutes, *(mean_and_spread(row["accuracies"][name]) for name in names))
+        steps = f"{statistics.mean(row['steps']):.0f}" if row["steps"] else ""
+        table.add_row(row["way"], steps, *(mean_and_spread(row["accuracies"][name]) for name in names))
     console.print(table)
 
 

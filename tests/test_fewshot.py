@@ -87,7 +87,7 @@ def test_scores(folder: Path) -> None:
     assert found.keys() == {"linear 4", "k-NN", "linear"}
     assert len(found["linear 4"]) == 10
     assert found["linear"] > 0.9  # dark and light are easily told apart
-    assert fewshot.finetune(folder, None, 8, 40, 1e-2, 0, "test")["accuracy"] > 0.9
+    assert fewshot.finetune(folder, None, 8, 40, 1e-2, True, 0, "test")["accuracy"] > 0.9
 
 
 def test_jobs_are_done_once(tmp_path: Path) -> None:
@@ -123,7 +123,7 @@ class Instant:
             rate = max((part for part in arguments if isinstance(part, float)), default=0.0)
             if name.startswith("judge"):
                 rate = float(name.split()[-1])
-            score = 0.2 + rate + gain[name.split()[1]]
+            score = 0.2 + rate + gain[name.split()[1]] + 0.001 * name.endswith("head")
             results[name] = {
                 "steps": 10, "seconds": 60.0, "accuracy": score, "k-NN": score, "linear": score,
                 "linear 10": [score] * 3,
@@ -139,9 +139,9 @@ def test_rates_are_chosen_on_choosing_images_and_scores_are_of_test_images(tmp_p
     result = comparison.run()
     scratch, ours, dense = result["rows"]
     assert (scratch["way"], ours["way"]) == ("no pretraining", "sparkmim")
-    assert ours["minutes"] == [1.0]
+    assert (ours["steps"], ours["steps per minute"]) == ([10], 120)
     assert (ours["rate"], dense["rate"]) == (4e-3, 4e-3)
-    assert ours["fine-tuning rate"] == 1e-2
+    assert ours["fine-tuning"] == "0.01, fitted head"
     assert ours["accuracies"]["fine-tuned 10"] == pytest.approx([0.31, 0.31])
     assert len(ours["accuracies"]["linear 10"]) == 3
     transfer.draw([json.loads(json.dumps(result))], [10], tmp_path / "plot.png")
@@ -158,7 +158,9 @@ def test_rates_are_chosen_on_choosing_images_and_scores_are_of_test_images(tmp_p
             assert given[-1] == "test"
     assert arguments["finetune sparkmim 10 2"][1] == Path("runs/sparkmim 1.safetensors")
     comparison.pretrainings = range(1, 3)
-    assert comparison.finetuning("sparkmim", 2, 10, 1e-3, 2, "test")[1][1] == Path("runs/sparkmim 2.safetensors")
+    assert comparison.finetuning("sparkmim", 2, 10, (1e-3, False), 2, "test")[1][1] == Path(
+        "runs/sparkmim 2.safetensors"
+    )
 
 
 def test_ways_are_timed_in_turn(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,7 @@ def finetune(
     val_data: str | Any | None = None,
     val_split: float | None = None,
     freeze: bool = False,
+    fit_head: bool = False,
     image_size: int | list[int] | None = None,
     channels: int | None = None,
     feature_modules: list[str] | None = None,
@@ -296,6 +297,8 @@ def finetune(
         val_data: validation images elsewhere, in any form that data takes
         val_split: share of every class to set apart for validation, if there are no validation images
         freeze: train the head only, on fixed features
+        fit_head: begin with the head that suits the pretrained features best (logistic regression; LP-FT,
+            arXiv:2202.10054)
         image_size: side in pixels, or one size per axis
         channels: image channels
         feature_modules: names of the modules whose outputs are the feature maps; None to find them

@@ -118,7 +118,7 @@ def test_learns_and_keeps_its_weights(settings: dict[str, Any], tmp_path: Path) 
     "extra",
     [
         {"mixup": 0.5, "cutmix": 1.0, "loss": "bce", "optimizer": "lamb", "augment": "trivial", "erase": 0.5},
-        {"mixup": 0.5, "repeats": 3, "augment": "auto", "accumulate": 2},
+        {"mixup": 0.5, "repeats": 3, "augment": "auto", "accumulate": 2, "fit_head": True},
     ],
 )
 def test_resumes_exactly(settings: dict[str, Any], tmp_path: Path, extra: dict[str, Any]) -> None:
@@ -144,6 +144,15 @@ def test_resumes_exactly(settings: dict[str, Any], tmp_path: Path, extra: dict[s
     for file in ("classifier", "classifier_ema", "classifier_best"):
         one, other = (load_file(folder / "weights" / f"{file}.safetensors") for folder in (whole.out, resumed.out))
         assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_training_starts_with_the_fitted_head(settings: dict[str, Any]) -> None:
+    """Of the model and of its average; a resumed run does not fit it again (above)."""
+    start = {**settings, "epochs": 1, "learning_rate": 1e-9, "weight_decay": 0.0, "ema": 0.9}
+    assert sparkmim.finetune(**start).top1["ema"] < 0.9
+    fitted = sparkmim.finetune(**{**start, "out": f"{start['out']}-fitted", "fit_head": True})
+    assert fitted.top1["model"] > 0.9
+    assert fitted.top1["ema"] > 0.9
 
 
 def pretrained(folder: Path, name: str) -> SparK:

@@ -238,6 +238,9 @@ class Ema(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self.average.to(pl_module.device)
+        if not trainer.global_step:
+            average: Any = self.average  # `set` is untyped
+            average.set(pl_module.model)  # what comes before the first step may have changed it
 
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         self.average.update(module.model, step=step)

@@ -26,6 +26,7 @@ from sparkmim.interop.weights import CLASSIFIER_FILE, Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
+from sparkmim.training.head import HeadStart, linear_head
 from sparkmim.training.modules import ClassifyModule
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import FINETUNE_RECIPES
@@ -82,7 +83,9 @@ class Finetuning(Training[FinetuneSettings]):
         mean, std = source.normalisation(settings.mean, settings.std)
         settings = replace(settings, mean=mean, std=std)
         model = build_model(settings, len(train_images.classes), start)
-        train_set, val_set = build_datasets(settings, train_images, val_images, source)
+        if settings.fit_head:
+            linear_head(model)  # raises if there is none
+        train_set, still_set, val_set = build_datasets(settings, train_images, val_images, source)
         plan = plan_for(settings, batch_is_free, len(train_set))
         settings = replace(settings, batch_size=plan.batch_size)
         if settings.channels_last and len(settings.image_size) == 2:
@@ -111,6 +114,7 @@ class Finetuning(Training[FinetuneSettings]):
             plan=plan,
             metadata=_metadata(settings, model, train_images.classes),
             file=CLASSIFIER_FILE,
+            before=HeadStart(still_set, batch, settings.workers) if settings.fit_head else None,
             rows=_rows(settings, model, train_images, val_images, plan),
             scorer=ClassificationScorer(val_set, batch, settings.workers),
             repeats=settings.repeats,
@@ -129,8 +133,8 @@ def build_model(settings: FinetuneSettings, classes: int, start: Weights | None)
 
 def build_datasets(
     settings: FinetuneSettings, train_images: Labelled, val_images: Labelled, source: Source
-) -> tuple[LabelledDataset, LabelledDataset]:
-    """Makes data sets of training images, augmented, and validation images, whole."""
+) -> tuple[LabelledDataset, LabelledDataset, LabelledDataset]:
+    """Makes data sets of training images, augmented; the same, whole; and validation images, whole."""
     size, mean, std = settings.image_size, settings.mean, settings.std
     assert mean is not None
     assert std is not None
@@ -147,6 +151,7 @@ def build_datasets(
     seed, channels = settings.seed, settings.channels
     return (
         LabelledDataset(train_images, augmented, seed, channels, source.read),
+        LabelledDataset(train_images, whole, seed, channels, source.read),
         LabelledDataset(val_images, whole, seed, channels, source.read),
     )
 

@@ -66,6 +66,7 @@ class Prepared(Generic[S]):
         metadata: of the weight files.
         file: name of the weight file; None for those of pretraining.
         rows: settings in words, to be printed.
+        before: what comes before the first step.
         scorer: scores the model while it is trained.
         probe: scores its frozen features.
         keep_best: whether weights are written whenever the probe is better than before.
@@ -82,6 +83,7 @@ class Prepared(Generic[S]):
     metadata: WeightsMetadata
     rows: Mapping[str, str]
     file: str | None = None
+    before: pl.Callback | None = None
     scorer: Scorer[Any] | None = None
     probe: Probe | None = None
     keep_best: bool = False
@@ -245,7 +247,7 @@ def _fit(
     write = _writer(prepared, folder, ema, history)
     keeper = Keeper(history, folder, settings.save_minutes, write, monitor, keep_steps, settings.max_minutes)
     pictures = prepared.pictures(history, folder) if prepared.pictures else None
-    own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
+    own = [prepared.before, pictures, monitor, ema, prepared.scorer, prepared.probe]
     together = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     past = read_history(folder.history) if settings.resume and folder.history.is_file() else []

@@ -132,6 +132,7 @@ class FinetuneSettings(DownstreamSettings):
     val_data: Any
     val_split: float | None
     freeze: bool
+    fit_head: bool
     image_size: list[int]
     channels: int
     optimizer: str
