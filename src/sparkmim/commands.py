@@ -452,7 +452,7 @@ def detect(
         crop: detr crops every other image at random first
         flip: probability of mirroring left to right
         box_head: four convolutions and a linear layer, or two linear layers
-        norm: normalisation in pyramid and heads; batch is synchronised over GPUs
+        norm: normalisation in pyramid and heads; batch is synchronised over processes
         regions: regions of each image that the heads learn from; fewer are quicker on small images
         ema: decay of the moving average of the weights, scored and saved beside them; 0 for none
         eval_every: epochs between scorings
@@ -588,7 +588,7 @@ def segment(
         flip: probability of mirroring left to right
         jitter: largest relative change of contrast and saturation; brightness and hue change less; 0 for none
         eval_short_side: length of the shorter side in evaluation
-        norm: normalisation in the pyramid; batch is synchronised over GPUs
+        norm: normalisation in the pyramid; batch is synchronised over processes
         ema: decay of the moving average of the weights, scored and saved beside them; 0 for none
         eval_every: epochs between scorings
         mean: mean of each channel; None for that of the weights

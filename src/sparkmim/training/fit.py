@@ -315,7 +315,7 @@ def _fit(
         stack.callback(gc.collect)  # lets go of the loader's iterator, and with it of the workers
         stack.callback(batches.close)
         stack.enter_context(module.frozen())
-        stack.enter_context(synchronised_batch_norm(module) if plan.world_size > 1 and cuda else nullcontext())
+        stack.enter_context(synchronised_batch_norm(module, cuda) if plan.world_size > 1 else nullcontext())
         stack.enter_context(keeper.signals())
         monitor.epoch_loss = next(
             (event.fields["loss"] for event in reversed(past) if event.kind == "epoch"), monitor.epoch_loss
