@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from sparkmim.arguments import check_arguments
+from sparkmim.failures import told
 from sparkmim.results import (
     DetectResult,
     EmbedResult,
@@ -50,7 +51,8 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
         check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
         token = _given.set(frozenset(kwargs))
         try:
-            return function(*args, **kwargs)
+            with told():
+                return function(*args, **kwargs)
         finally:
             _given.reset(token)
 

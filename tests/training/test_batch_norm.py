@@ -18,6 +18,7 @@ from sparkmim.models.detector import create_detector
 from sparkmim.models.pyramid import RegionBatchNorm
 from sparkmim.training.batch_norm import CpuSyncBatchNorm, synchronised_batch_norm
 
+
 @pytest.mark.parametrize("name", ["resnet18", "regnetx_002", "efficientnet_b0"])
 @pytest.mark.parametrize("kind", [nn.SyncBatchNorm, CpuSyncBatchNorm])
 def test_synchronised_networks_compute_the_same(name: str, kind: type[nn.Module]) -> None:
@@ -63,7 +64,7 @@ def test_norms_of_another_kind_are_left_alone_and_named(caplog: pytest.LogCaptur
     assert "statistics of ScaledNorm are not synchronised" in caplog.text
 
 
-SCRIPT = '''
+SCRIPT = """
 import copy, os, sys
 import torch
 from torch import nn
@@ -101,7 +102,7 @@ torch.distributed.barrier()
 if rank:
     os._exit(0)
 assert os.wait()[1] == 0
-'''
+"""
 
 
 def test_two_processes_compute_as_one(tmp_path: Path) -> None:

@@ -67,7 +67,9 @@ class CpuSyncBatchNormAct(CpuSyncBatchNorm):
     """What timm's `SyncBatchNormAct` computes, on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.drop(super().forward(x)))  # type: ignore[no-any-return]
+        part: Any = self  # with the attributes of a BatchNormAct2d
+        out: Tensor = part.act(part.drop(super().forward(x)))
+        return out
 
 
 @contextmanager
