@@ -123,8 +123,6 @@ def _main(given: Sequence[str]) -> None:
         result = COMMANDS[config.command](**_explicit(vars(arguments), words))
     except UserError as error:
         _refuse(config.command, str(error))
-    except OSError as error:  # a full disk, a folder that vanished
-        _refuse(config.command, f"{error.filename}: {error.strerror}" if error.filename else str(error))
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if config.command == "verify":

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from sparkmim.arguments import check_arguments
+from sparkmim.failures import told
 from sparkmim.results import (
     DetectResult,
     EmbedResult,
@@ -50,7 +51,8 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
         check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
         token = _given.set(frozenset(kwargs))
         try:
-            return function(*args, **kwargs)
+            with told():
+                return function(*args, **kwargs)
         finally:
             _given.reset(token)
 
@@ -455,7 +457,7 @@ def detect(
         crop: detr crops every other image at random first
         flip: probability of mirroring left to right
         box_head: four convolutions and a linear layer, or two linear layers
-        norm: normalisation in pyramid and heads; batch is synchronised over GPUs
+        norm: normalisation in pyramid and heads; batch is synchronised over processes
         regions: regions of each image that the heads learn from; fewer are quicker on small images
         ema: decay of the moving average of the weights, scored and saved beside them; 0 for none
         eval_every: epochs between scorings
@@ -591,7 +593,7 @@ def segment(
         flip: probability of mirroring left to right
         jitter: largest relative change of contrast and saturation; brightness and hue change less; 0 for none
         eval_short_side: length of the shorter side in evaluation
-        norm: normalisation in the pyramid; batch is synchronised over GPUs
+        norm: normalisation in the pyramid; batch is synchronised over processes
         ema: decay of the moving average of the weights, scored and saved beside them; 0 for none
         eval_every: epochs between scorings
         mean: mean of each channel; None for that of the weights

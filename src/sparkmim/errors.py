@@ -1,5 +1,10 @@
 """Errors that are told to users as one sentence."""
 
+from __future__ import annotations
+
+import errno
+import os
+
 
 class UserError(ValueError):
     """An argument, a file or a data set that cannot be used; the message names it and the remedy.
@@ -21,3 +26,40 @@ class UnusableData(UserError, RuntimeError):
 
 class MissingPath(UserError, FileNotFoundError):
     """A path that does not exist."""
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
+"""Numbers of errors by which disks say that they are full."""
+
+
+class Unwritable(UserError, OSError):
+    """A path that cannot be written.
+
+    Args:
+        path: file or folder.
+        cause: error of the file system.
+        size: bytes to write, if known.
+        after: what to do once it can be written; to write elsewhere, if empty.
+    """
+
+    def __init__(self, path: object, cause: OSError, size: int | None = None, after: str = "") -> None:
+        self.path, self.cause, self.size = path, cause, size
+        reason = os.strerror(cause.errno) if cause.errno else str(cause)
+        full = cause.errno in FULL
+        remedies = []
+        if full:
+            remedies.append("free space there" if size is None else f"free {shown_bytes(size)} there")
+        elif after:
+            remedies.append("make it writable")
+        remedies.append(f"then {after}" if after else "or choose another place" if full else "choose another place")
+        super().__init__(f"{path} cannot be written ({reason}); {', '.join(remedies)}")
+
+
+def shown_bytes(count: int) -> str:
+    """Returns a number of bytes in words, rounded up.
+
+    >>> shown_bytes(53_344), shown_bytes(197_900_000)
+    ('54 kB', '198 MB')
+    """
+    power = min(3, (len(str(count)) - 1) // 3)
+    return f"{-(-count // 1000**power)} {('bytes', 'kB', 'MB', 'GB')[power]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import secrets
@@ -9,23 +10,27 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import IO, Any
 
-from sparkmim.errors import UserError
+from sparkmim.errors import FULL, Unwritable, UserError
 
 _STALE_SECONDS = 24 * 3600
 """Age at which a temporary file is taken for one that a killed process left behind."""
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, size: int | None = None) -> Iterator[Path]:
     """Yields a temporary path to write to; its file then replaces `path`, or is deleted on an error.
 
     Every whole file is written this way. Readers see the old content or the new one, and a process that has mapped the
     old file keeps it. The temporary file is in the same folder, which is created. Its name is unique, so processes that
     write the same file do not disturb each other, and keeps the suffix, from which writers tell the format.
 
+    Args:
+        size: bytes to write, if known.
+
     Raises:
-        UserError: if the file cannot be written.
+        Unwritable: if the file cannot be written.
 
     Example:
         >>> with replacing(Path("metrics.json")) as partial:  # doctest: +SKIP
@@ -34,6 +39,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
+        if error.errno in (*FULL, errno.EROFS):
+            raise Unwritable(path, error, size) from error
         raise UserError(f"{path.parent} cannot be made a folder ({error.strerror}); choose another out") from error
     _delete_stale(path)
     partial = path.with_name(f"{path.stem}.{os.getpid()}-{secrets.token_hex(4)}.partial{path.suffix}")
@@ -43,10 +50,40 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         if isinstance(error, UserError) or str(error.filename) not in ("None", str(partial)):
             raise  # about another file, which was read meanwhile
-        raise UserError(f"{path} cannot be written ({error.strerror or error}); choose another place") from error
+        raise Unwritable(path, error, size) from error
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+@contextmanager
+def opened_for_torch(path: Path) -> Iterator[Any]:
+    """Yields a new file for `torch.save`, and raises the first error of writing once that is done.
+
+    PyTorch's writer ends the process if an error interrupts it, and given a path, it hides the reason.
+    """
+    with path.open("wb") as file:
+        writer = _Writer(file)
+        yield writer
+        if writer.error is not None:
+            raise writer.error
+
+
+class _Writer:
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def write(self, content: bytes) -> int:
+        if self.error is None:
+            try:
+                return self.file.write(content)
+            except OSError as error:
+                self.error = error
+        return len(content)
+
+    def flush(self) -> None:
+        """Does nothing; the file is flushed when it is closed."""
 
 
 def _delete_stale(path: Path) -> None:

@@ -1,78 +1,26 @@
-"""What the trainings share: BatchNorm over processes, how long a run is, and clipping."""
+"""What the trainings share: how long a run is, and clipping."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import functools
 import inspect
-import logging
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import sparkmim
 from sparkmim import cli
 from sparkmim.models import SparK, create_encoder
-from sparkmim.models.detector import create_detector
-from sparkmim.models.pyramid import RegionBatchNorm
-from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.detect import Detection
 from sparkmim.training.modules import OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.settings import PretrainSettings, resumed
 
 OPTIMIZER = OptimizerSettings("adamw", 0.1, (0.9, 0.999), 0.05, 0.05, clip_grad=0.0, steps=1, warmup=0)
-
-# BatchNorm over processes
-
-
-@pytest.mark.parametrize("name", ["resnet18", "regnetx_002", "efficientnet_b0"])
-def test_synchronised_networks_compute_the_same(name: str) -> None:
-    """Activations within timm's BatchNorm included, and the modules are themselves again afterwards."""
-    torch.manual_seed(0)
-    model = create_encoder(name, drop_path=0.0).train()
-    twin, images = copy.deepcopy(model), torch.rand(2, 3, 64, 64)
-    kinds = {part: type(part) for part in model.modules()}
-    norms = sum(isinstance(part, nn.BatchNorm2d) for part in model.modules())
-    with synchronised_batch_norm(model):
-        assert sum(isinstance(part, nn.SyncBatchNorm) for part in model.modules()) == norms > 0
-        torch.testing.assert_close(model(images), twin(images), rtol=0, atol=0)
-        torch.testing.assert_close(model.eval()(images), twin.eval()(images), rtol=0, atol=0)
-    assert {part: type(part) for part in model.modules()} == kinds
-    for (key, ours), theirs in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        assert torch.equal(ours, theirs), key
-
-
-def test_a_detector_is_synchronised_and_what_is_frozen_stays_frozen() -> None:
-    model: Any = create_detector(create_encoder("resnet18"), 2, norm="batch", box_head="4conv1fc")
-    model.backbone.freeze(1)
-    assert sum(isinstance(part, RegionBatchNorm) for part in model.modules()) == 8 + 8  # pyramid; a head each
-    with synchronised_batch_norm(model):
-        synchronised = [part for part in model.modules() if isinstance(part, nn.SyncBatchNorm)]
-        assert len(synchronised) == 20 + 8 + 8
-        model.eval()
-        model.train()
-        assert not model.backbone.encoder.bn1.training
-        assert sum(not part.training for part in synchronised) == 1 + 4  # the stem; two blocks
-
-
-class ScaledNorm(nn.BatchNorm2d):
-    """Computes in a way of its own."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return 2 * super().forward(x)
-
-
-def test_norms_of_another_kind_are_left_alone_and_named(caplog: pytest.LogCaptureFixture) -> None:
-    model = nn.Sequential(ScaledNorm(3), nn.BatchNorm2d(3))
-    with caplog.at_level(logging.WARNING, "sparkmim"), synchronised_batch_norm(model):
-        assert [type(part) for part in model] == [ScaledNorm, nn.SyncBatchNorm]
-    assert "statistics of ScaledNorm are not synchronised" in caplog.text
-
 
 # Resuming
 

@@ -15,6 +15,7 @@ from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
 from sparkmim.data.label_maps import IGNORED
 from sparkmim.drawing.figures import QUIET, shortened
+from sparkmim.files import replacing
 
 if TYPE_CHECKING:
     from PIL.ImageFont import FreeTypeFont
@@ -159,4 +160,5 @@ def save_label_map(path: Path, labels: Tensor, classes: int, reduced: bool = Fal
         image = Image.fromarray(values.astype(np.uint8))
         colours = [(0, 0, 0)] * reduced + [class_colour(number) for number in range(256 - reduced)]
         image.putpalette([part for colour in colours for part in colour])
-    image.save(path)
+    with replacing(path) as partial:
+        image.save(partial)

@@ -67,7 +67,7 @@ def run_embedding(
     if names_file is None:
         shape = _write_parquet(out, found(), arrow)
     else:
-        shape = _write_npy(out, names_file, found(), len(source.items))
+        shape = _write_npy(out, names_file, found())
     return EmbedResult(out, shape, stage, unreadable)
 
 
@@ -78,23 +78,29 @@ def _features(images: Tensor, hierarchy: Hierarchy, stage: int, pooled: bool) ->
     return hierarchy(images)[stage - 1].float().cpu().numpy()
 
 
-def _write_npy(out: Path, names_file: Path, parts: Iterator[tuple[list[str], Any]], most: int) -> tuple[int, ...]:
+def _write_npy(out: Path, names_file: Path, parts: Iterator[tuple[list[str], Any]]) -> tuple[int, ...]:
     """Writes features batch by batch, so that memory holds one batch; returns the shape of all."""
-    rows: Any = None
-    count = 0
-    with replacing(out) as partial, replacing(names_file) as partial_names:
-        with partial_names.open("w", encoding="utf-8") as lines:
-            for names, features in parts:
-                if rows is None:
-                    rows = np.lib.format.open_memmap(partial, "w+", np.float32, (most, *features.shape[1:]))
-                rows[count : count + len(features)] = features
-                lines.writelines(f"{name}\n" for name in names)
-                count += len(features)
-        rows.flush()
-        if count < most:  # unreadable images leave rows over; the header must give the real number
-            with replacing(partial) as shorter, shorter.open("wb") as file:
-                np.save(file, rows[:count])
-        return (count, *rows.shape[1:])
+    shape = [0]
+    with (
+        replacing(out) as partial, replacing(names_file) as partial_names,
+        partial.open("wb") as rows, partial_names.open("w", encoding="utf-8") as lines,
+    ):  # fmt: skip
+        for names, features in parts:
+            if len(shape) == 1:
+                shape += features.shape[1:]
+                _write_header(rows, shape)
+            shape[0] += len(features)
+            rows.write(features.tobytes())
+            lines.writelines(f"{name}\n" for name in names)
+        rows.seek(0)
+        _write_header(rows, shape)
+    return tuple(shape)
+
+
+def _write_header(file: Any, shape: Sequence[int]) -> None:
+    """Writes the header of a float32 array; numpy leaves room in it for any number of rows."""
+    kind = np.lib.format.dtype_to_descr(np.dtype(np.float32))
+    np.lib.format.write_array_header_1_0(file, {"descr": kind, "fortran_order": False, "shape": tuple(shape)})
 
 
 def _write_parquet(out: Path, parts: Iterator[tuple[list[str], Any]], arrow: Any) -> tuple[int, ...]:

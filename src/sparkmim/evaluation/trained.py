@@ -16,6 +16,7 @@ from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import Scores, write_metrics
+from sparkmim.files import replacing
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import settle_machine
 
@@ -63,8 +64,8 @@ def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[
 
 def save_picture(picture: Tensor, path: Path) -> None:
     """Writes a picture, uint8 `[3, H, W]`, as JPEG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
+    with replacing(path) as partial:
+        Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, quality=92)
 
 
 def print_notes(console: Console, notes: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import save as to_bytes
 from torch import Tensor, nn
 
 from sparkmim.errors import UserError
-from sparkmim.files import replacing
+from sparkmim.files import opened_for_torch, replacing
 from sparkmim.interop import graphs
 from sparkmim.interop.detectron2 import detectron2_file
 from sparkmim.interop.exportable import ExportableNetwork, open_exportable
@@ -72,7 +72,8 @@ def export_weights(
             if path.suffix == ".safetensors":
                 partial.write_bytes(to_bytes(entries, {"format": "pt"}))
             else:
-                torch.save(entries, partial)
+                with opened_for_torch(partial) as file:
+                    torch.save(entries, file)
     return result
 
 

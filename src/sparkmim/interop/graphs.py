@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkmim.errors import UserError
+from sparkmim.files import opened_for_torch
 from sparkmim.interop.exportable import ExportableNetwork
 from sparkmim.interop.official import first_line
 from sparkmim.models import Hierarchy
@@ -100,7 +101,8 @@ def write_torch_export(network: ExportableNetwork, path: Path, image_size: int |
     """
     program, _, size = _traceable(network, image_size)
     exported = _exported(network, program, size)
-    torch.export.save(exported, path, extra_files={"sparkmim.json": json.dumps(_metadata(network, size))})
+    with opened_for_torch(path) as file:
+        torch.export.save(exported, file, extra_files={"sparkmim.json": json.dumps(_metadata(network, size))})
     images = _images(network, size, 3)
     return _difference(network, "torch-export", program, images, _outputs(torch.export.load(path).module(), images))
 

@@ -45,7 +45,7 @@ def write_folder(network: ExportableNetwork, folder: Path) -> int:
         CARD_FILE: model_card(network, name).encode(),
     }
     for file, content in contents.items():
-        with replacing(folder / file) as partial:
+        with replacing(folder / file, len(content)) as partial:
             partial.write_bytes(content)
     return len(tensors)
 

@@ -50,8 +50,9 @@ def save(model: SparK, folder: Path, metadata: WeightsMetadata, suffix: str = ""
 def write(module: nn.Module, path: Path, metadata: WeightsMetadata) -> None:
     """Writes a module's state dict as safetensors, with `metadata` as JSON under the key `sparkmim` of the header."""
     header = {"format": "pt", "sparkmim": json.dumps({"version": __version__, **metadata.to_json()})}
-    with replacing(path) as partial:
-        partial.write_bytes(to_bytes(tensors_of(module), header))  # files that safetensors writes are private (0600)
+    content = to_bytes(tensors_of(module), header)
+    with replacing(path, len(content)) as partial:
+        partial.write_bytes(content)  # files that safetensors writes are private (0600)
 
 
 def tensors_of(module: nn.Module) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from typing import IO, Any
 
 import yaml
 
-from sparkmim.errors import UserError
+from sparkmim.errors import Unwritable, UserError
 from sparkmim.files import replacing
 from sparkmim.runs.config import commented_yaml, read_yaml, settled_notes
 
@@ -68,6 +68,14 @@ class RunFolder:
         """Whether there is a checkpoint to resume from."""
         return self.checkpoint.is_file() or self.previous.is_file()
 
+    def check_there(self) -> None:
+        """Refuses to go on if the folder was moved or removed after the run had begun."""
+        if not self.config.is_file():
+            raise UserError(
+                f"{self.path} was moved or removed while the run wrote there; continue it with --resume where it is "
+                "now, or start anew"
+            )
+
     def clear(self) -> None:
         """Removes what a run left that was killed before its first checkpoint; its arguments will be written over."""
         for path in (self.history, self.log, self.environment, self.names):
@@ -87,10 +95,10 @@ class RunFolder:
         """
         there = self.path.exists()
         with self._lock() as file:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
             try:
+                file.truncate(0)
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.flush()
                 yield
             finally:
                 (self.path / LOCK).unlink(missing_ok=True)
@@ -106,7 +114,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 file = path.open("a+", encoding="utf-8")
             except OSError as error:
-                raise UserError(f"{self.path} cannot be written ({error.strerror}); choose another --out") from error
+                raise Unwritable(self.path, error) from error
             if sys.platform == "win32":
                 return file
             try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -164,10 +165,19 @@ class _Warnings(logging.Handler):
             self.history.add("warning", self.step(), message=record.getMessage())
 
 
+class _File(logging.FileHandler):
+    """Writes `log.txt`; raises what the file system says, where Python's own handler prints it and goes on."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (the base class's name)
+        if isinstance(sys.exc_info()[1], OSError):
+            raise  # noqa: PLE0704 (it is called while the error is handled)
+        super().handleError(record)
+
+
 @contextmanager
 def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[None]:
     """Within this context, appends the package's messages to a file, and records warnings in the history."""
-    file = logging.FileHandler(log, encoding="utf-8")
+    file = _File(log, encoding="utf-8")
     file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     handlers = [file, _Warnings(history, step)]
     level = logger.level

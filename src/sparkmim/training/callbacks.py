@@ -16,6 +16,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.drawing.pixels import reconstruction_grid
-from sparkmim.files import replacing
+from sparkmim.files import opened_for_torch, replacing
 from sparkmim.runs.folder import PICTURES, RunFolder
 from sparkmim.runs.history import Event, History
 from sparkmim.training.loggers import log_picture
@@ -286,12 +287,27 @@ class Pictures(StepCallback):
         add_picture(self.history, self.folder, step, PICTURES, reconstruction_grid(output, self.mean, self.std))
 
 
+class Checkpoints(TorchCheckpointIO):
+    """Writes checkpoints straight to their files, where Lightning goes by way of memory and the temporary folder."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        with opened_for_torch(Path(path)) as file:
+            torch.save(checkpoint, file)
+
+
 def link_or_copy(path: Path, other: Path) -> None:
     """Gives a file another name, or copies it where that is impossible; files are replaced, never written into."""
     try:
         os.link(path, other)
     except OSError:
         shutil.copyfile(path, other)
+
+
+def _bytes_to_save(trainer: pl.Trainer) -> int:
+    """Returns the size of a checkpoint: of the model, its average, and what the optimiser keeps."""
+    averages = (callback.average.state_dict() for callback in trainer.callbacks if isinstance(callback, Ema))  # type: ignore[attr-defined]
+    parts = [trainer.lightning_module.state_dict(), *averages, *trainer.optimizers[0].state.values()]
+    return sum(value.nbytes for part in parts for value in part.values() if isinstance(value, Tensor))
 
 
 class Abandon(BaseException):
@@ -405,8 +421,10 @@ class Keeper(StepCallback):
         self.monitor.check_finite()
         self._count_votes()  # those cast before this save do not ask for another one
         path = self.folder.checkpoint
+        if trainer.is_global_zero:
+            self.folder.check_there()
         # All ranks take part in a checkpoint; the first writes it.
-        with replacing(path) if trainer.is_global_zero else nullcontext(path) as partial:
+        with replacing(path, _bytes_to_save(trainer)) if trainer.is_global_zero else nullcontext(path) as partial:
             trainer.save_checkpoint(partial)
             if trainer.is_global_zero and path.is_file():
                 with replacing(self.folder.previous) as before:

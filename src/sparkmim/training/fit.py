@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import threading
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from sparkmim.data.samplers import StepBatchSampler
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import known_figures
+from sparkmim.failures import told
 from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
@@ -39,7 +41,7 @@ from sparkmim.runs.history import Event, History, Kind, beginnings, logged, read
 from sparkmim.runs.remembered import TrainingImages
 from sparkmim.runs.report import renew_report
 from sparkmim.training.batch_norm import synchronised_batch_norm
-from sparkmim.training.callbacks import Abandon, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
+from sparkmim.training.callbacks import Abandon, Checkpoints, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
 from sparkmim.training.loggers import check_loggers, close, identifiers, log_settings, make_loggers
 from sparkmim.training.modules import ScheduledModule
 from sparkmim.training.plan import Plan
@@ -182,14 +184,38 @@ def train(
         torch.manual_seed(settings.seed)
         batch_is_free = asked["batch_size"] is None and "batch_size" not in before
         prepared = training.prepare(settings, batch_is_free, start, console)
-        with folder.locked() if is_main_process() else nullcontext():
+        with told(folder.path), folder.locked() if is_main_process() else nullcontext():
             if not asked["resume"] and is_main_process():
                 folder.check_new()  # another run may have begun there meanwhile
                 folder.clear()
-            finished = _fit(prepared, asked, folder, callbacks, loggers, console)
+            with told(folder.path, lambda: _after(folder)), _silent_threads():
+                finished = _fit(prepared, asked, folder, callbacks, loggers, console)
     if finished.main:
         _say_end(console, finished, draw)
     return finished
+
+
+def _after(folder: RunFolder) -> str:
+    """Returns how a run goes on after an accident, if it can; raises a `UserError` if its folder is gone."""
+    if not folder.path.exists():
+        folder.check_there()
+    return f"continue with --out {folder.path} --resume" if folder.has_checkpoint else ""
+
+
+@contextmanager
+def _silent_threads() -> Iterator[None]:
+    """Keeps errors of the file system quiet in threads, such as TensorBoard's; who waits for these raises them."""
+    before = threading.excepthook
+
+    def hook(found: threading.ExceptHookArgs) -> None:
+        if not isinstance(found.exc_value, OSError):
+            before(found)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def begin(
@@ -274,6 +300,7 @@ def _fit(
             default_root_dir=folder.path,
             logger=loggers,
             callbacks=together,
+            plugins=[Checkpoints()],
             enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
             enable_progress_bar=False,
             enable_model_summary=False,
@@ -317,7 +344,7 @@ def _fit(
         stack.callback(gc.collect)  # lets go of the loader's iterator, and with it of the workers
         stack.callback(batches.close)
         stack.enter_context(module.frozen())
-        stack.enter_context(synchronised_batch_norm(module) if plan.world_size > 1 and cuda else nullcontext())
+        stack.enter_context(synchronised_batch_norm(module, cuda) if plan.world_size > 1 else nullcontext())
         stack.enter_context(keeper.signals())
         monitor.epoch_loss = next(
             (event.fields["loss"] for event in reversed(past) if event.kind == "epoch"), monitor.epoch_loss
