@@ -554,7 +554,8 @@ def segment(
 
     Args:
         data: folder with images/train, labels/train, images/val, labels/val; also training, validation, and
-            annotations or masks instead of labels. Label maps are PNG files whose values are classes
+            annotations or masks instead of labels. Label maps are PNG files whose values are classes; two values,
+            such as 0 and 255, are two classes
         out: run folder; must be new or empty unless resuming
         weights: run folder, weight file, or original SparK file to start from; none to train from scratch;
             with eval_only or predict, that of a segmenter

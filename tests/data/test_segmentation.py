@@ -116,6 +116,53 @@ def test_sixteen_bits(tmp_path: Path) -> None:
     assert one_map(tmp_path, values, ignore=65535).tolist() == [[0, 255, 300], [4000, 65534, IGNORED]]
 
 
+@pytest.mark.parametrize("pair", [(0, 255), (0, 128), (1, 2), (0, 65535)])
+@pytest.mark.parametrize("ignore", [255, 254])
+def test_two_values_are_two_classes(tmp_path: Path, pair: tuple[int, int], ignore: int) -> None:
+    """Whatever they are, as long as no others are in any map."""
+    kind = np.uint16 if pair[1] > 255 else np.uint8
+    one_map(tmp_path, np.array([[pair[0], pair[1], pair[1]]], kind), ignore=ignore)
+    data = part(tmp_path, ignore=ignore)
+    found, notes = check_segmentation([data])
+    assert found == [str(value) for value in pair]
+    said = f"{pair[0]} and {pair[1]} are the only values in the label maps, and so two classes"
+    assert notes == [f"{said}; --classes names them"]
+    assert data[0][1].tolist() == [[0, 1, 1]]
+    named = part(tmp_path, ignore=ignore)
+    assert check_segmentation([named], ["ground", "disc"]) == (["ground", "disc"], [f"{said}, ground and disc"])
+    assert named[0][1].tolist() == [[0, 1, 1]]
+
+
+def test_two_values_that_number_classes(tmp_path: Path) -> None:
+    """In a part without the second class; and where there are other values, or weights that say so."""
+    one_map(tmp_path, np.array([[0, 255]], np.uint8))
+    data = part(tmp_path)
+    check_segmentation([data], ["ground", "disc"], numbered=True)
+    assert data[0][1].tolist() == [[0, IGNORED]]
+    check_segmentation([data], ["ground", "disc", "box"])
+    assert data[0][1].tolist() == [[0, IGNORED]]
+    write_label_map(tmp_path / "labels" / "train" / "a.png", np.array([[1, 255]], np.uint8))
+    Image.new("RGB", (2, 1)).save(tmp_path / "images" / "train" / "b.jpg")
+    write_label_map(tmp_path / "labels" / "train" / "b.png", np.array([[0, 255]], np.uint8))
+    data = part(tmp_path)
+    assert check_segmentation([data])[0] == ["0", "1"]
+    assert [data[place][1].tolist() for place in range(2)] == [[[1, IGNORED]], [[0, IGNORED]]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_grey_values_in_colour_files(tmp_path: Path, mode: str) -> None:
+    one_map(tmp_path, np.zeros((1, 3), np.uint8))
+    path = tmp_path / "labels" / "train" / "a.png"
+    grey = Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert(mode)
+    grey.save(path)
+    assert part(tmp_path)[0][1].tolist() == [[0, 1, IGNORED]]
+    if mode != "RGB":
+        grey.putalpha(200)
+        grey.save(path)
+        with pytest.raises(ValueError, match=rf"1 label map of colours, not of class numbers: a.png \({mode}\)"):
+            check_segmentation([part(tmp_path)])
+
+
 @pytest.mark.parametrize("bits", [1, 2, 4])
 def test_few_bits(tmp_path: Path, bits: int) -> None:
     """Pillow spreads grey values of 2 and 4 bits over the range of 8; the numbers in the file count."""
@@ -219,7 +266,7 @@ def test_values_are_told_as_they_stand_in_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([[0, 0]], "there is class 0 alone"), ([[0, 255]], "there is class 0 alone"), ([[255, 255]], "there is no class")],
+    [([[0, 0]], "there is class 0 alone"), ([[255, 255]], "there is no class")],
 )
 def test_a_single_class(tmp_path: Path, values: list[list[int]], message: str) -> None:
     one_map(tmp_path, np.array(values, np.uint8))

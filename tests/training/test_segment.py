@@ -157,6 +157,26 @@ def test_predictions_are_those_that_are_scored(data: Path, network: str, tmp_pat
     assert right == pytest.approx(result.figures["pixel_accuracy"], abs=1e-9)
 
 
+def test_black_and_white_masks(data: Path, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 and 255 are two classes, from training to what is predicted; 255 is not ignored."""
+    (data / "classes.txt").unlink()
+    for path in (data / "labels").rglob("*.png"):
+        write_label_map(path, np.where(read_values(path) > 0, 255, 0).astype(np.uint8))
+    run = tmp_path / "run"
+    trained = sparkmim.segment(**settings(data, network, run) | {"epochs": 1})
+    assert "note: 0 and 255 are the only values in the label maps, and so two classes" in capsys.readouterr().err
+    metadata = open_weights(run).metadata
+    assert (metadata.classes, metadata.label_values) == (["0", "255"], [0, 255])
+    scored = sparkmim.segment(weights=run, data=data, eval_only=True, out=tmp_path / "scores", precision="32-true")
+    assert scored.figures == trained.figures
+    sparkmim.segment(weights=run, predict=str(data / "images" / "val"), out=tmp_path / "seen", precision="32-true")
+    found = [read_values(path) for path in sorted((tmp_path / "seen").glob("*.png"))]
+    assert {*np.unique(found)} <= {0, 255}
+    truth = [read_values(path) for path in sorted((data / "labels" / "val").rglob("*.png"))]
+    right = np.mean([predicted == true for predicted, true in zip(found, truth, strict=True)])
+    assert right == pytest.approx(trained.figures["pixel_accuracy"], abs=1e-9)
+
+
 def test_arrays_of_many_channels_and_more_classes_than_a_byte(tmp_path: Path, network: str) -> None:
     root = tmp_path / "arrays"
     for part in ("train", "val"):

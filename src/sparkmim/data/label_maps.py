@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -102,10 +102,16 @@ class SegmentationImages(Dataset[Any]):
     `tv_tensors.Mask [H, W]`, `IGNORED` for ignored pixels. Images are uint8, upright by their EXIF orientation unless
     the label map is not; arrays are float32, in their own units. `problems` are those of the folders;
     `check_segmentation` finds those of the files' content.
+
+    Attributes:
+        label_values: values of the classes in label maps; None if they are the classes' numbers.
     """
 
-    def __init__(self, files: SegmentationFiles, channels: int, ignore: int, reduce: bool) -> None:
+    def __init__(
+        self, files: SegmentationFiles, channels: int, ignore: int, reduce: bool, label_values: Sequence[int] | None
+    ) -> None:
         self.files, self.channels, self.ignore, self.reduce = files, channels, ignore, reduce
+        self.label_values = label_values
         self.problems = Problems()
         found = Source([], False, channels, 2)
         label_paths: list[str] = []
@@ -165,13 +171,16 @@ class SegmentationImages(Dataset[Any]):
                 raise UnreadableImage(path, "holds values that are not finite")
         else:
             image = decode_annotated(path, size, "its label map", self.channels)
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._classes(values)))
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self.classes_of(values)))
 
-    def _classes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """Converts values of label maps, in any shape, to classes."""
-        ignored = values == self.ignore
+    def classes_of(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """Converts values of label maps, in any shape, to classes; with `label_values`, others are the next number."""
         classes = values.astype(np.int32) - self.reduce
-        classes[ignored] = IGNORED  # and where 0 was reduced
+        if self.label_values is not None:
+            classes[:] = len(self.label_values)
+        classes[values == self.ignore] = IGNORED  # and where 0 was reduced
+        for number, value in enumerate(self.label_values or ()):
+            classes[values == value] = number
         return classes
 
     def look(self, place: int) -> _Look:
@@ -180,13 +189,10 @@ class SegmentationImages(Dataset[Any]):
         try:
             values = read_values(self.label_path(place))
         except UnreadableImage as error:
-            return _Look("unreadable", f"{label} ({error.reason})", {})
+            return _Look("unreadable", f"{label} ({error.reason})", [])
         except NotIndices as error:
-            return _Look("colours", f"{label} ({error})", {})
-        counts = np.bincount(values.ravel())
-        present = np.flatnonzero(counts)
-        classes = dict(zip(self._classes(present).tolist(), counts[present].tolist(), strict=True))
-        classes.pop(IGNORED, None)
+            return _Look("colours", f"{label} ({error})", [])
+        present = np.flatnonzero(np.bincount(values.ravel())).tolist()
         try:
             if self.arrays:
                 sizes = [to_array(self.files.images / name, self.channels, 2).shape[1:]]
@@ -194,10 +200,10 @@ class SegmentationImages(Dataset[Any]):
                 stored, turned = stored_size(self.files.images / name)
                 sizes = [stored, stored[::-1]] if turned else [stored]
         except UnreadableImage as error:
-            return _Look("image", f"{name} ({error.reason})", classes)
+            return _Look("image", f"{name} ({error.reason})", present)
         if values.shape not in sizes:
-            return _Look("size", f"{name} is {size_text(sizes[0])}, {label} {size_text(values.shape)}", classes)
-        return _Look("", label, classes)
+            return _Look("size", f"{name} is {size_text(sizes[0])}, {label} {size_text(values.shape)}", present)
+        return _Look("", label, present)
 
 
 def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
@@ -215,12 +221,16 @@ class NotIndices(UserError):
 
 
 def read_values(path: Path) -> npt.NDArray[Any]:
-    """Reads the integers `[h, w]` of a label map: grey values, or indices into a palette.
+    """Reads the integers `[h, w]` of a label map: grey values, also of opaque RGB, or indices into a palette.
 
     Raises:
         NotIndices: if it holds colours.
     """
     with pillow_errors(path), open_picture(path) as image:
+        if image.mode in ("LA", "RGB", "RGBA"):
+            bands: npt.NDArray[np.uint8] = np.array(image.convert("RGBA"))  # [h, w, 4]
+            if (bands[..., :3] == bands[..., :1]).all() and (bands[..., 3] == 255).all():
+                return bands[..., 0]
         if image.mode not in _GREY:
             raise NotIndices(image.mode)
         spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
@@ -229,28 +239,34 @@ def read_values(path: Path) -> npt.NDArray[Any]:
 
 
 def open_segmentation(
-    images: str | Path, labels: str | Path, channels: int = 3, ignore: int = 255, reduce: bool = False
+    images: str | Path,
+    labels: str | Path,
+    channels: int = 3,
+    ignore: int = 255,
+    reduce: bool = False,
+    label_values: Sequence[int] | None = None,
 ) -> SegmentationImages:
     """Opens a folder of images or arrays, and one of label maps. `check_segmentation` reports problems with them.
 
     Label maps are PNG files whose values are classes: grey of up to 16 bits, or with a palette. `ignore` is the value
     of ignored pixels. With `reduce`, pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
+    `label_values` are the values of the classes, if these are not numbered.
     """
     files = SegmentationFiles(
         existing_folder(images, "folder of images"), existing_folder(labels, "folder of label maps")
     )
-    return SegmentationImages(files, channels, ignore, reduce)
+    return SegmentationImages(files, channels, ignore, reduce, label_values)
 
 
 # Checking
 
 
 class _Look(NamedTuple):
-    """What was seen in one label map, with the number of pixels by class."""
+    """What was seen in one label map, and the values in it."""
 
     wrong: str  # key of `_WRONG`, `image` for an image that cannot be read, or "" if nothing is wrong
     what: str  # name of the file, and details
-    classes: dict[int, int]
+    values: list[int]
 
 
 _WRONG = {
@@ -261,7 +277,7 @@ _WRONG = {
 
 
 def check_segmentation(
-    parts: Sequence[SegmentationImages], names: Sequence[str] | None = None
+    parts: Sequence[SegmentationImages], names: Sequence[str] | None = None, numbered: bool = False
 ) -> tuple[list[str], list[str]]:
     """Checks every label map, and the header of every image, and raises an error that lists all problems.
 
@@ -269,20 +285,31 @@ def check_segmentation(
     numbers, or unreadable; values that are no class; a part without images or classes; a single class. Shows progress
     on stderr if that is a terminal.
 
-    This reads every label map, so in a distributed run one process should do it: results and errors pickle.
+    If there are just two values in all label maps, such as 0 and 255, they are two classes, and become the parts'
+    `label_values`; unless values are known to be `numbered`.
 
     Returns:
-        Names of the classes, "0", "1", … unless given; and notes, a line each.
+        Names of the classes, their values unless given; and notes, a line each.
     """
     every = Problems()
-    seen: list[dict[int, int]] = []
-    for part in parts:
-        found, classes = _look_through(part, names)
-        seen.append(classes)
-        for lines, of_part in ((every.fatal, found.fatal), (every.notes, found.notes)):
+    looks = [_look_through(part, names) for part in parts]
+    pair = None if numbered else _two_values(parts, [value for look in looks for value in look.values], names)
+    seen: list[set[int]] = []
+    for part, look in zip(parts, looks, strict=True):
+        if pair is not None:
+            part.label_values = pair
+        else:
+            outside = f"with values that are none of the {len(names or ())} classes"
+            report(look.problems.fatal, look.outside, outside, "label map")
+        seen.append(set(part.classes_of(np.array([*look.values], np.int64)).tolist()) - {IGNORED})
+        for lines, of_part in ((every.fatal, look.problems.fatal), (every.notes, look.problems.notes)):
             lines += [f"{part.files.labels}: {line}" for line in of_part]
-    count = len(names) if names is not None else max((number for classes in seen for number in classes), default=-1) + 1
-    listed = list(names) if names is not None else [str(number) for number in range(count)]
+    count = max((number for classes in seen for number in classes), default=-1) + 1
+    listed = list(names) if names is not None else [str(value) for value in pair or range(count)]
+    count = len(listed)
+    if pair is not None:
+        naming = "; --classes names them" if names is None else f", {listed[0]} and {listed[1]}"
+        every.notes.append(f"{pair[0]} and {pair[1]} are the only values in the label maps, and so two classes{naming}")
     if count < 2 and not every.fatal:
         only = f"class {listed[0]}" if listed else "no class"
         every.fatal.append(
@@ -297,11 +324,34 @@ def check_segmentation(
     return listed, every.check(" and ".join(dict.fromkeys(str(part.files.images) for part in parts)))
 
 
-def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tuple[Problems, dict[int, int]]:
-    """Returns the problems of a part, and its number of pixels by class."""
+class _PartLook(NamedTuple):
+    """What was seen in the label maps of a part."""
+
+    problems: Problems
+    values: set[int]
+    outside: list[str]  # label maps with values that are no class, and these values
+
+
+def _two_values(
+    parts: Sequence[SegmentationImages], values: Iterable[int], names: Sequence[str] | None
+) -> list[int] | None:
+    """Returns the values of label maps of two classes that are not numbered, such as 0 and 255; else None."""
+    pair = sorted(set(values))
+    if (
+        len(pair) != 2
+        or pair == [0, 1]
+        or (names is not None and len(names) != 2)
+        or any(part.reduce for part in parts)
+    ):
+        return None
+    return pair
+
+
+def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> _PartLook:
+    """Looks at all label maps of a part."""
     found = Problems(list(part.problems.fatal), list(part.problems.notes))
     wrong: dict[str, list[str]] = defaultdict(list)
-    totals: dict[int, int] = defaultdict(int)
+    values: set[int] = set()
     console = Console(stderr=True)
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(part.look, range(len(part)))
@@ -309,14 +359,13 @@ def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tupl
                           disable=not console.is_terminal):  # fmt: skip
             if look.wrong:
                 wrong[look.wrong].append(look.what)
-            if names is not None and (values := [n + part.reduce for n in look.classes if n >= len(names)]):
-                wrong["outside"].append(f"{look.what} has {few(values)}")
-            for number, pixels in look.classes.items():
-                totals[number] += pixels
+            values.update(look.values)
+            if names is not None:
+                present = np.array(look.values, np.int64)
+                if outside := present[part.classes_of(present) >= len(names)].tolist():
+                    wrong["outside"].append(f"{look.what} has {few(outside)}")
     for kind, (word, words) in _WRONG.items():
         if wrong[kind]:
             found.fatal.append(f"{counted(len(wrong[kind]), word, words)}: {few(wrong[kind])}")
-    outside = f"with values that are none of the {len(names or ())} classes"
-    report(found.fatal, wrong["outside"], outside, "label map")
     report(found.notes, wrong["image"], "that cannot be read", "image")
-    return found, totals
+    return _PartLook(found, values, wrong["outside"])

@@ -57,12 +57,15 @@ def use_segmenter(
                             "names, which must be the same, in the same order")  # fmt: skip
         named = {"val_images": val_images, "val_labels": val_labels}
         files = find_part("val", data, named, SegmentationFiles, find_segmentation)
-        images = open_segmentation(*files, opened.channels, known.ignore if ignore is None else ignore, reduce_labels)
+        ignore = known.ignore if ignore is None else ignore
+        images = open_segmentation(*files, opened.channels, ignore, reduce_labels, known.label_values)
         maps = run_segmenter(segmenter, images, range(len(images)), transform, workers, device, low_precision)
-        scores = evaluate_segmentation(maps, checked_classes(console, [images], known.classes), device)
+        listed = checked_classes(console, [images], known.classes, numbered=True)
+        scores = evaluate_segmentation(maps, listed, device)
         report_scores(console, out, scores)
         return SegmentResult(out, 0, 0, scores.figures, segmenter)
 
+    values = known.label_values or range(reduce_labels, len(known.classes) + reduce_labels)
     means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
     found: set[int] = set()
     count = 0
@@ -73,7 +76,7 @@ def use_segmenter(
         tones = tones_of(opened.channels, mean, std, arrays)
         picture = with_legend(draw_classes(tones(normalised[None])[0], labels), [labels], known.classes)  # [3, h, w]
         save_picture(picture, out / f"{name}.jpg")
-        save_label_map(out / f"{name}.png", labels, len(known.classes), reduce_labels)
+        save_label_map(out / f"{name}.png", labels, values)
         count += 1
         found.update(labels.flatten().bincount().nonzero().flatten().tolist())
     said = f"{counted(count, 'image')}, {len(found)} of {len(known.classes)} classes found: {out}"
@@ -126,9 +129,11 @@ def class_names(data: str | Path | None, classes: str | Path | None) -> list[str
     return read_class_names(beside) if data is not None and beside.is_file() else None
 
 
-def checked_classes(console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None) -> list[str]:
-    """Checks data, prints what is noteworthy about them, and returns their classes."""
-    classes, notes = check_segmentation(parts, names)
+def checked_classes(
+    console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None, numbered: bool = False
+) -> list[str]:
+    """Checks data, as `check_segmentation`, prints what is noteworthy about them, and returns their classes."""
+    classes, notes = check_segmentation(parts, names, numbered)
     print_notes(console, notes)
     return classes
 

@@ -73,7 +73,7 @@ class Segmentation(Training[SegmentSettings]):
             module=SegmentModule(model, plan.adamw(settings), settings.seed, settings.layer_decay, settings.schedule),
             dataset=dataset,
             plan=plan,
-            metadata=_metadata(settings, classes),
+            metadata=_metadata(settings, classes, train_images.label_values),
             file=SEGMENTER_FILE,
             rows=_rows(settings, model, train_images, val_images, classes, plan),
             scorer=SegmentationScorer(val_images, classes, settings),
@@ -151,12 +151,17 @@ def _at_size(labels: Tensor, picture: Tensor) -> Tensor:
     return nn.functional.interpolate(labels[None, None].float(), picture.shape[1:], mode="nearest-exact")[0, 0].long()
 
 
-def _metadata(settings: SegmentSettings, classes: list[str]) -> WeightsMetadata:
+def _metadata(settings: SegmentSettings, classes: list[str], label_values: Sequence[int] | None) -> WeightsMetadata:
     kept = picked(
         settings, "channels", "mean", "std", "feature_modules", "norm", "eval_short_side", "ignore", "reduce_labels"
     )
     return WeightsMetadata(
-        task="segmentation", model=settings.model_name, image_size=[settings.crop] * 2, classes=classes, **kept
+        task="segmentation",
+        model=settings.model_name,
+        image_size=[settings.crop] * 2,
+        classes=classes,
+        label_values=label_values,
+        **kept,
     )
 
 
