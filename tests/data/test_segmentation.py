@@ -71,6 +71,58 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
         part(tmp_path)
 
 
+IMAGE, MAP = np.zeros((4, 6, 3), np.uint8), np.eye(4, 6, dtype=np.uint8)
+
+
+def write_pairs(root: Path, *names: tuple[str, str]) -> Path:
+    for image, labels in names:
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(IMAGE).save(root / image)
+        write_label_map(root / labels, MAP)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("images/{}.png", "masks/{}_mask.png"), ("images/{}.jpg", "labels/{}-seg.gif"), ("{}.png", "{}_mask.png"),
+        ("{}.jpg", "{} Labels.bmp"), ("images/a/{}.jpg", "masks/a/{}_GT.tif"), ("{}_sat.jpg", "{}_mask.png"),
+        ("images/{}_image.png", "labels/{}_label.png"), ("images/{}_mask.png", "masks/{}_mask.png"),
+    ],
+)  # fmt: skip
+def test_label_maps_of_usual_names(tmp_path: Path, image: str, labels: str) -> None:
+    """In a folder without parts, and in `train/`; a share can be set apart."""
+    for root, inside in ((tmp_path / "whole", ""), (tmp_path / "parts", "train")):
+        write_pairs(root / inside, *((image.format(f"part_0{n}"), labels.format(f"part_0{n}")) for n in range(5)))
+        data = open_segmentation(*find_segmentation(root, "train"))
+        assert check_segmentation([data])[0] == ["0", "1"]
+        assert [Path(name).name for name in data.names] == [Path(image).name.format(f"part_0{n}") for n in range(5)]
+        assert data[4][1].tolist() == MAP.tolist()
+        train, val = data.split(0.4, seed=1)
+        assert (len(train), len(val)) == (3, 2)
+        assert sorted([*train.names, *val.names]) == data.names
+        assert data.split(0.4, seed=1)[1].names == val.names != data.split(0.4, seed=2)[1].names
+    with pytest.raises(FileNotFoundError, match=r"or set some apart with --val-split 0\.2"):
+        find_segmentation(tmp_path / "whole", "val")
+
+
+def test_label_maps_that_belong_to_no_image(tmp_path: Path) -> None:
+    write_pairs(tmp_path, ("a.jpg", "a_mask.png"), ("b.jpg", "b_mask.png"))
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="1 label map without image: a_mask.png"):
+        check_segmentation([open_segmentation(tmp_path, tmp_path)])
+    write_label_map(tmp_path / "b-seg.png", MAP)
+    with pytest.raises(ValueError, match="1 label map with another of the same name: b-seg.png, b_mask.png"):
+        check_segmentation([open_segmentation(tmp_path, tmp_path)])
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no label map beside the images is named like 01_mask.png"):
+        check_segmentation([open_segmentation(tmp_path, tmp_path)])
+    write_label_map(tmp_path / "b_mask.png", MAP)
+    with pytest.raises(ValueError, match="fewer than 2 images, so none can be set apart"):
+        check_segmentation(open_segmentation(tmp_path, tmp_path).split(0.5, seed=0))
+
+
 def test_class_names(tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
     file.write_text("﻿road\n traffic light \r\n\n", encoding="utf-8")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +41,13 @@ IGNORED = -1
 LABEL_FOLDERS = ("labels", "annotations", "masks")
 """Names of the folder of label maps; the first that exists is used."""
 
+LABEL_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of label maps' names: formats without loss."""
+
+_LABEL_ENDING = re.compile(r"[-_. ](masks?|labels?|lbl|seg|segmentation|annotations?|gt)$", re.IGNORECASE)
+_IMAGE_ENDING = re.compile(r"[-_. ](images?|img|rgb|sat)$", re.IGNORECASE)
+"""What stems may end in, so that `01.jpg` or `01_image.jpg` has the label map `01_mask.png`."""
+
 _GREY = {"L", "P", "1", "I", "I;16", "I;16B", "I;16L"}
 """Pillow's modes of images whose pixels are single integers."""
 
@@ -61,21 +70,47 @@ class SegmentationFiles(NamedTuple):
 def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
     """Finds a part of a data set by the usual names.
 
-    `images/train/` and `labels/train/`, or `training`; `images/val/` and `labels/val/`, or `valid`, `validation`,
-    `test`. Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`.
+    - `images/train/` and `labels/train/`, or `train/images/` and `train/labels/`;
+    - `train/`, with label maps beside the images: `01_mask.png` beside `01.jpg`;
+    - to train on, all of a folder without parts: `images/` and `labels/`, or label maps beside the images.
+
+    Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`. Names of the part to train on are `train` and
+    `training`; of the part to validate on `val`, `valid`, `validation` and `test`.
     """
     root = existing_folder(root)
-    name = next((name for name in PART_NAMES[part] if (root / "images" / name).is_dir()), None)
-    if name is None:
-        raise MissingPath(
-            f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, "
-            "nor a folder of another usual name; name the folders of images and of label maps"
-        )
-    labels = next((root / folder / name for folder in LABEL_FOLDERS if (root / folder / name).is_dir()), None)
+    for name in PART_NAMES[part]:
+        for images, pattern in ((f"images/{name}", f"{{}}/{name}"), (f"{name}/images", f"{name}/{{}}")):
+            if (root / images).is_dir():
+                return _with_labels(root, images, pattern)
+        if _is_mixed(root / name):
+            return SegmentationFiles(root / name, root / name)
+    names = [name for names in PART_NAMES.values() for name in names]
+    if part == "train" and not any((root / folder / name).is_dir() for name in names for folder in ("", "images")):
+        if (root / "images").is_dir():
+            return _with_labels(root, "images", "{}")
+        if _is_mixed(root):
+            return SegmentationFiles(root, root)
+    remedy = ", or set some apart with --val-split 0.2" if part == "val" else ""
+    raise MissingPath(
+        f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, nor a folder of another usual name; "
+        f"name the folders of images and of label maps{remedy}"
+    )
+
+
+def _with_labels(root: Path, images: str, pattern: str) -> SegmentationFiles:
+    """Finds the folder of label maps; `pattern` gives its path by its name."""
+    looked = [pattern.format(folder) for folder in LABEL_FOLDERS]
+    labels = next((root / folder for folder in looked if (root / folder).is_dir()), None)
     if labels is None:
-        looked = ", ".join(f"{folder}/{name}/" for folder in LABEL_FOLDERS)
-        raise MissingPath(f"{root} has no label maps for images/{name}/: none of {looked} exists")
-    return SegmentationFiles(root / "images" / name, labels)
+        raise MissingPath(f"{root} has no label maps for {images}/: none of {'/, '.join(looked)}/ exists")
+    return SegmentationFiles(root / images, labels)
+
+
+def _is_mixed(folder: Path) -> bool:
+    """Tells by their names whether a folder holds images with label maps beside them."""
+    return folder.is_dir() and any(
+        path.suffix.lower() in LABEL_SUFFIXES and _LABEL_ENDING.search(path.stem) for path in folder.iterdir()
+    )
 
 
 def read_class_names(file: str | Path) -> list[str]:
@@ -96,7 +131,7 @@ def read_class_names(file: str | Path) -> list[str]:
 
 
 class SegmentationImages(Dataset[Any]):
-    """Images with their label maps, which have the same path and name, except for the ending.
+    """Images with their label maps, which have the same path and name, except for the ending, and words like `_mask`.
 
     `open_segmentation` makes it. An item is an image, `tv_tensors.Image [C, H, W]`, and its classes, int32
     `tv_tensors.Mask [H, W]`, `IGNORED` for ignored pixels. Images are uint8, upright by their EXIF orientation unless
@@ -120,11 +155,17 @@ class SegmentationImages(Dataset[Any]):
         except UserError as error:
             self.problems.fatal.append(str(error))
         try:
-            label_paths = find_images(files.labels, suffixes=(".png",))
+            label_paths = find_images(files.labels, suffixes=LABEL_SUFFIXES)
         except UserError as error:
             self.problems.fatal.append(str(error))
         self.arrays = found.arrays
         images, labels = _by_stem(found.items, files.images), _by_stem(label_paths, files.labels)
+        if files.images == files.labels:
+            labels = {stem: paths for stem, paths in labels.items() if _LABEL_ENDING.search(stem)}
+            images = {stem: paths for stem, paths in images.items() if stem not in labels}
+            if not labels:
+                self.problems.fatal.append("no label map beside the images is named like 01_mask.png")
+        labels = _named_as_images(labels, images)
         both = sorted(images.keys() & labels.keys())
         for what, stems in (("image", images), ("label map", labels)):
             twice = [few(paths) for stem in both if len(paths := stems[stem]) > 1]
@@ -153,6 +194,23 @@ class SegmentationImages(Dataset[Any]):
     def source(self) -> Source:
         """The images without their label maps."""
         return Source([str(self.files.images / name) for name in self._images], self.arrays, self.channels, 2)
+
+    def split(self, share: float, seed: int) -> tuple[SegmentationImages, SegmentationImages]:
+        """Sets apart a share of the images, at least one; returns the remaining images, and those set apart."""
+        if len(self) < 2:
+            self.problems.fatal.append("there are fewer than 2 images, so none can be set apart for validation")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = min(len(self) - 1, max(1, round(share * len(self))))
+        apart = self._take(sorted(order[:count]))
+        apart.problems = Problems()
+        return self._take(sorted(order[count:])), apart
+
+    def _take(self, places: Sequence[int]) -> SegmentationImages:
+        taken = copy.copy(self)
+        taken._images, taken._labels = (
+            SharedPaths(paths[place] for place in places) for paths in (self._images, self._labels)
+        )
+        return taken
 
     def label_path(self, place: int) -> Path:
         """Returns the path of a label map."""
@@ -216,6 +274,16 @@ def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def _named_as_images(labels: dict[str, list[str]], images: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Replaces stems of label maps that are no image's by those of images, where usual words at their ends differ."""
+    bare = {_IMAGE_ENDING.sub("", stem): stem for stem in images if stem not in labels}
+    bare |= {stem: stem for stem in images}
+    found: dict[str, list[str]] = defaultdict(list)
+    for stem, paths in labels.items():
+        found[stem if stem in images else bare.get(_LABEL_ENDING.sub("", stem), stem)] += paths
+    return found
+
+
 class NotIndices(UserError):
     """A label map whose pixels are colours."""
 
@@ -248,7 +316,7 @@ def open_segmentation(
 ) -> SegmentationImages:
     """Opens a folder of images or arrays, and one of label maps. `check_segmentation` reports problems with them.
 
-    Label maps are PNG files whose values are classes: grey of up to 16 bits, or with a palette. `ignore` is the value
+    Label maps are PNG, BMP, GIF or TIFF files whose values are classes: grey, or with a palette. `ignore` is the value
     of ignored pixels. With `reduce`, pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
     `label_values` are the values of the classes, if these are not numbered.
     """
@@ -337,14 +405,8 @@ def _two_values(
 ) -> list[int] | None:
     """Returns the values of label maps of two classes that are not numbered, such as 0 and 255; else None."""
     pair = sorted(set(values))
-    if (
-        len(pair) != 2
-        or pair == [0, 1]
-        or (names is not None and len(names) != 2)
-        or any(part.reduce for part in parts)
-    ):
-        return None
-    return pair
+    numbered = pair == [0, 1] or any(part.reduce for part in parts)
+    return pair if len(pair) == 2 == len(names or pair) and not numbered else None
 
 
 def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> _PartLook:
