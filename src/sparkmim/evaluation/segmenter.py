@@ -21,14 +21,14 @@ from sparkmim.data.label_maps import (
 from sparkmim.data.labelled import Part
 from sparkmim.data.loading import log_unreadable, one_by_one
 from sparkmim.data.parts import find_part
-from sparkmim.data.problems import counted
+from sparkmim.data.problems import counted, print_notes
 from sparkmim.data.segmentation_transforms import segmentation_resize
 from sparkmim.drawing.annotated import draw_classes, save_label_map, with_legend
 from sparkmim.drawing.pixels import Tones
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import evaluation_mode
 from sparkmim.evaluation.segmentation import classes_at, evaluate_segmentation
-from sparkmim.evaluation.trained import open_trained, print_notes, read_images, report_scores, save_picture
+from sparkmim.evaluation.trained import open_trained, read_images, report_scores, save_picture
 from sparkmim.models.encoders import own_module
 from sparkmim.results import SegmentResult
 
