@@ -508,6 +508,7 @@ def segment(
     labels: str | Path | None = None,
     val_images: str | Path | None = None,
     val_labels: str | Path | None = None,
+    val_split: float | None = None,
     classes: str | Path | None = None,
     ignore: int | None = None,
     reduce_labels: bool = False,
@@ -559,7 +560,8 @@ def segment(
 
     Args:
         data: folder with images/train, labels/train, images/val, labels/val; also training, validation, and
-            annotations or masks instead of labels. Label maps are PNG files whose values are classes
+            annotations or masks instead of labels; or with label maps such as 01_mask.png beside the images. Values
+            of label maps are classes; two values, such as 0 and 255, are two classes
         out: run folder; must be new or empty unless resuming
         weights: run folder, weight file, or original SparK file to start from; none to train from scratch;
             with eval_only or predict, that of a segmenter
@@ -569,6 +571,7 @@ def segment(
         labels: folder of the training label maps
         val_images: folder of the validation images, if not the one in data
         val_labels: folder of the validation label maps
+        val_split: share of the images to set apart for validation, if there are no validation images
         classes: text file of class names, one per line, if not classes.txt in data; without one, classes are counted
         ignore: value of ignored pixels in label maps; None for 255 or, with eval_only, the value used in training
         reduce_labels: ignore pixels of value 0 too, and count classes from 1, as in ADE20K

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from sparkmim.commands import statistics
 from sparkmim.data.arrays import MissingPackage, array_transform, read_array, resized, to_array
@@ -64,6 +65,32 @@ def test_unreadable_files(tmp_path: Path, name: str, content: bytes | None, mess
         (tmp_path / name).write_bytes(content)
     with pytest.raises(UnreadableImage, match=message):
         read_array(tmp_path / name)
+
+
+def test_the_kind_that_most_are_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Arrays beside an overview, images beside an array; what is left out is said."""
+    for number in range(5):
+        np.save(tmp_path / f"{number}.npy", np.random.default_rng(number).random((3, 8, 8)))
+    pixels = np.zeros((8, 8, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "overview.png")
+    source = open_source(str(tmp_path), 3, 2)
+    assert source.arrays
+    assert len(source.items) == 5
+    assert " ".join(capsys.readouterr().err.split()).endswith("as the other 5 are array files: overview.png")
+    for number in range(7):
+        Image.fromarray(pixels).save(tmp_path / f"{number}.bmp")
+    source = open_source(str(tmp_path), 3, 2)
+    assert not source.arrays
+    assert len(source.items) == 8
+    assert "5 array files left out of" in capsys.readouterr().err
+
+
+def test_files_of_other_endings_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a.jpg", "b.jfif", "c.PPM", "d.gif", "e.pgm", "f.dng", "deep/g.DNG", "h.mat", "labels.csv", "i.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    assert len(open_source(str(tmp_path), 3, 2).items) == 5
+    assert " ".join(capsys.readouterr().err.split()).endswith("for their ending: 2 .dng, 1 .mat")
 
 
 def test_no_pickle_is_opened(tmp_path: Path) -> None:

@@ -12,17 +12,22 @@ import numpy as np
 import pytest
 import torch
 from coco_files import HEIGHT, WIDTH, annotation, change, rectangle, write_coco
+from hypothesis import given as drawn
+from hypothesis import settings
+from hypothesis import strategies as st
 from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision import tv_tensors
 
 from sparkmim.data.arrays import MissingPackage
 from sparkmim.data.coco import CocoImages, check_coco, find_coco, mask_of, open_coco
+from sparkmim.data.coco_masks import run_lengths as decoded_lengths
 from sparkmim.data.dataset import TargetDataset, collate_detection
 from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.detection_transforms import detection_resize, detection_transform
 from sparkmim.data.samplers import EpochBatchSampler
 from sparkmim.data.skip_log import SkipLog
+from sparkmim.evaluation.coco import evaluate_coco
 
 TWO = [annotation(10, 12, (4, 6, 20, 10)), annotation(10, 3, (30, 20, 16, 16)), annotation(11, 7, (0, 0, 64, 48))]
 
@@ -216,12 +221,32 @@ def broken(tmp_path: Path, record: dict[str, Any], **more: Any) -> CocoImages:
         (annotation(99, 3, (5, 5, 8, 8)), "1 annotation of images that are not in the file; left out"),
         (annotation(12, 3, (5, 5, 8, 8), iscrowd=1), "1 crowd not trained on, but used by the evaluation"),
         (
-            annotation(12, 3, (5, 5, 8, 8), [[1, 2, 3, 4]]),
+            annotation(12, 3, (5, 5, 8, 8), []),
             "1 annotation with a box but no mask; left out while masks are trained on",
         ),
         (
-            annotation(12, 3, (5, 5, 8, 8), {"size": [8, 8], "counts": [0, 64]}),
-            "1 annotation with a box but no mask; left out while masks are trained on",
+            annotation(12, 3, (5, 5, 8, 8), [[1, 2, 3, 4]]),
+            "1 annotation with polygons of fewer than three points; those left out: id 3 of 12.png",
+        ),
+        *(
+            (
+                annotation(12, 3, (5, 5, 8, 8), {"size": size, "counts": counts}),
+                "1 annotation with a run-length encoding that is damaged, or of another size than the image; left out: "
+                "id 3 of 12.png",
+            )
+            for size, counts in (
+                ([8, 8], [0, 64]), ([HEIGHT, WIDTH], [1, 2]), ([HEIGHT, WIDTH], [-1, HEIGHT * WIDTH + 1]),
+                ([HEIGHT, WIDTH], "PPYo1"), ([HEIGHT, WIDTH], "`o"), ([HEIGHT, WIDTH], "é"), (None, None),
+                ([HEIGHT, WIDTH], "n" * 50),
+            )
+        ),
+        *(
+            (
+                annotation(12, 3, (5, 5, 8, 8), given),
+                "1 annotation with a segmentation that is neither polygons nor a run-length encoding; left out: "
+                "id 3 of 12.png",
+            )
+            for given in ("polygon", [[1, 2, None, 4, 5, 6]], [[1, 2, 3, 4, 5, 6], 3], [["a", "b"] * 3], 7)
         ),
     ],
 )  # fmt: skip
@@ -233,7 +258,7 @@ def test_a_broken_annotation_is_left_out_and_reported(tmp_path: Path, record: di
 
 def test_a_polygon_of_two_points_is_left_out_of_its_mask(tmp_path: Path) -> None:
     data = broken(tmp_path, annotation(12, 3, (5, 5, 8, 8), [[1, 2, 3, 4], rectangle(5, 5, 13, 13)]))
-    assert "1 annotation with polygons of fewer than three points; those left out" in check_coco(data)
+    assert "1 annotation with polygons of fewer than three points; those left out: id 3 of 12.png" in check_coco(data)
     assert filled(data[2][1]["masks"][0]) == [5, 5, 13, 13]
     alone = annotation(12, 3, (5, 5, 8, 8), [[1, 2, 3, 4]])
     boxes = open_coco(*write_coco(tmp_path / "boxes", [alone]), masks=False)
@@ -435,6 +460,93 @@ def test_a_stand_in_comes_with_its_own_target(tmp_path: Path) -> None:
     log = SkipLog()
     assert len(log.add(collate_detection([sample, dataset[0, 1]]))) == 1
     assert (log.seen, log.count) == (2, 1)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        [[5, 5], [13, 5], [13, 13], [5, 13]],  # pairs, without the list around them
+        [[[5, 5], [13, 5], [13, 13], [5, 13]]],
+        [5, 5, 13, 5, 13, 13, 5, 13],
+        [["5", "5", "13", "5", "13", "13", "5", "13"]],
+    ],
+)
+@pytest.mark.parametrize("bbox", [[5, 5, 8, 8], None, [], ["5", "5.0", "8", "8"]])
+def test_polygons_as_others_write_them(tmp_path: Path, given: Any, bbox: Any) -> None:
+    record = annotation(12, 3, (5, 5, 8, 8), given) | {"bbox": bbox}
+    data = broken(tmp_path, record)
+    notes = check_coco(data)
+    assert filled(data[2][1]["masks"][0]) == [5, 5, 13, 13]
+    assert data[2][1]["boxes"].tolist() == [[5, 5, 13, 13]]
+    assert ("1 annotation without a box; that of the polygons is taken" in notes) == (not bbox)
+    found = [{"image_id": 12, "category_id": 3, "bbox": [5, 5, 8, 8], "score": 1.0}]
+    assert evaluate_coco(data.annotations, found, ["bbox"]).per_class["bbox"]["cat"] == pytest.approx(0.5, abs=0.01)
+
+
+def test_polygons_far_outside(tmp_path: Path) -> None:
+    """Coordinates at which pycocotools would work for minutes; the mask within the image stays the same."""
+    far = [[5, 5, 1e8, 5, 1e8, 1e8, 5, 1e8], [-1e9, 0, -1e8, 0, -1e8, 9]]
+    data = broken(tmp_path, annotation(12, 3, (5, 5, 59, 43), far))
+    assert "1 annotation with polygons that reach far beyond the image; clipped: id 3 of 12.png" in check_coco(data)
+    assert filled(data[2][1]["masks"][0]) == [5, 5, WIDTH, HEIGHT]
+    slanted, near = ([[10, 10, 10 + 5 * reach, 10 + 2 * reach, 10, 10 + 2 * reach]] for reach in (1e6, 20))
+    masks = [broken(tmp_path / name, annotation(12, 3, (5, 5, 59, 43), given))[2][1]["masks"][0]
+             for name, given in (("far", slanted), ("near", near))]  # fmt: skip
+    assert (masks[0] != masks[1]).float().mean() < 0.01
+    assert masks[0].sum() > 300
+
+
+def test_masks_of_which_none_is_left(tmp_path: Path) -> None:
+    """A detector of boxes would not be what was asked for."""
+    file, folder = write_coco(tmp_path, [{**record, "segmentation": [[1, 2, 3, 4]]} for record in TWO])
+    with pytest.raises(
+        ValueError, match="none of the masks can be used; correct them, or train on boxes alone"
+    ) as told:
+        check_coco(open_coco(file, folder))
+    assert "3 annotations with polygons of fewer than three points; those left out: id 0 of 10.png, id 1" in str(
+        told.value
+    )
+    assert len(open_coco(file, folder, masks=False)[0][1]["boxes"]) == 2
+
+
+def test_numbers_as_texts_and_names_of_windows(tmp_path: Path) -> None:
+    records = [{**record, "image_id": str(record["image_id"]), "category_id": str(record["category_id"]), "id": "7",
+                "iscrowd": "0"} for record in TWO]  # fmt: skip
+    file, folder = write_coco(tmp_path, records)
+    images = json.loads(file.read_text())["images"]
+    for image in images:
+        image |= {"id": str(image["id"]), "height": "48", "width": "64.0", "file_name": f"a\\b\\{image['file_name']}"}
+    change(file, images=images, categories=[{"id": "3", "name": "cat"}, {"id": "7"}, {"id": "12"}])
+    (folder / "a" / "b").mkdir(parents=True)
+    for path in folder.glob("*.png"):
+        path.rename(folder / "a" / "b" / path.name)
+    data = open_coco(file, folder)
+    notes = check_coco(data)
+    for part, count in (("images", 3), ("annotations", 3), ("categories", 3)):
+        assert f"{count} records of {part} with numbers written as texts; read as numbers" in notes
+    assert any(note.startswith(r"3 file names with the separators of Windows; read as /: a\b\10.png") for note in notes)
+    expected = open_coco(*write_coco(tmp_path / "plain", TWO))
+    assert data.image_ids.tolist() == expected.image_ids.tolist()
+    assert [data[place][1]["boxes"].tolist() for place in range(3)] == [
+        expected[place][1]["boxes"].tolist() for place in range(3)
+    ]
+    change(file, images=[{**image, "id": "img"} for image in images])
+    with pytest.raises(ValueError, match="must be integers, but one of its images has 'img'"):
+        open_coco(file, folder)
+
+
+@settings(deadline=None, max_examples=50)
+@drawn(seed=st.integers(0, 2**31), height=st.integers(1, 40), width=st.integers(1, 40), share=st.floats(0, 1))
+def test_run_lengths_are_those_of_pycocotools(seed: int, height: int, width: int, share: float) -> None:
+    from pycocotools import mask as tools
+
+    pixels = (np.random.default_rng(seed).random((height, width)) < share).astype(np.uint8)
+    text = tools.encode(np.asfortranarray(pixels))["counts"]
+    lengths = decoded_lengths(text)
+    assert lengths is not None
+    assert lengths.tolist() == run_lengths(pixels)
+    assert decoded_lengths(text.decode()).tolist() == lengths.tolist()  # type: ignore[union-attr]
+    assert mask_of({"segmentation": {"size": [height, width], "counts": text[:-1]}}, height, width) is None
 
 
 def test_masks_by_form() -> None:

@@ -55,6 +55,45 @@ def test_table(tmp_path: Path) -> None:
     assert val.labels.tolist() == [1, 0]
 
 
+def test_a_class_called_train(tmp_path: Path) -> None:
+    """Bus, car, train: `train` is a part only if others are, or if it holds folders as parts do."""
+    make(tmp_path, {"bus": 2, "car": 3, "train": 1, ".cache/x": 1})
+    train, val = open_labelled(tmp_path)
+    assert (train.classes, train.labels.tolist(), val) == (["bus", "car", "train"], [0, 0, 1, 1, 1, 2], None)
+    make(tmp_path / "nested", {"train/bus": 1, "train/train": 2, "unlabelled": 1})
+    assert open_labelled(tmp_path / "nested")[0].classes == ["bus", "train"]
+    make(tmp_path / "flat", {"train": 2, "val": 1})
+    with pytest.raises(ValueError, match="train must hold a folder per class, but has 2 images outside of them"):
+        open_labelled(tmp_path / "flat")
+
+
+@pytest.mark.parametrize(("channels", "shape"), [(3, (8, 8, 3)), (1, (8, 8)), (5, (5, 8, 8)), (1, (6, 8, 8))])
+@pytest.mark.parametrize("table", [False, True])
+def test_arrays(tmp_path: Path, channels: int, shape: tuple[int, ...], table: bool) -> None:
+    """Class folders and tables of arrays are read as pretraining reads them."""
+    for label in "ab":
+        (tmp_path / label).mkdir()
+        for number in range(2):
+            np.save(tmp_path / label / f"{number}.npy", np.random.default_rng(number).random(shape))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a" / "overview.png")
+    data = tmp_path
+    if table:
+        data = tmp_path / "t.csv"
+        data.write_text(
+            "path,label\n" + "".join(f"{label}/{number}.npy,{label}\n" for label in "ab" for number in (0, 1))
+        )
+    rank = len(shape) - (shape[0] == channels or shape[-1] == channels)
+    train, _ = open_labelled(data, None, None, 0, channels, rank)
+    assert [Path(path).name for path in train.items] == ["0.npy", "1.npy"] * 2
+    assert train.labels.tolist() == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match=r"0\.npy: is of shape .*; for channels 2 "):
+        open_labelled(data, None, None, 0, 2, rank)
+    make(tmp_path / "val", {"a": 1, "b": 1})
+    if channels == 3:
+        with pytest.raises(ValueError, match="must be of one kind, image files or arrays"):
+            open_labelled(data, tmp_path / "val", None, 0, channels, rank)
+
+
 def test_dataset() -> None:
     images = [(torch.zeros(3, 8, 8, dtype=torch.uint8), label) for label in (0, 2, 2)]
     train, _ = open_labelled(images)

@@ -71,6 +71,58 @@ def test_folders_that_are_not_there(tmp_path: Path) -> None:
         part(tmp_path)
 
 
+IMAGE, MAP = np.zeros((4, 6, 3), np.uint8), np.eye(4, 6, dtype=np.uint8)
+
+
+def write_pairs(root: Path, *names: tuple[str, str]) -> Path:
+    for image, labels in names:
+        (root / image).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(IMAGE).save(root / image)
+        write_label_map(root / labels, MAP)
+    return root
+
+
+@pytest.mark.parametrize(
+    ("image", "labels"),
+    [
+        ("images/{}.png", "masks/{}_mask.png"), ("images/{}.jpg", "labels/{}-seg.gif"), ("{}.png", "{}_mask.png"),
+        ("{}.jpg", "{} Labels.bmp"), ("images/a/{}.jpg", "masks/a/{}_GT.tif"), ("{}_sat.jpg", "{}_mask.png"),
+        ("images/{}_image.png", "labels/{}_label.png"), ("images/{}_mask.png", "masks/{}_mask.png"),
+    ],
+)  # fmt: skip
+def test_label_maps_of_usual_names(tmp_path: Path, image: str, labels: str) -> None:
+    """In a folder without parts, and in `train/`; a share can be set apart."""
+    for root, inside in ((tmp_path / "whole", ""), (tmp_path / "parts", "train")):
+        write_pairs(root / inside, *((image.format(f"part_0{n}"), labels.format(f"part_0{n}")) for n in range(5)))
+        data = open_segmentation(*find_segmentation(root, "train"))
+        assert check_segmentation([data])[0] == ["0", "1"]
+        assert [Path(name).name for name in data.names] == [Path(image).name.format(f"part_0{n}") for n in range(5)]
+        assert data[4][1].tolist() == MAP.tolist()
+        train, val = data.split(0.4, seed=1)
+        assert (len(train), len(val)) == (3, 2)
+        assert sorted([*train.names, *val.names]) == data.names
+        assert data.split(0.4, seed=1)[1].names == val.names != data.split(0.4, seed=2)[1].names
+    with pytest.raises(FileNotFoundError, match=r"or set some apart with --val-split 0\.2"):
+        find_segmentation(tmp_path / "whole", "val")
+
+
+def test_label_maps_that_belong_to_no_image(tmp_path: Path) -> None:
+    write_pairs(tmp_path, ("a.jpg", "a_mask.png"), ("b.jpg", "b_mask.png"))
+    (tmp_path / "a.jpg").unlink()
+    with pytest.raises(ValueError, match="1 label map without image: a_mask.png"):
+        check_segmentation([open_segmentation(tmp_path, tmp_path)])
+    write_label_map(tmp_path / "b-seg.png", MAP)
+    with pytest.raises(ValueError, match="1 label map with another of the same name: b-seg.png, b_mask.png"):
+        check_segmentation([open_segmentation(tmp_path, tmp_path)])
+    for path in tmp_path.glob("*.png"):
+        path.unlink()
+    with pytest.raises(ValueError, match="no label map beside the images is named like 01_mask.png"):
+        check_segmentation([open_segmentation(tmp_path, tmp_path)])
+    write_label_map(tmp_path / "b_mask.png", MAP)
+    with pytest.raises(ValueError, match="fewer than 2 images, so none can be set apart"):
+        check_segmentation(open_segmentation(tmp_path, tmp_path).split(0.5, seed=0))
+
+
 def test_class_names(tmp_path: Path) -> None:
     file = tmp_path / "classes.txt"
     file.write_text("﻿road\n traffic light \r\n\n", encoding="utf-8")
@@ -114,6 +166,53 @@ def test_what_counts_for_nothing(tmp_path: Path, palette: bool) -> None:
 def test_sixteen_bits(tmp_path: Path) -> None:
     values = np.array([[0, 255, 300], [4000, 65534, 65535]], np.uint16)
     assert one_map(tmp_path, values, ignore=65535).tolist() == [[0, 255, 300], [4000, 65534, IGNORED]]
+
+
+@pytest.mark.parametrize("pair", [(0, 255), (0, 128), (1, 2), (0, 65535)])
+@pytest.mark.parametrize("ignore", [255, 254])
+def test_two_values_are_two_classes(tmp_path: Path, pair: tuple[int, int], ignore: int) -> None:
+    """Whatever they are, as long as no others are in any map."""
+    kind = np.uint16 if pair[1] > 255 else np.uint8
+    one_map(tmp_path, np.array([[pair[0], pair[1], pair[1]]], kind), ignore=ignore)
+    data = part(tmp_path, ignore=ignore)
+    found, notes = check_segmentation([data])
+    assert found == [str(value) for value in pair]
+    said = f"{pair[0]} and {pair[1]} are the only values in the label maps, and so two classes"
+    assert notes == [f"{said}; --classes names them"]
+    assert data[0][1].tolist() == [[0, 1, 1]]
+    named = part(tmp_path, ignore=ignore)
+    assert check_segmentation([named], ["ground", "disc"]) == (["ground", "disc"], [f"{said}, ground and disc"])
+    assert named[0][1].tolist() == [[0, 1, 1]]
+
+
+def test_two_values_that_number_classes(tmp_path: Path) -> None:
+    """In a part without the second class; and where there are other values, or weights that say so."""
+    one_map(tmp_path, np.array([[0, 255]], np.uint8))
+    data = part(tmp_path)
+    check_segmentation([data], ["ground", "disc"], numbered=True)
+    assert data[0][1].tolist() == [[0, IGNORED]]
+    check_segmentation([data], ["ground", "disc", "box"])
+    assert data[0][1].tolist() == [[0, IGNORED]]
+    write_label_map(tmp_path / "labels" / "train" / "a.png", np.array([[1, 255]], np.uint8))
+    Image.new("RGB", (2, 1)).save(tmp_path / "images" / "train" / "b.jpg")
+    write_label_map(tmp_path / "labels" / "train" / "b.png", np.array([[0, 255]], np.uint8))
+    data = part(tmp_path)
+    assert check_segmentation([data])[0] == ["0", "1"]
+    assert [data[place][1].tolist() for place in range(2)] == [[[1, IGNORED]], [[0, IGNORED]]]
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA"])
+def test_grey_values_in_colour_files(tmp_path: Path, mode: str) -> None:
+    one_map(tmp_path, np.zeros((1, 3), np.uint8))
+    path = tmp_path / "labels" / "train" / "a.png"
+    grey = Image.fromarray(np.array([[0, 1, 255]], np.uint8)).convert(mode)
+    grey.save(path)
+    assert part(tmp_path)[0][1].tolist() == [[0, 1, IGNORED]]
+    if mode != "RGB":
+        grey.putalpha(200)
+        grey.save(path)
+        with pytest.raises(ValueError, match=rf"1 label map of colours, not of class numbers: a.png \({mode}\)"):
+            check_segmentation([part(tmp_path)])
 
 
 @pytest.mark.parametrize("bits", [1, 2, 4])
@@ -219,7 +318,7 @@ def test_values_are_told_as_they_stand_in_the_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [([[0, 0]], "there is class 0 alone"), ([[0, 255]], "there is class 0 alone"), ([[255, 255]], "there is no class")],
+    [([[0, 0]], "there is class 0 alone"), ([[255, 255]], "there is no class")],
 )
 def test_a_single_class(tmp_path: Path, values: list[list[int]], message: str) -> None:
     one_map(tmp_path, np.array(values, np.uint8))

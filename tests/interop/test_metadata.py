@@ -79,6 +79,7 @@ def test_unknown_keys() -> None:
         ("classes", []), ("classes", [1, 2]), ("classes", {"cat": 0}), ("category_ids", [1, 2, 3]),
         ("category_ids", ["1", "2"]), ("category_ids", [-1, 1]), ("masks", "yes"), ("box_head", "3fc"),
         ("norm", "layer"), ("eval_short_side", 0), ("long_side", "big"), ("ignore", -7), ("reduce_labels", 0),
+        ("label_values", [-1, 1]), ("label_values", [0, 1, 2]),
     ],
 )  # fmt: skip
 def test_unusable_values(name: str, value: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +158,42 @@ def test_predictions_are_those_that_are_scored(data: Path, network: str, tmp_pat
     assert right == pytest.approx(result.figures["pixel_accuracy"], abs=1e-9)
 
 
+def test_black_and_white_masks(data: Path, network: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """0 and 255 are two classes, from training to what is predicted; 255 is not ignored."""
+    (data / "classes.txt").unlink()
+    for path in (data / "labels").rglob("*.png"):
+        write_label_map(path, np.where(read_values(path) > 0, 255, 0).astype(np.uint8))
+    run = tmp_path / "run"
+    trained = sparkmim.segment(**settings(data, network, run) | {"epochs": 1})
+    assert "note: 0 and 255 are the only values in the label maps, and so two classes" in capsys.readouterr().err
+    metadata = open_weights(run).metadata
+    assert (metadata.classes, metadata.label_values) == (["0", "255"], [0, 255])
+    scored = sparkmim.segment(weights=run, data=data, eval_only=True, out=tmp_path / "scores", precision="32-true")
+    assert scored.figures == trained.figures
+    sparkmim.segment(weights=run, predict=str(data / "images" / "val"), out=tmp_path / "seen", precision="32-true")
+    found = [read_values(path) for path in sorted((tmp_path / "seen").glob("*.png"))]
+    assert {*np.unique(found)} <= {0, 255}
+    truth = [read_values(path) for path in sorted((data / "labels" / "val").rglob("*.png"))]
+    right = np.mean([predicted == true for predicted, true in zip(found, truth, strict=True)])
+    assert right == pytest.approx(trained.figures["pixel_accuracy"], abs=1e-9)
+
+
+def test_a_share_is_set_apart(data: Path, network: str, tmp_path: Path) -> None:
+    """Of a folder without parts, and scored alike later."""
+    for kind in ("images", "labels"):
+        shutil.rmtree(data / kind / "val")
+        (data / kind / "train").rename(data / "moved")
+        (data / kind).rmdir()
+        (data / "moved").rename(data / kind)
+    trained = sparkmim.segment(**settings(data, network, tmp_path / "run") | {"epochs": 1}, val_split=0.5, seed=3)
+    assert trained.steps == 1
+    scored = sparkmim.segment(
+        weights=tmp_path / "run", data=data, eval_only=True, out=tmp_path / "scores", precision="32-true",
+        val_split=0.5, seed=3,
+    )  # fmt: skip
+    assert scored.figures == trained.figures
+
+
 def test_arrays_of_many_channels_and_more_classes_than_a_byte(tmp_path: Path, network: str) -> None:
     root = tmp_path / "arrays"
     for part in ("train", "val"):
@@ -224,6 +261,8 @@ def test_the_recipe_for_ade20k() -> None:
         ({"val_labels": "labels"}, "val_images and val_labels go together"),
         ({"recipe": "best"}, "there is no recipe 'best'; choose one of default, ade20k"),
         ({"layer_decay": 2.0}, "layer_decay is 2.0"),
+        ({"val_split": 1.0}, "val_split is 1.0"),
+        ({"val_split": 0.5}, "val_split was given, but there are validation images already; leave it out"),
         ({"ema": 1.0}, "ema is 1.0"),
         ({"iterations": 0, "epochs": None}, "iterations is 0"),
         ({"crop": 0}, "crop is 0"),

@@ -23,6 +23,7 @@ from torch.utils.data import Dataset
 from torchvision import tv_tensors
 
 from sparkmim.data.arrays import MissingPackage
+from sparkmim.data.coco_masks import FAULTS, as_number, polygons, read_segmentation
 from sparkmim.data.dataset import SharedPaths
 from sparkmim.data.decoding import UnreadableImage, decode_annotated, size_text, stored_size
 from sparkmim.data.discovery import existing_folder
@@ -101,31 +102,23 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
 
 
 def box_of(annotation: Mapping[str, Any]) -> list[float]:
-    """Returns the box of an annotation: left, top, width, height; NaN four times if it has no such box."""
+    """Returns the box of an annotation: left, top, width, height; NaN four times if it has no such box.
+
+    If none is given, it is that of the polygons.
+    """
     box = annotation.get("bbox")
     if isinstance(box, list) and len(box) == 4 and all(isinstance(value, int | float) for value in box):
         return box
-    return [math.nan] * 4
+    outlines = None if box else polygons(annotation.get("segmentation"))
+    if not outlines:
+        return [math.nan] * 4
+    x, y = ([value for outline in outlines for value in outline[axis::2]] for axis in (0, 1))
+    return [min(x), min(y), max(x) - min(x), max(y) - min(y)] if x else [math.nan] * 4
 
 
 def mask_of(annotation: Mapping[str, Any], height: int, width: int) -> Any:
-    """Returns the segmentation of an annotation for pycocotools: polygons, a run-length encoding, or None.
-
-    Polygons of fewer than three points are left out. None stands for no mask: none is given, no polygon is left, or the
-    encoding is of another size than the image.
-    """
-    given = annotation.get("segmentation")
-    if isinstance(given, Mapping):
-        size, counts = given.get("size"), given.get("counts")
-        if not isinstance(size, list) or size != [height, width]:
-            return None
-        if isinstance(counts, list):
-            return given if sum(counts) == height * width else None
-        return given if isinstance(counts, str | bytes) and counts else None
-    if isinstance(given, list):
-        polygons = [polygon for polygon in given if isinstance(polygon, list) and len(polygon) >= 6]
-        return [polygon if len(polygon) % 2 == 0 else polygon[:-1] for polygon in polygons] or None
-    return None
+    """Returns the segmentation of an annotation for pycocotools: polygons, a run-length encoding, or None."""
+    return read_segmentation(annotation.get("segmentation"), height, width)[0]
 
 
 def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
@@ -135,8 +128,15 @@ def category_names(categories: Iterable[Mapping[str, Any]]) -> dict[int, str]:
     return {place: f"{name} ({place})" if name in often else name for place, name in sorted(named.items())}
 
 
-def read_coco(file: str | Path) -> dict[str, Any]:
-    """Reads an annotation file, whose lists `images` and `categories` are not empty and whose ids are integers."""
+_NUMBERS = ("id", "image_id", "category_id", "height", "width", "iscrowd", "area")
+"""Fields of records that hold numbers."""
+
+
+def read_coco(file: str | Path, notes: list[str] | None = None) -> dict[str, Any]:
+    """Reads an annotation file, whose lists `images` and `categories` are not empty and whose ids are integers.
+
+    Numbers that are written as texts are read as numbers; `notes` receives a line about them.
+    """
     file = Path(file)
     if not file.is_file():
         raise MissingPath(f"there is no annotation file {file}")
@@ -148,6 +148,9 @@ def read_coco(file: str | Path) -> dict[str, Any]:
         records = content.get(part) if isinstance(content, dict) else None
         if not isinstance(records, list) or not all(isinstance(record, dict) for record in records):
             raise UserError(f"{file} is not in COCO's format: it has no list `{part}` of objects")
+        texts = _parse_numbers(records)
+        if texts and notes is not None:
+            notes.append(f"{counted(texts, 'record')} of {part} with numbers written as texts; read as numbers")
         if part != "annotations":
             if not records:
                 raise UserError(f"{file} lists no {part}")
@@ -160,6 +163,19 @@ def read_coco(file: str | Path) -> dict[str, Any]:
         raise UserError(f"{file} lists {number} without a file_name; the first has id {nameless[0]}")
     checked: dict[str, Any] = content
     return checked
+
+
+def _parse_numbers(records: Sequence[dict[str, Any]]) -> int:
+    """Replaces texts in records that stand for numbers; returns in how many records there were some."""
+    count = 0
+    for record in records:
+        texts = {name: as_number(record[name]) for name in _NUMBERS if isinstance(record.get(name), str)}
+        box = record.get("bbox")
+        if isinstance(box, list) and any(isinstance(value, str) for value in box):
+            texts["bbox"] = [as_number(value) for value in box]
+        count += any(record[name] != value for name, value in texts.items())
+        record |= texts
+    return count
 
 
 class CocoImages(Dataset[Any]):
@@ -192,7 +208,7 @@ class CocoImages(Dataset[Any]):
         self.category_ids, self.classes = list(names), list(names.values())
         records = content["images"]
         self.image_ids = np.array([record["id"] for record in records], np.int64)
-        self._names = SharedPaths(record["file_name"] for record in records)
+        self._names = SharedPaths(self._turned([record["file_name"] for record in records]))
         sides = [[record.get(side) for side in ("height", "width")] for record in records]
         self.sizes = np.array(
             [[int(x) if isinstance(x, int | float) and x >= 1 else 0 for x in pair] for pair in sides]
@@ -266,6 +282,15 @@ class CocoImages(Dataset[Any]):
             decoded: npt.NDArray[np.uint8] = tools.decode(encoded)  # [h, w, n]
         return torch.from_numpy(np.ascontiguousarray(decoded.transpose(2, 0, 1)))
 
+    def _turned(self, names: list[str]) -> list[str]:
+        """Turns the separators of Windows in names of files that do not exist otherwise."""
+        turned = [
+            name.replace("\\", "/") if "\\" in name and not (self.images / name).is_file() else name for name in names
+        ]
+        changed = [name for name, now in zip(names, turned, strict=True) if name != now]
+        report(self.problems.notes, changed, "with the separators of Windows; read as /", "file name")
+        return turned
+
     def _check_records(self, content: Mapping[str, Any]) -> None:
         fatal, notes = self.problems.fatal, self.problems.notes
         for kind, records in (("image", content["images"]), ("category", content["categories"])):
@@ -307,6 +332,8 @@ class CocoImages(Dataset[Any]):
         keep &= ~crowd
 
         known = np.isfinite(given).all(1)  # NaN where there is no box
+        boxless = np.array([not record.get("bbox") for record in records], bool)
+        _note(notes, keep & known & boxless, "annotation", "without a box; that of the polygons is taken")
         _note(notes, keep & ~known, "annotation", "without a box of four numbers; left out")
         keep &= known
         flat = (given[:, 2:] <= 0).any(1)
@@ -322,19 +349,25 @@ class CocoImages(Dataset[Any]):
         _note(notes, keep & (np.abs(corners - clipped) > 1).any(1), "box", "partly outside the image; clipped", "boxes")
 
         segmentations: list[Any] = [None] * len(records)
+        faulty: dict[str, list[str]] = defaultdict(list)
+        useless = np.zeros(len(records), bool)
         if masks is None or masks:
-            short = np.zeros(len(records), bool)
-            for number in np.flatnonzero(keep).tolist():
-                given_mask = records[number].get("segmentation")
-                polygons = mask_of(records[number], *self.sizes[places[number]].tolist())
-                segmentations[number] = polygons
-                short[number] = isinstance(given_mask, list) and len(given_mask) != len(polygons or [])
-            _note(notes, short, "annotation", "with polygons of fewer than three points; those left out")
+            for row in np.flatnonzero(keep).tolist():
+                height, width = self.sizes[places[row]].tolist()
+                segmentations[row], fault = read_segmentation(records[row].get("segmentation"), height, width)
+                if fault:
+                    faulty[fault].append(f"id {records[row].get('id')} of {self._names[places[row]]}")
+                    useless[row] = segmentations[row] is None
         bare = np.array([segmentation is None for segmentation in segmentations], bool)
         self.has_masks = not bare.all()
+        for fault, which in faulty.items():
+            report(notes if self.has_masks else fatal, which, FAULTS[fault], "annotation")
         if self.has_masks:
-            _note(notes, keep & bare, "annotation", "with a box but no mask; left out while masks are trained on")
+            without = keep & bare & ~useless
+            _note(notes, without, "annotation", "with a box but no mask; left out while masks are trained on")
             keep &= ~bare
+        elif useless.any():
+            fatal.append("none of the masks can be used; correct them, or train on boxes alone with --masks false")
         elif masks:
             fatal.append("there are no masks; train on boxes alone")
 
@@ -364,7 +397,10 @@ def open_coco(annotations: str | Path, images: str | Path, masks: bool | None = 
     """
     coco_tools("mask")
     annotations, images = Path(annotations).expanduser().absolute(), existing_folder(images, "folder of images")
-    return CocoImages(annotations, images, read_coco(annotations), masks)
+    notes: list[str] = []
+    opened = CocoImages(annotations, images, read_coco(annotations, notes), masks)
+    opened.problems.notes[:0] = notes
+    return opened
 
 
 def check_coco(data: CocoImages) -> list[str]:

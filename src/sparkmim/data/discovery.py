@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,11 @@ SUFFIXES = (
 CACHE_ABOVE = 10_000
 """Scans that find more images than this are cached."""
 
+_COMPANIONS = frozenset((
+    "", ".csv", ".db", ".html", ".ini", ".json", ".log", ".md", ".pdf", ".py", ".txt", ".xml", ".yaml", ".yml",
+))  # fmt: skip
+"""Endings of files that are beside images without being any."""
+
 _SETTLED_NS = 2_000_000_000
 """A folder that changed this shortly before it was listed may have changed again within the same tick of its clock."""
 
@@ -38,10 +44,15 @@ class Listing(NamedTuple):
     mtime_ns: int
     images: list[str]
     folders: list[str]
+    others: dict[str, int]  # number of other files, by ending
 
 
 def find_images(
-    data: str | Path, cache: Path | None = None, progress: bool = True, suffixes: tuple[str, ...] = SUFFIXES
+    data: str | Path,
+    cache: Path | None = None,
+    progress: bool = True,
+    suffixes: tuple[str, ...] = SUFFIXES,
+    others: Counter[str] | None = None,
 ) -> list[str]:
     """Finds the images of a folder, at any depth, or those that a text file names.
 
@@ -57,13 +68,16 @@ def find_images(
         cache: folder of cached scans; `sparkmim` in the user's cache folder by default.
         progress: whether a scan of more than a second shows a count on stderr.
         suffixes: endings of the names, in lower case.
+        others: receives the number of files of a folder with other endings, by ending, without texts and the like.
 
     Returns:
         Absolute paths; those of a folder are sorted.
     """
     root = Path(os.path.abspath(Path(data).expanduser()))  # noqa: PTH100 (removes "..", resolves no links)
     if root.is_dir():
-        return _find_in_folder(root, cache or _user_cache(), progress, suffixes)
+        return _find_in_folder(
+            root, cache or _user_cache(), progress, suffixes, Counter() if others is None else others
+        )
     if not root.exists():
         raise MissingPath(f"there is no folder or text file {root}")
     if not root.is_file():
@@ -101,7 +115,9 @@ def check_files(paths: list[str], named_by: Path) -> None:
         raise MissingPath(f"{what}; the first is {missing[0]}")
 
 
-def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str, ...]) -> list[str]:
+def _find_in_folder(
+    root: Path, cache: Path, progress: bool, suffixes: tuple[str, ...], others: Counter[str]
+) -> list[str]:
     key = b"" if suffixes == SUFFIXES else " ".join(suffixes).encode()
     memory = cache / f"images-{hashlib.sha256(os.fsencode(root) + key).hexdigest()[:16]}.json"
     known = _load(memory, root, suffixes)
@@ -128,6 +144,7 @@ def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str
                 log.warning("left out a folder that can't be read: %s (%s)", folder, error.strerror)
                 continue
             listings[folder] = listing
+            others.update(listing.others)
             paths.extend(os.path.join(folder, name) for name in listing.images)  # noqa: PTH118
             # The first by name is entered first, so that of two links to one folder always the same one is followed.
             todo.extend(os.path.join(folder, name) for name in reversed(listing.folders))  # noqa: PTH118
@@ -150,6 +167,7 @@ def _find_in_folder(root: Path, cache: Path, progress: bool, suffixes: tuple[str
 
 def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
     images, folders = [], []
+    others: Counter[str] = Counter()
     with os.scandir(folder) as entries:
         for entry in entries:
             if entry.name.startswith("."):
@@ -157,11 +175,14 @@ def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
             try:
                 if entry.is_dir():
                     folders.append(entry.name)
-                elif entry.name.lower().endswith(suffixes) and entry.is_file():
-                    images.append(entry.name)
+                elif entry.is_file():
+                    if entry.name.lower().endswith(suffixes):
+                        images.append(entry.name)
+                    elif (ending := os.path.splitext(entry.name)[1].lower()) not in _COMPANIONS:  # noqa: PTH122
+                        others[ending] += 1
             except OSError as error:  # a link to itself
                 log.warning("left out %s (%s)", entry.path, error.strerror)
-    return Listing(mtime_ns, sorted(images), sorted(folders))
+    return Listing(mtime_ns, sorted(images), sorted(folders), others)
 
 
 def _inside(root: Path) -> str:

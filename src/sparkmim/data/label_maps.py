@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,13 @@ IGNORED = -1
 LABEL_FOLDERS = ("labels", "annotations", "masks")
 """Names of the folder of label maps; the first that exists is used."""
 
+LABEL_SUFFIXES = (".png", ".bmp", ".gif", ".tif", ".tiff")
+"""Endings of label maps' names: formats without loss."""
+
+_LABEL_ENDING = re.compile(r"[-_. ](masks?|labels?|lbl|seg|segmentation|annotations?|gt)$", re.IGNORECASE)
+_IMAGE_ENDING = re.compile(r"[-_. ](images?|img|rgb|sat)$", re.IGNORECASE)
+"""What stems may end in, so that `01.jpg` or `01_image.jpg` has the label map `01_mask.png`."""
+
 _GREY = {"L", "P", "1", "I", "I;16", "I;16B", "I;16L"}
 """Pillow's modes of images whose pixels are single integers."""
 
@@ -61,21 +70,47 @@ class SegmentationFiles(NamedTuple):
 def find_segmentation(root: str | Path, part: Part) -> SegmentationFiles:
     """Finds a part of a data set by the usual names.
 
-    `images/train/` and `labels/train/`, or `training`; `images/val/` and `labels/val/`, or `valid`, `validation`,
-    `test`. Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`.
+    - `images/train/` and `labels/train/`, or `train/images/` and `train/labels/`;
+    - `train/`, with label maps beside the images: `01_mask.png` beside `01.jpg`;
+    - to train on, all of a folder without parts: `images/` and `labels/`, or label maps beside the images.
+
+    Instead of `labels/`, `annotations/` (as in ADE20K) or `masks/`. Names of the part to train on are `train` and
+    `training`; of the part to validate on `val`, `valid`, `validation` and `test`.
     """
     root = existing_folder(root)
-    name = next((name for name in PART_NAMES[part] if (root / "images" / name).is_dir()), None)
-    if name is None:
-        raise MissingPath(
-            f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, "
-            "nor a folder of another usual name; name the folders of images and of label maps"
-        )
-    labels = next((root / folder / name for folder in LABEL_FOLDERS if (root / folder / name).is_dir()), None)
+    for name in PART_NAMES[part]:
+        for images, pattern in ((f"images/{name}", f"{{}}/{name}"), (f"{name}/images", f"{name}/{{}}")):
+            if (root / images).is_dir():
+                return _with_labels(root, images, pattern)
+        if _is_mixed(root / name):
+            return SegmentationFiles(root / name, root / name)
+    names = [name for names in PART_NAMES.values() for name in names]
+    if part == "train" and not any((root / folder / name).is_dir() for name in names for folder in ("", "images")):
+        if (root / "images").is_dir():
+            return _with_labels(root, "images", "{}")
+        if _is_mixed(root):
+            return SegmentationFiles(root, root)
+    remedy = ", or set some apart with --val-split 0.2" if part == "val" else ""
+    raise MissingPath(
+        f"{root} holds no images to {PURPOSE[part]}: there is no images/{part}/, nor a folder of another usual name; "
+        f"name the folders of images and of label maps{remedy}"
+    )
+
+
+def _with_labels(root: Path, images: str, pattern: str) -> SegmentationFiles:
+    """Finds the folder of label maps; `pattern` gives its path by its name."""
+    looked = [pattern.format(folder) for folder in LABEL_FOLDERS]
+    labels = next((root / folder for folder in looked if (root / folder).is_dir()), None)
     if labels is None:
-        looked = ", ".join(f"{folder}/{name}/" for folder in LABEL_FOLDERS)
-        raise MissingPath(f"{root} has no label maps for images/{name}/: none of {looked} exists")
-    return SegmentationFiles(root / "images" / name, labels)
+        raise MissingPath(f"{root} has no label maps for {images}/: none of {'/, '.join(looked)}/ exists")
+    return SegmentationFiles(root / images, labels)
+
+
+def _is_mixed(folder: Path) -> bool:
+    """Tells by their names whether a folder holds images with label maps beside them."""
+    return folder.is_dir() and any(
+        path.suffix.lower() in LABEL_SUFFIXES and _LABEL_ENDING.search(path.stem) for path in folder.iterdir()
+    )
 
 
 def read_class_names(file: str | Path) -> list[str]:
@@ -96,16 +131,22 @@ def read_class_names(file: str | Path) -> list[str]:
 
 
 class SegmentationImages(Dataset[Any]):
-    """Images with their label maps, which have the same path and name, except for the ending.
+    """Images with their label maps, which have the same path and name, except for the ending, and words like `_mask`.
 
     `open_segmentation` makes it. An item is an image, `tv_tensors.Image [C, H, W]`, and its classes, int32
     `tv_tensors.Mask [H, W]`, `IGNORED` for ignored pixels. Images are uint8, upright by their EXIF orientation unless
     the label map is not; arrays are float32, in their own units. `problems` are those of the folders;
     `check_segmentation` finds those of the files' content.
+
+    Attributes:
+        label_values: values of the classes in label maps; None if they are the classes' numbers.
     """
 
-    def __init__(self, files: SegmentationFiles, channels: int, ignore: int, reduce: bool) -> None:
+    def __init__(
+        self, files: SegmentationFiles, channels: int, ignore: int, reduce: bool, label_values: Sequence[int] | None
+    ) -> None:
         self.files, self.channels, self.ignore, self.reduce = files, channels, ignore, reduce
+        self.label_values = label_values
         self.problems = Problems()
         found = Source([], False, channels, 2)
         label_paths: list[str] = []
@@ -114,11 +155,17 @@ class SegmentationImages(Dataset[Any]):
         except UserError as error:
             self.problems.fatal.append(str(error))
         try:
-            label_paths = find_images(files.labels, suffixes=(".png",))
+            label_paths = find_images(files.labels, suffixes=LABEL_SUFFIXES)
         except UserError as error:
             self.problems.fatal.append(str(error))
         self.arrays = found.arrays
         images, labels = _by_stem(found.items, files.images), _by_stem(label_paths, files.labels)
+        if files.images == files.labels:
+            labels = {stem: paths for stem, paths in labels.items() if _LABEL_ENDING.search(stem)}
+            images = {stem: paths for stem, paths in images.items() if stem not in labels}
+            if not labels:
+                self.problems.fatal.append("no label map beside the images is named like 01_mask.png")
+        labels = _named_as_images(labels, images)
         both = sorted(images.keys() & labels.keys())
         for what, stems in (("image", images), ("label map", labels)):
             twice = [few(paths) for stem in both if len(paths := stems[stem]) > 1]
@@ -148,6 +195,23 @@ class SegmentationImages(Dataset[Any]):
         """The images without their label maps."""
         return Source([str(self.files.images / name) for name in self._images], self.arrays, self.channels, 2)
 
+    def split(self, share: float, seed: int) -> tuple[SegmentationImages, SegmentationImages]:
+        """Sets apart a share of the images, at least one; returns the remaining images, and those set apart."""
+        if len(self) < 2:
+            self.problems.fatal.append("there are fewer than 2 images, so none can be set apart for validation")
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
+        count = min(len(self) - 1, max(1, round(share * len(self))))
+        apart = self._take(sorted(order[:count]))
+        apart.problems = Problems()
+        return self._take(sorted(order[count:])), apart
+
+    def _take(self, places: Sequence[int]) -> SegmentationImages:
+        taken = copy.copy(self)
+        taken._images, taken._labels = (
+            SharedPaths(paths[place] for place in places) for paths in (self._images, self._labels)
+        )
+        return taken
+
     def label_path(self, place: int) -> Path:
         """Returns the path of a label map."""
         return self.files.labels / self._labels[place]
@@ -165,13 +229,16 @@ class SegmentationImages(Dataset[Any]):
                 raise UnreadableImage(path, "holds values that are not finite")
         else:
             image = decode_annotated(path, size, "its label map", self.channels)
-        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self._classes(values)))
+        return tv_tensors.Image(image), tv_tensors.Mask(torch.from_numpy(self.classes_of(values)))
 
-    def _classes(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
-        """Converts values of label maps, in any shape, to classes."""
-        ignored = values == self.ignore
+    def classes_of(self, values: npt.NDArray[Any]) -> npt.NDArray[np.int32]:
+        """Converts values of label maps, in any shape, to classes; with `label_values`, others are the next number."""
         classes = values.astype(np.int32) - self.reduce
-        classes[ignored] = IGNORED  # and where 0 was reduced
+        if self.label_values is not None:
+            classes[:] = len(self.label_values)
+        classes[values == self.ignore] = IGNORED  # and where 0 was reduced
+        for number, value in enumerate(self.label_values or ()):
+            classes[values == value] = number
         return classes
 
     def look(self, place: int) -> _Look:
@@ -180,13 +247,10 @@ class SegmentationImages(Dataset[Any]):
         try:
             values = read_values(self.label_path(place))
         except UnreadableImage as error:
-            return _Look("unreadable", f"{label} ({error.reason})", {})
+            return _Look("unreadable", f"{label} ({error.reason})", [])
         except NotIndices as error:
-            return _Look("colours", f"{label} ({error})", {})
-        counts = np.bincount(values.ravel())
-        present = np.flatnonzero(counts)
-        classes = dict(zip(self._classes(present).tolist(), counts[present].tolist(), strict=True))
-        classes.pop(IGNORED, None)
+            return _Look("colours", f"{label} ({error})", [])
+        present = np.flatnonzero(np.bincount(values.ravel())).tolist()
         try:
             if self.arrays:
                 sizes = [to_array(self.files.images / name, self.channels, 2).shape[1:]]
@@ -194,10 +258,10 @@ class SegmentationImages(Dataset[Any]):
                 stored, turned = stored_size(self.files.images / name)
                 sizes = [stored, stored[::-1]] if turned else [stored]
         except UnreadableImage as error:
-            return _Look("image", f"{name} ({error.reason})", classes)
+            return _Look("image", f"{name} ({error.reason})", present)
         if values.shape not in sizes:
-            return _Look("size", f"{name} is {size_text(sizes[0])}, {label} {size_text(values.shape)}", classes)
-        return _Look("", label, classes)
+            return _Look("size", f"{name} is {size_text(sizes[0])}, {label} {size_text(values.shape)}", present)
+        return _Look("", label, present)
 
 
 def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
@@ -210,17 +274,31 @@ def _by_stem(paths: Sequence[str], folder: Path) -> dict[str, list[str]]:
     return found
 
 
+def _named_as_images(labels: dict[str, list[str]], images: dict[str, list[str]]) -> dict[str, list[str]]:
+    """Replaces stems of label maps that are no image's by those of images, where usual words at their ends differ."""
+    bare = {_IMAGE_ENDING.sub("", stem): stem for stem in images if stem not in labels}
+    bare |= {stem: stem for stem in images}
+    found: dict[str, list[str]] = defaultdict(list)
+    for stem, paths in labels.items():
+        found[stem if stem in images else bare.get(_LABEL_ENDING.sub("", stem), stem)] += paths
+    return found
+
+
 class NotIndices(UserError):
     """A label map whose pixels are colours."""
 
 
 def read_values(path: Path) -> npt.NDArray[Any]:
-    """Reads the integers `[h, w]` of a label map: grey values, or indices into a palette.
+    """Reads the integers `[h, w]` of a label map: grey values, also of opaque RGB, or indices into a palette.
 
     Raises:
         NotIndices: if it holds colours.
     """
     with pillow_errors(path), open_picture(path) as image:
+        if image.mode in ("LA", "RGB", "RGBA"):
+            bands: npt.NDArray[np.uint8] = np.array(image.convert("RGBA"))  # [h, w, 4]
+            if (bands[..., :3] == bands[..., :1]).all() and (bands[..., 3] == 255).all():
+                return bands[..., 0]
         if image.mode not in _GREY:
             raise NotIndices(image.mode)
         spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
@@ -229,28 +307,34 @@ def read_values(path: Path) -> npt.NDArray[Any]:
 
 
 def open_segmentation(
-    images: str | Path, labels: str | Path, channels: int = 3, ignore: int = 255, reduce: bool = False
+    images: str | Path,
+    labels: str | Path,
+    channels: int = 3,
+    ignore: int = 255,
+    reduce: bool = False,
+    label_values: Sequence[int] | None = None,
 ) -> SegmentationImages:
     """Opens a folder of images or arrays, and one of label maps. `check_segmentation` reports problems with them.
 
-    Label maps are PNG files whose values are classes: grey of up to 16 bits, or with a palette. `ignore` is the value
+    Label maps are PNG, BMP, GIF or TIFF files whose values are classes: grey, or with a palette. `ignore` is the value
     of ignored pixels. With `reduce`, pixels of value 0 are ignored too, and class 0 has the value 1, as in ADE20K.
+    `label_values` are the values of the classes, if these are not numbered.
     """
     files = SegmentationFiles(
         existing_folder(images, "folder of images"), existing_folder(labels, "folder of label maps")
     )
-    return SegmentationImages(files, channels, ignore, reduce)
+    return SegmentationImages(files, channels, ignore, reduce, label_values)
 
 
 # Checking
 
 
 class _Look(NamedTuple):
-    """What was seen in one label map, with the number of pixels by class."""
+    """What was seen in one label map, and the values in it."""
 
     wrong: str  # key of `_WRONG`, `image` for an image that cannot be read, or "" if nothing is wrong
     what: str  # name of the file, and details
-    classes: dict[int, int]
+    values: list[int]
 
 
 _WRONG = {
@@ -261,7 +345,7 @@ _WRONG = {
 
 
 def check_segmentation(
-    parts: Sequence[SegmentationImages], names: Sequence[str] | None = None
+    parts: Sequence[SegmentationImages], names: Sequence[str] | None = None, numbered: bool = False
 ) -> tuple[list[str], list[str]]:
     """Checks every label map, and the header of every image, and raises an error that lists all problems.
 
@@ -269,20 +353,31 @@ def check_segmentation(
     numbers, or unreadable; values that are no class; a part without images or classes; a single class. Shows progress
     on stderr if that is a terminal.
 
-    This reads every label map, so in a distributed run one process should do it: results and errors pickle.
+    If there are just two values in all label maps, such as 0 and 255, they are two classes, and become the parts'
+    `label_values`; unless values are known to be `numbered`.
 
     Returns:
-        Names of the classes, "0", "1", … unless given; and notes, a line each.
+        Names of the classes, their values unless given; and notes, a line each.
     """
     every = Problems()
-    seen: list[dict[int, int]] = []
-    for part in parts:
-        found, classes = _look_through(part, names)
-        seen.append(classes)
-        for lines, of_part in ((every.fatal, found.fatal), (every.notes, found.notes)):
+    looks = [_look_through(part, names) for part in parts]
+    pair = None if numbered else _two_values(parts, [value for look in looks for value in look.values], names)
+    seen: list[set[int]] = []
+    for part, look in zip(parts, looks, strict=True):
+        if pair is not None:
+            part.label_values = pair
+        else:
+            outside = f"with values that are none of the {len(names or ())} classes"
+            report(look.problems.fatal, look.outside, outside, "label map")
+        seen.append(set(part.classes_of(np.array([*look.values], np.int64)).tolist()) - {IGNORED})
+        for lines, of_part in ((every.fatal, look.problems.fatal), (every.notes, look.problems.notes)):
             lines += [f"{part.files.labels}: {line}" for line in of_part]
-    count = len(names) if names is not None else max((number for classes in seen for number in classes), default=-1) + 1
-    listed = list(names) if names is not None else [str(number) for number in range(count)]
+    count = max((number for classes in seen for number in classes), default=-1) + 1
+    listed = list(names) if names is not None else [str(value) for value in pair or range(count)]
+    count = len(listed)
+    if pair is not None:
+        naming = "; --classes names them" if names is None else f", {listed[0]} and {listed[1]}"
+        every.notes.append(f"{pair[0]} and {pair[1]} are the only values in the label maps, and so two classes{naming}")
     if count < 2 and not every.fatal:
         only = f"class {listed[0]}" if listed else "no class"
         every.fatal.append(
@@ -297,11 +392,28 @@ def check_segmentation(
     return listed, every.check(" and ".join(dict.fromkeys(str(part.files.images) for part in parts)))
 
 
-def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tuple[Problems, dict[int, int]]:
-    """Returns the problems of a part, and its number of pixels by class."""
+class _PartLook(NamedTuple):
+    """What was seen in the label maps of a part."""
+
+    problems: Problems
+    values: set[int]
+    outside: list[str]  # label maps with values that are no class, and these values
+
+
+def _two_values(
+    parts: Sequence[SegmentationImages], values: Iterable[int], names: Sequence[str] | None
+) -> list[int] | None:
+    """Returns the values of label maps of two classes that are not numbered, such as 0 and 255; else None."""
+    pair = sorted(set(values))
+    numbered = pair == [0, 1] or any(part.reduce for part in parts)
+    return pair if len(pair) == 2 == len(names or pair) and not numbered else None
+
+
+def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> _PartLook:
+    """Looks at all label maps of a part."""
     found = Problems(list(part.problems.fatal), list(part.problems.notes))
     wrong: dict[str, list[str]] = defaultdict(list)
-    totals: dict[int, int] = defaultdict(int)
+    values: set[int] = set()
     console = Console(stderr=True)
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(part.look, range(len(part)))
@@ -309,14 +421,13 @@ def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tupl
                           disable=not console.is_terminal):  # fmt: skip
             if look.wrong:
                 wrong[look.wrong].append(look.what)
-            if names is not None and (values := [n + part.reduce for n in look.classes if n >= len(names)]):
-                wrong["outside"].append(f"{look.what} has {few(values)}")
-            for number, pixels in look.classes.items():
-                totals[number] += pixels
+            values.update(look.values)
+            if names is not None:
+                present = np.array(look.values, np.int64)
+                if outside := present[part.classes_of(present) >= len(names)].tolist():
+                    wrong["outside"].append(f"{look.what} has {few(outside)}")
     for kind, (word, words) in _WRONG.items():
         if wrong[kind]:
             found.fatal.append(f"{counted(len(wrong[kind]), word, words)}: {few(wrong[kind])}")
-    outside = f"with values that are none of the {len(names or ())} classes"
-    report(found.fatal, wrong["outside"], outside, "label map")
     report(found.notes, wrong["image"], "that cannot be read", "image")
-    return found, totals
+    return _PartLook(found, values, wrong["outside"])

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
-from sparkmim.data.discovery import SUFFIXES, check_files, find_images
+from sparkmim.data.arrays import ARRAY_SUFFIXES
+from sparkmim.data.discovery import SUFFIXES, check_files
 from sparkmim.data.problems import counted, few
+from sparkmim.data.source import Source
 from sparkmim.errors import MissingPath, UserError
 
 Part = Literal["train", "val"]
@@ -79,25 +81,27 @@ class Labelled:
 
 
 def open_labelled(
-    data: Any, val_data: Any | None = None, val_split: float | None = None, seed: int = 0
-) -> tuple[Labelled, Labelled | None]:
-    """Finds labelled images for training and validation.
+    data: Any, val_data: Any | None = None, val_split: float | None = None, seed: int = 0, channels: int = 3,
+    rank: int = 2,
+) -> tuple[Labelled, Labelled | None]:  # fmt: skip
+    """Finds labelled images, or arrays, for training and validation.
 
     `data` is one of
 
     - a folder with `train/` and `val/` (or `valid`, `validation`, `test`), each with a folder per class;
-    - a folder with a folder per class;
+    - a folder with a folder per class, one of which may be called `train`;
     - a CSV file with a header, columns `path` and `label`, and optionally `split`; paths are relative to the file;
     - a map-style dataset of (image, label), with names in `classes` if it has them.
 
     Validation images may also be given as `val_data`, of no other classes, or be a share `val_split` of every class,
-    drawn by `seed`. The second result is None if there are none.
+    drawn by `seed`. The second result is None if there are none. What files are looked for depends on `channels` and
+    `rank`, as `Source.of_files` says.
     """
     if data is None:
         raise UserError("no data given; --data names a folder with a folder per class, or a CSV file")
-    train, val = _open(data)
+    train, val = _open(data, channels, rank)
     if val_data is not None:
-        given, other = _open(val_data)
+        given, other = _open(val_data, channels, rank)
         val = given if other is None else other
     if val is None and val_split is not None:
         train, val = train.split(val_split, seed)
@@ -105,6 +109,9 @@ def open_labelled(
         raise UserError("val_split was given, but there are validation images already; leave it out")
     if val is not None and val.classes != train.classes:
         val = _with_classes(val, train.classes)
+    sources = [Source.of(part.items, channels, rank, data).checked() for part in (train, val) if part is not None]
+    if len({source.arrays for source in sources}) > 1:
+        raise UserError("training and validation images must be of one kind, image files or arrays")
     return train, val
 
 
@@ -118,7 +125,7 @@ def _with_classes(images: Labelled, classes: list[str]) -> Labelled:
     return Labelled(images.items, place[images.labels], classes)
 
 
-def _open(data: Any) -> tuple[Labelled, Labelled | None]:
+def _open(data: Any, channels: int, rank: int) -> tuple[Labelled, Labelled | None]:
     if not isinstance(data, (str, Path)):
         return _of_dataset(data), None
     root = Path(data).expanduser().absolute()
@@ -126,15 +133,20 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
         raise MissingPath(f"there is no folder or CSV file {root}")
     if root.is_file():
         return _of_table(root)
-    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
+    folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
     train, val = (next((folders[name] for name in names if name in folders), None) for names in PART_NAMES.values())
-    if train is not None:
-        return _of_folder(train), None if val is None else _of_folder(val, fewest=1)
-    return _of_folder(root), None
+    if train is not None and (val is not None or len(folders) == 1 or not _holds_images(train)):
+        return _of_folder(train, channels, rank), None if val is None else _of_folder(val, channels, rank, fewest=1)
+    return _of_folder(root, channels, rank), None
 
 
-def _of_folder(root: Path, fewest: int = 2) -> Labelled:
-    paths = find_images(root)
+def _holds_images(folder: Path) -> bool:
+    """Whether images or arrays lie in a folder itself, as in that of a class, not of a part."""
+    return any(path.name.lower().endswith((*SUFFIXES, *ARRAY_SUFFIXES)) for path in folder.iterdir())
+
+
+def _of_folder(root: Path, channels: int, rank: int, fewest: int = 2) -> Labelled:
+    paths = Source.of_files(root, channels, rank).items
     names = [Path(os.path.relpath(path, root)).parts[0] for path in paths]
     loose = [name for path, name in zip(paths, names, strict=True) if Path(path).parent == root]
     classes = sorted(set(names) - set(loose))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +16,10 @@ from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.augmentation import normalisation
 from sparkmim.data.decoding import UnreadableImage, to_image
 from sparkmim.data.discovery import SUFFIXES, find_images
-from sparkmim.data.problems import counted
+from sparkmim.data.problems import counted, few, print_notes, report
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.machine import is_main_process
 
 _FIRST_LOOK = 200
 """Samples to measure mean and deviation on when a run starts without them."""
@@ -35,13 +38,13 @@ class Source:
     def of(cls, items: Any, channels: int, rank: int, name: object = "the data set") -> Source:
         """Decides whether items are images or arrays.
 
-        Image files hold 1 or 3 channels and two axes: anything else is read as arrays, and so are paths without an
-        image file among them.
+        Image files hold 1 or 3 channels and two axes: anything else is read as arrays. Paths are of the kind that most
+        of them are of.
         """
         arrays = rank != 2 or channels not in (1, 3)
         if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
             if not arrays:
-                arrays = all(map(_is_array, items))
+                arrays = 2 * sum(map(_is_array, items)) > len(items)
             elif not any(map(_is_array, items)):
                 kind = counted(channels, "channel") if rank == 2 else {1: "signals", 3: "volumes"}[rank]
                 raise UserError(
@@ -52,10 +55,33 @@ class Source:
 
     @classmethod
     def of_files(cls, data: str | Path, channels: int, rank: int) -> Source:
-        """Finds the files of a folder or a text file, as `find_images` does; of images and arrays, one kind."""
-        paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
+        """Finds the files of a folder or a text file, as `find_images` does; of images and arrays, one kind.
+
+        What is left out is said on stderr.
+        """
+        others: Counter[str] = Counter()
+        paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES), others=others)
         found = cls.of(paths, channels, rank, data)
-        return cls([path for path in paths if _is_array(path) == found.arrays], found.arrays, channels, rank)
+        kept = [path for path in paths if _is_array(path) == found.arrays]
+        notes: list[str] = []
+        kinds = ("array files", "image file") if found.arrays else ("image files", "array file")
+        lone = [os.path.relpath(path, data) for path in paths if _is_array(path) != found.arrays]
+        report(notes, lone, f"left out of {data}, as the other {len(kept):,} are {kinds[0]}", kinds[1])
+        endings = [f"{count:,} {ending}" for ending, count in others.most_common()]
+        if endings:
+            notes.append(f"{counted(others.total(), 'file')} left out of {data} for their ending: {few(endings)}")
+        print_notes(Console(stderr=True, quiet=not is_main_process()), notes)
+        return cls(kept, found.arrays, channels, rank)
+
+    def checked(self) -> Source:
+        """Returns itself, if the first of array files has a shape that fits, in a format that can be read here."""
+        if self.arrays and isinstance(self.items[0], (str, Path)):
+            try:
+                self.read(self.items[0])
+            except UnreadableImage as error:
+                if "is of shape" in error.reason:
+                    raise UserError(str(error)) from error
+        return self
 
     @property
     def read(self) -> Callable[..., Any]:
@@ -99,14 +125,7 @@ def open_source(data: Any, channels: int, rank: int) -> Source:
         raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
     if not isinstance(data, (str, Path)):
         return Source.of(data, channels, rank)
-    source = Source.of_files(data, channels, rank)
-    if source.arrays:  # fail before a run begins, if they have another shape or their format cannot be read here
-        try:
-            source.read(source.items[0])
-        except UnreadableImage as error:
-            if "is of shape" in error.reason:
-                raise UserError(str(error)) from error
-    return source
+    return Source.of_files(data, channels, rank).checked()  # before a run begins
 
 
 def images_source(images: Any, channels: int, rank: int) -> Source:

@@ -148,17 +148,17 @@ def _entries(labels: Tensor, classes: Sequence[str], width: int, font: FreeTypeF
     return entries
 
 
-def save_label_map(path: Path, labels: Tensor, classes: int, reduced: bool = False) -> None:
-    """Writes a label map, long `[H, W]`, as PNG: with a palette or, for more than 256 values, as 16-bit grey.
+def save_label_map(path: Path, labels: Tensor, values: Sequence[int]) -> None:
+    """Writes a label map, long `[H, W]`, as PNG: with a palette or, for values above 255, as 16-bit grey.
 
-    `reduced` writes class 0 as 1, and so on, as in training maps whose 0 is ignored.
+    Class 0 is written as the first of `values`, and so on.
     """
-    values = (labels.cpu() + reduced).numpy()
-    if classes + reduced > 256:
-        image = Image.fromarray(values.astype(np.uint16))
+    written = np.array(values)[labels.cpu().numpy()]
+    if max(values) > 255:
+        image = Image.fromarray(written.astype(np.uint16))
     else:
-        image = Image.fromarray(values.astype(np.uint8))
-        colours = [(0, 0, 0)] * reduced + [class_colour(number) for number in range(256 - reduced)]
-        image.putpalette([part for colour in colours for part in colour])
+        image = Image.fromarray(written.astype(np.uint8))
+        colours = {value: class_colour(number) for number, value in enumerate(values)}
+        image.putpalette([part for value in range(256) for part in colours.get(value, (0, 0, 0))])
     with replacing(path) as partial:
         image.save(partial)

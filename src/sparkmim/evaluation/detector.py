@@ -15,12 +15,12 @@ from sparkmim.data.coco import CocoFiles, CocoImages, check_coco, find_coco, ope
 from sparkmim.data.detection_transforms import detection_resize
 from sparkmim.data.loading import log_unreadable, one_by_one
 from sparkmim.data.parts import find_part
-from sparkmim.data.problems import counted
+from sparkmim.data.problems import counted, print_notes
 from sparkmim.drawing.annotated import SURE, draw_detections
 from sparkmim.errors import UserError
 from sparkmim.evaluation.coco import CocoScores, coco_results, evaluate_coco, mask_at
 from sparkmim.evaluation.scores import evaluation_mode
-from sparkmim.evaluation.trained import open_trained, print_notes, read_images, report_scores, save_picture
+from sparkmim.evaluation.trained import open_trained, read_images, report_scores, save_picture
 from sparkmim.files import replacing
 from sparkmim.models.encoders import own_module
 from sparkmim.results import DetectResult

@@ -74,7 +74,10 @@ def run_evaluation(settings: EvaluateSettings) -> EvaluationResult:
     out = _out_of(settings)
     device = device_named(settings.accelerator)
     networks = _networks(settings, device)
-    train, test = open_labelled(settings.data, settings.val_data, settings.val_split, settings.seed)
+    seen = networks[0].preparation
+    train, test = open_labelled(
+        settings.data, settings.val_data, settings.val_split, settings.seed, seen.channels, seen.rank
+    )
     if test is None:
         named = settings.data if isinstance(settings.data, (str, Path)) else "the data set"
         raise UserError(

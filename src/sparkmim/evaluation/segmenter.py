@@ -18,25 +18,27 @@ from sparkmim.data.label_maps import (
     open_segmentation,
     read_class_names,
 )
+from sparkmim.data.labelled import Part
 from sparkmim.data.loading import log_unreadable, one_by_one
 from sparkmim.data.parts import find_part
-from sparkmim.data.problems import counted
+from sparkmim.data.problems import counted, print_notes
 from sparkmim.data.segmentation_transforms import segmentation_resize
 from sparkmim.drawing.annotated import draw_classes, save_label_map, with_legend
 from sparkmim.drawing.pixels import Tones
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import evaluation_mode
 from sparkmim.evaluation.segmentation import classes_at, evaluate_segmentation
-from sparkmim.evaluation.trained import open_trained, print_notes, read_images, report_scores, save_picture
+from sparkmim.evaluation.trained import open_trained, read_images, report_scores, save_picture
 from sparkmim.models.encoders import own_module
 from sparkmim.results import SegmentResult
 
 
 def use_segmenter(
-    *, weights: str | Path, out: str | Path, predict: Any, data: str | Path | None, val_images: str | Path | None,
-    val_labels: str | Path | None, classes: str | Path | None, ignore: int | None, reduce_labels: bool,
-    model: str | nn.Module | None, eval_short_side: int | None, mean: Sequence[float] | None,
-    std: Sequence[float] | None, accelerator: str, precision: str, workers: int | None,
+    *, weights: str | Path, out: str | Path, predict: Any, data: str | Path | None, images: str | Path | None,
+    labels: str | Path | None, val_images: str | Path | None, val_labels: str | Path | None, val_split: float | None,
+    classes: str | Path | None, ignore: int | None, reduce_labels: bool, model: str | nn.Module | None,
+    eval_short_side: int | None, mean: Sequence[float] | None, std: Sequence[float] | None, seed: int,
+    accelerator: str, precision: str, workers: int | None,
 ) -> SegmentResult:  # fmt: skip
     """Runs `sparkmim.segment` where it labels the images in `predict`, or scores a segmenter on the validation images.
 
@@ -55,28 +57,36 @@ def use_segmenter(
         if names is not None and names != known.classes:
             raise UserError(f"the data have other classes than {opened.path}: {len(names)} and {len(known.classes)} "
                             "names, which must be the same, in the same order")  # fmt: skip
+        part: Part = "val" if val_split is None else "train"
         named = {"val_images": val_images, "val_labels": val_labels}
-        files = find_part("val", data, named, SegmentationFiles, find_segmentation)
-        images = open_segmentation(*files, opened.channels, known.ignore if ignore is None else ignore, reduce_labels)
-        maps = run_segmenter(segmenter, images, range(len(images)), transform, workers, device, low_precision)
-        scores = evaluate_segmentation(maps, checked_classes(console, [images], known.classes), device)
+        if val_split is not None:
+            named = {"images": images, "labels": labels}
+        files = find_part(part, data, named, SegmentationFiles, find_segmentation)
+        ignore = known.ignore if ignore is None else ignore
+        scored = open_segmentation(*files, opened.channels, ignore, reduce_labels, known.label_values)
+        if val_split is not None:
+            _, scored = scored.split(val_split, seed)
+        maps = run_segmenter(segmenter, scored, range(len(scored)), transform, workers, device, low_precision)
+        listed = checked_classes(console, [scored], known.classes, numbered=True)
+        scores = evaluate_segmentation(maps, listed, device)
         report_scores(console, out, scores)
         return SegmentResult(out, 0, 0, scores.figures, segmenter)
 
+    values = known.label_values or range(reduce_labels, len(known.classes) + reduce_labels)
     means, deviations = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
-    found: set[int] = set()
+    present: set[int] = set()
     count = 0
     for name, _, image in read_images(console, predict, opened.channels):
-        labels = predict_classes(segmenter, transform(image).to(device), image.shape[1:], low_precision).cpu()  # [h, w]
+        found = predict_classes(segmenter, transform(image).to(device), image.shape[1:], low_precision).cpu()  # [h, w]
         arrays = image.is_floating_point()
         normalised = ((image if arrays else image / 255) - means) / deviations  # [c, h, w]
         tones = tones_of(opened.channels, mean, std, arrays)
-        picture = with_legend(draw_classes(tones(normalised[None])[0], labels), [labels], known.classes)  # [3, h, w]
+        picture = with_legend(draw_classes(tones(normalised[None])[0], found), [found], known.classes)  # [3, h, w]
         save_picture(picture, out / f"{name}.jpg")
-        save_label_map(out / f"{name}.png", labels, len(known.classes), reduce_labels)
+        save_label_map(out / f"{name}.png", found, values)
         count += 1
-        found.update(labels.flatten().bincount().nonzero().flatten().tolist())
-    said = f"{counted(count, 'image')}, {len(found)} of {len(known.classes)} classes found: {out}"
+        present.update(found.flatten().bincount().nonzero().flatten().tolist())
+    said = f"{counted(count, 'image')}, {len(present)} of {len(known.classes)} classes found: {out}"
     console.print(said, markup=False)
     return SegmentResult(out, 0, 0, {}, segmenter)
 
@@ -126,9 +136,11 @@ def class_names(data: str | Path | None, classes: str | Path | None) -> list[str
     return read_class_names(beside) if data is not None and beside.is_file() else None
 
 
-def checked_classes(console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None) -> list[str]:
-    """Checks data, prints what is noteworthy about them, and returns their classes."""
-    classes, notes = check_segmentation(parts, names)
+def checked_classes(
+    console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None, numbered: bool = False
+) -> list[str]:
+    """Checks data, as `check_segmentation`, prints what is noteworthy about them, and returns their classes."""
+    classes, notes = check_segmentation(parts, names, numbered)
     print_notes(console, notes)
     return classes
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,6 @@ def save_picture(picture: Tensor, path: Path) -> None:
     """Writes a picture, uint8 `[3, H, W]`, as JPEG."""
     with replacing(path) as partial:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, quality=92)
-
-
-def print_notes(console: Console, notes: Sequence[str]) -> None:
-    """Prints what is noteworthy about data without being an error."""
-    for note in notes:
-        console.print("[yellow]note:[/] ", end="")
-        console.print(note, markup=False)
 
 
 def report_scores(console: Console, out: Path, scores: Scores) -> None:

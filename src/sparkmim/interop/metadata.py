@@ -79,6 +79,7 @@ class WeightsMetadata:
     long_side: int | None = _checked(_PIXELS)
     ignore: int | None = _checked(_Whole(0, 2**16 - 1))  # value in label maps that is not scored
     reduce_labels: bool | None = _checked(_flag)  # whether label maps count classes from 1, with 0 ignored
+    label_values: Sequence[int] | None = _checked(Several(_Whole(0, 2**16 - 1)))  # of the classes, if not numbered
     figures: dict[str, float] = field(default_factory=dict)  # `top1`, `bbox/AP`, and other numbers found in the file
 
     def given(self, *names: str) -> dict[str, Any]:
@@ -115,7 +116,8 @@ class WeightsMetadata:
         figures = {name: value for name, value in content.items() if name not in _CHECKS and _is_figure(value)}
         known = cls(**values, figures=figures)
         counts = {"channels": known.channels, "classes": len(known.classes or ())}
-        for name, other in (("mean", "channels"), ("std", "channels"), ("category_ids", "classes")):
+        one_each = {"mean": "channels", "std": "channels", "category_ids": "classes", "label_values": "classes"}
+        for name, other in one_each.items():
             if name in values and len(values[name]) != (count := counts[other]):
                 found = f"{len(values[name])} values for {count} {other}"
                 raise UserError(f"{name} in the metadata of {path} has {found}; it must have one each")

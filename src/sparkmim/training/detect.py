@@ -15,11 +15,11 @@ from sparkmim.data.coco import CocoFiles, CocoImages, find_coco, open_coco
 from sparkmim.data.dataset import TargetDataset, collate_detection
 from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.parts import find_part
+from sparkmim.data.problems import print_notes
 from sparkmim.data.source import Source
 from sparkmim.drawing.annotated import draw_detections
 from sparkmim.evaluation.coco import CocoScores
 from sparkmim.evaluation.detector import coco_notes, run_detector, score_detections
-from sparkmim.evaluation.trained import print_notes
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import DETECTOR_FILE, Weights
 from sparkmim.models.detector import create_detector

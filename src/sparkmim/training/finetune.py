@@ -71,7 +71,10 @@ class Finetuning(Training[FinetuneSettings]):
     def prepare(
         self, settings: FinetuneSettings, batch_is_free: bool, start: Weights | None, console: Console
     ) -> Prepared[FinetuneSettings]:
-        train_images, val_images = open_labelled(settings.data, settings.val_data, settings.val_split, settings.seed)
+        channels, rank = settings.channels, len(settings.image_size)
+        train_images, val_images = open_labelled(
+            settings.data, settings.val_data, settings.val_split, settings.seed, channels, rank
+        )
         if val_images is None:
             raise UserError(
                 "there are no validation images; put them in a folder val/ beside train/, or set some apart with "
@@ -79,7 +82,7 @@ class Finetuning(Training[FinetuneSettings]):
             )
         if warning := few_of(train_images.labels, train_images.classes):
             console.print(f"[yellow]note:[/] {warning}")
-        source = Source.of(train_images.items, settings.channels, len(settings.image_size))
+        source = Source.of(train_images.items, channels, rank)
         mean, std = source.normalisation(settings.mean, settings.std)
         settings = replace(settings, mean=mean, std=std)
         model = build_model(settings, len(train_images.classes), start)

@@ -53,7 +53,7 @@ class Probe(StepCallback):
 
     def __init__(self, data: Any, preparation: Preparation, every_steps: int | None, seed: int) -> None:
         super().__init__()
-        train, test = open_labelled(data, None, None, seed)
+        train, test = open_labelled(data, None, None, seed, preparation.channels, preparation.rank)
         if test is None:
             train, test = train.split(_TEST_SHARE, seed)
         generator = torch.Generator().manual_seed(seed)

@@ -16,6 +16,7 @@ from sparkmim.data.label_maps import SegmentationFiles, SegmentationImages, find
 from sparkmim.data.parts import find_part
 from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
 from sparkmim.drawing.annotated import draw_classes, side_by_side, with_legend
+from sparkmim.errors import UserError
 from sparkmim.evaluation.segmentation import SegmentationScores, evaluate_segmentation
 from sparkmim.evaluation.segmenter import checked_classes, class_names, run_segmenter, tones_of
 from sparkmim.interop.metadata import WeightsMetadata
@@ -73,7 +74,7 @@ class Segmentation(Training[SegmentSettings]):
             module=SegmentModule(model, plan.adamw(settings), settings.seed, settings.layer_decay, settings.schedule),
             dataset=dataset,
             plan=plan,
-            metadata=_metadata(settings, classes),
+            metadata=_metadata(settings, classes, train_images.label_values),
             file=SEGMENTER_FILE,
             rows=_rows(settings, model, train_images, val_images, classes, plan),
             scorer=SegmentationScorer(val_images, classes, settings),
@@ -84,13 +85,19 @@ def open_parts(settings: SegmentSettings) -> tuple[SegmentationImages, Segmentat
     """Opens the images to train on, and to validate on."""
     named = {"images": settings.images, "labels": settings.labels}
     val_named = {"val_images": settings.val_images, "val_labels": settings.val_labels}
-    files = [
-        find_part("train", settings.data, named, SegmentationFiles, find_segmentation),
-        find_part("val", settings.data, val_named, SegmentationFiles, find_segmentation),
-    ]
+    files = [find_part("train", settings.data, named, SegmentationFiles, find_segmentation)]
+    try:
+        files.append(find_part("val", settings.data, val_named, SegmentationFiles, find_segmentation))
+    except UserError:
+        if settings.val_split is None or any(val_named.values()):
+            raise
     channels, ignore, reduced = settings.channels, settings.ignore, settings.reduce_labels
-    train_images, val_images = (open_segmentation(*part, channels, ignore, reduced) for part in files)
-    return train_images, val_images
+    train_images, *others = (open_segmentation(*part, channels, ignore, reduced) for part in files)
+    if settings.val_split is None:
+        return train_images, others[0]
+    if others:
+        raise UserError("val_split was given, but there are validation images already; leave it out")
+    return train_images.split(settings.val_split, settings.seed)
 
 
 def build_model(settings: SegmentSettings, classes: int, start: Weights | None) -> Segmenter:
@@ -151,12 +158,17 @@ def _at_size(labels: Tensor, picture: Tensor) -> Tensor:
     return nn.functional.interpolate(labels[None, None].float(), picture.shape[1:], mode="nearest-exact")[0, 0].long()
 
 
-def _metadata(settings: SegmentSettings, classes: list[str]) -> WeightsMetadata:
+def _metadata(settings: SegmentSettings, classes: list[str], label_values: Sequence[int] | None) -> WeightsMetadata:
     kept = picked(
         settings, "channels", "mean", "std", "feature_modules", "norm", "eval_short_side", "ignore", "reduce_labels"
     )
     return WeightsMetadata(
-        task="segmentation", model=settings.model_name, image_size=[settings.crop] * 2, classes=classes, **kept
+        task="segmentation",
+        model=settings.model_name,
+        image_size=[settings.crop] * 2,
+        classes=classes,
+        label_values=label_values,
+        **kept,
     )
 
 

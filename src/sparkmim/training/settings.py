@@ -193,6 +193,7 @@ class SegmentSettings(PyramidSettings):
 
     labels: str | None
     val_labels: str | None
+    val_split: float | None
     classes: str | None
     ignore: int
     reduce_labels: bool
