@@ -9,7 +9,7 @@ way of pretraining gets the same network and images, and as many steps as take t
 turn before. Its learning rate is the best of three, each tried in a part of that time, by a linear classifier of frozen
 features on choosing images. The network is fine-tuned several times, each with other labelled images, and scored on the
 test images. Rates of fine-tuning, and whether the head is fitted to frozen features first, are chosen for each way on
-choosing images, with 50 labels per class, from the same; all have the same steps and augmentation, and no layer decay.
+choosing images, from the same five; all have the same steps and augmentation, and no layer decay.
 
 What is done is kept in `--runs`, and the same command goes on with it.
 """
@@ -51,8 +51,8 @@ RATES = {
 and 0.12, SimCLR did best with the lowest, the others with the highest). Masked dense takes the rate of `OURS`, whose
 function it computes."""
 
-TUNED_AT = 50
-"""Labels per class that fine-tuning is tuned with."""
+TUNED_AT = (10, 50)
+"""Labels per class that fine-tuning is tuned with; other numbers of labels take what is best at the nearest."""
 
 
 class Comparison:
@@ -113,16 +113,18 @@ class Comparison:
         weights = self.weights(way, self.pretrainings[(seed - 1) % len(self.pretrainings)])
         return finetune, (self.folder, weights, shots, self.steps[shots], *settings, drawn, judged)
 
-    def tune(self) -> dict[str, dict[tuple[float, bool], float]]:
-        """Returns the accuracies of fine-tuned networks on choosing images, by way and settings of fine-tuning."""
-        shots = TUNED_AT if TUNED_AT in self.steps else next(iter(self.steps))
+    def tune(self) -> dict[tuple[str, int], dict[tuple[float, bool], float]]:
+        """Returns accuracies on choosing images by way, labels per class, and settings of fine-tuning."""
+        every = [(way, shots) for way in self.starts for shots in self.steps if shots in TUNED_AT]
         tuned = self.jobs.run({
-            f"tune {way} {described(*settings)}": self.finetuning(way, 1, shots, settings, 0, "choosing")
-            for way in self.starts for settings in FINETUNINGS
+            f"tune {way} {shots} {described(*settings)}": self.finetuning(way, 1, shots, settings, 0, "choosing")
+            for way, shots in every for settings in FINETUNINGS
         })  # fmt: skip
         return {
-            way: {settings: tuned[f"tune {way} {described(*settings)}"]["accuracy"] for settings in FINETUNINGS}
-            for way in self.starts
+            (way, shots): {
+                settings: tuned[f"tune {way} {shots} {described(*settings)}"]["accuracy"] for settings in FINETUNINGS
+            }
+            for way, shots in every
         }
 
     def run(self) -> dict[str, Any]:
@@ -141,9 +143,10 @@ class Comparison:
             for way in self.starts for seed in self.pretrainings
         })  # fmt: skip
         tuned = self.tune()
-        best = {way: choose(scores) for way, scores in tuned.items()}
+        nearest = {shots: min(TUNED_AT, key=lambda other: abs(other - shots)) for shots in self.steps}
+        best = {(way, shots): choose(tuned[way, nearest[shots]]) for way in self.starts for shots in self.steps}
         finetuned = self.jobs.run({
-            f"finetune {way} {shots} {seed}": self.finetuning(way, seed, shots, best[way], seed, "test")
+            f"finetune {way} {shots} {seed}": self.finetuning(way, seed, shots, best[way, shots], seed, "test")
             for shots in self.steps for way in self.starts for seed in self.seeds
         })  # fmt: skip
         rows = []
@@ -158,8 +161,11 @@ class Comparison:
                     accuracies.setdefault(name, []).extend(score if isinstance(score, list) else [score])
             rows.append({
                 "way": way, "rate": chosen.get(way), "rates tried": tried.get(way),
-                "fine-tuning": described(*best[way]),
-                "fine-tuning tried": {described(*settings): score for settings, score in tuned[way].items()},
+                "fine-tuning": {shots: described(*best[way, shots]) for shots in self.steps},
+                "fine-tuning tried": {
+                    shots: {described(*settings): score for settings, score in tuned[way, shots].items()}
+                    for shots in TUNED_AT if (way, shots) in tuned
+                },
                 "steps": [run["steps"] for run in runs], "steps per minute": self.per_minute.get(way),
                 "accuracies": accuracies,
             })  # fmt: skip
@@ -222,10 +228,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, nargs="+", required=True)
     parser.add_argument("--runs", type=Path, required=True, help="folder that keeps what is done")
     parser.add_argument("--ways", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--minutes", type=float, default=9, help="of each pretraining")
-    parser.add_argument("--try-minutes", type=float, default=1.2, help="of each that tries a learning rate")
+    parser.add_argument("--minutes", type=float, default=6, help="of each pretraining")
+    parser.add_argument("--try-minutes", type=float, default=0.8, help="of each that tries a learning rate")
     parser.add_argument("--pretrainings", type=int, default=1, help="of each way, with other seeds")
-    parser.add_argument("--labels", type=int, nargs="+", default=list(STEPS), help="per class")
+    parser.add_argument("--labels", type=int, nargs="+", default=list(STEPS), help="per class; 10 or 50 among them")
     parser.add_argument("--finetune-steps", type=int, nargs="+", default=list(STEPS.values()), help="for each of these")
     parser.add_argument("--seeds", type=int, default=3, help="of fine-tuning, each with other labelled images")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="jobs at a time")
@@ -238,6 +244,9 @@ def main() -> None:
         "try minutes": args.try_minutes,
         "labels": args.labels,
         "finetune steps": args.finetune_steps,
+        "ways": METHODS,
+        "rates": RATES,
+        "fine-tunings": FINETUNINGS,
     }
     results = []
     for folder in args.data:
