@@ -25,7 +25,7 @@ from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.inference import Preparation, _Stills
 from sparkmim.data.label_maps import open_segmentation
 from sparkmim.data.labelled import open_labelled
-from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.loading import live_with_the_parent
 from sparkmim.data.segmentation_transforms import segmentation_transform
 from sparkmim.data.source import Source, images_source, open_source
 from sparkmim.errors import UnusableData
@@ -86,7 +86,7 @@ def test_spawned_workers(tmp_path: Path, photos: list[str]) -> None:
     keys = [[(0, 3), (0, 1)]]
     (found,) = DataLoader(
         dataset, batch_sampler=keys, num_workers=1, collate_fn=collate, multiprocessing_context="spawn",
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=live_with_the_parent,
     )  # fmt: skip
     expected = collate([dataset[key] for key in keys[0]])
     assert torch.equal(found["image"], expected["image"])
