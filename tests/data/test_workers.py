@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import select
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -112,6 +117,37 @@ def test_threads_share_pillows_limit() -> None:
     thread.join()
     assert strict == 250_000_000
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+class Busy:
+    """Reading it takes a minute, in a library that hears no signal; says when it begins."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> Any:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(self.place, b"begun")
+        time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_workers_die_with_their_parent() -> None:
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        list(DataLoader(Busy(writer), num_workers=1, worker_init_fn=live_with_the_parent))  # type: ignore[arg-type]
+        os._exit(1)
+    assert os.read(reader, 20)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    os.close(writer)
+    assert select.select([reader], [], [], 20)[0]
+    assert os.read(reader, 20) == b""  # the end of the pipe: nobody is left who holds it
+    os.close(reader)
 
 
 class Broken:
