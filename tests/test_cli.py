@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,10 @@ def losses(out: Path, name: str = "loss") -> dict[int, float]:
     return {event.step: event.value for event in events.Scalars(name)}
 
 
-def start(*arguments: object, cwd: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sparkmim", "pretrain", *map(str, arguments)]
+def start(
+    *arguments: object, cwd: Path, words: Sequence[str] = ("-m", "sparkmim", "pretrain")
+) -> subprocess.Popen[str]:
+    command = [sys.executable, *words, *map(str, arguments)]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=cwd, start_new_session=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -176,10 +179,40 @@ def test_two_processes_train_as_one(
     assert two == pytest.approx(one, rel=2e-5)
 
 
-def test_torchrun_on_the_command_itself(photos: Path, network: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone",
-               "-m", "sparkmim", "pretrain", "--data", photos, "--out", "run", "--model", network, *SMALL,
-               "--epochs", 1]  # fmt: skip
-    done = run(command, tmp_path, OMP_NUM_THREADS="1")
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "run" / "weights" / "encoder.safetensors").is_file()
+def children(process: subprocess.Popen[str]) -> dict[int, int]:
+    """Ranks that a launcher has started, by the numbers of their processes."""
+    found = {}
+    for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split():
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(pid): int(value[5:]) for value in environment if value.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
+def test_a_lost_process_ends_the_others(cli: Cli, photos: Path, network: str, tmp_path: Path) -> None:
+    """torchrun prints lines of its own, but ours tell which process it was, and how to go on."""
+    torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "sparkmim", "pretrain"]
+    process = start("--data", photos, "--out", "run", "--model", network, *SMALL, "--epochs", 9, "--save-minutes",
+                    1e-9, "--workers", 0, cwd=tmp_path, words=torchrun)  # fmt: skip
+    wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").is_file, process)
+    (lost,) = (pid for pid, rank in children(process).items() if rank == 1)
+    os.kill(lost, signal.SIGKILL)
+    said = process.communicate(timeout=90)[0]
+    assert "sparkmim pretrain: the process of rank 1 is gone, of 2, as happens where memory runs out; continue with " \
+        "--out run --resume\n" in said  # fmt: skip
+    assert "[rank0]" not in said
+    resumed = cli("pretrain", "--out", "run", "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+def test_several_processes_stop_together(photos: Path, network: str, tmp_path: Path) -> None:
+    """A scheduler sends SIGTERM to all of them alike."""
+    process = start("--data", photos, "--out", "run", "--model", network, *SMALL, "--epochs", 400, "--save-minutes",
+                    1e-9, "--devices", 2, cwd=tmp_path)  # fmt: skip
+    wait_for((tmp_path / "run" / "checkpoints" / "last.ckpt").is_file, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    said = process.communicate(timeout=90)[0]
+    assert process.returncode == 130, said
+    assert said.count("continue with --out run --resume") == 1
+    assert "Traceback" not in said
+    assert "Warning" not in said

@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ def settle_machine(
 ) -> dict[str, Any]:
     """Decides what was left open to the machine.
 
-    Under torchrun, its environment decides the numbers of devices and nodes.
+    Under torchrun or srun, its environment decides the numbers of devices and nodes.
 
     Args:
         accelerator: `auto`, `cpu` or `cuda`.
@@ -55,6 +56,9 @@ def settle_machine(
     if "LOCAL_WORLD_SIZE" in os.environ and "WORLD_SIZE" in os.environ:  # torchrun
         local = int(os.environ["LOCAL_WORLD_SIZE"])
         num_nodes = int(os.environ["WORLD_SIZE"]) // local
+    elif _under_srun():
+        num_nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
+        local = int(os.environ["SLURM_STEP_NUM_TASKS"]) // num_nodes
     else:
         local = (gpus or 1) if devices == "auto" else int(devices)
     if gpus and local > gpus:
@@ -92,10 +96,28 @@ def check_compiles(accelerator: str) -> None:
         ) from None
 
 
+def _under_srun() -> bool:
+    """Tells whether srun started several processes; for Lightning too, jobs called bash or interactive do not count."""
+    interactive = os.environ.get("SLURM_JOB_NAME") in ("bash", "interactive")
+    return not interactive and int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+
+
 def is_main_process() -> bool:
     """Tells whether this process speaks for all processes of a run; works before any of the others is started."""
-    ranks = ("RANK",) if "RANK" in os.environ else ("LOCAL_RANK", "NODE_RANK")
+    ranks = ("RANK",) if "RANK" in os.environ else ("SLURM_PROCID",) if _under_srun() else ("LOCAL_RANK", "NODE_RANK")
     return all(os.environ.get(rank, "0") == "0" for rank in ranks)
+
+
+def is_running(process: int) -> bool:
+    """Tells whether a process of this machine runs; one that has ended, and that nobody has waited for, does not."""
+    try:
+        os.kill(process, 0)
+        state = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace").rpartition(") ")[2][:1]
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's, or a system without /proc
+        return True
+    return state != "Z"
 
 
 @contextmanager

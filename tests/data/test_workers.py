@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import pickle
+import select
+import signal
+import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +30,7 @@ from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.inference import Preparation, _Stills
 from sparkmim.data.label_maps import open_segmentation
 from sparkmim.data.labelled import open_labelled
-from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.loading import live_with_the_parent
 from sparkmim.data.segmentation_transforms import segmentation_transform
 from sparkmim.data.source import Source, images_source, open_source
 from sparkmim.errors import UnusableData
@@ -86,7 +91,7 @@ def test_spawned_workers(tmp_path: Path, photos: list[str]) -> None:
     keys = [[(0, 3), (0, 1)]]
     (found,) = DataLoader(
         dataset, batch_sampler=keys, num_workers=1, collate_fn=collate, multiprocessing_context="spawn",
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=live_with_the_parent,
     )  # fmt: skip
     expected = collate([dataset[key] for key in keys[0]])
     assert torch.equal(found["image"], expected["image"])
@@ -112,6 +117,37 @@ def test_threads_share_pillows_limit() -> None:
     thread.join()
     assert strict == 250_000_000
     assert limit == Image.MAX_IMAGE_PIXELS
+
+
+class Busy:
+    """Reading it takes a minute, in a library that hears no signal; says when it begins."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, number: int) -> Any:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        os.write(self.place, b"begun")
+        time.sleep(60)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_workers_die_with_their_parent() -> None:
+    reader, writer = os.pipe()
+    parent = os.fork()
+    if parent == 0:
+        list(DataLoader(Busy(writer), num_workers=1, worker_init_fn=live_with_the_parent))  # type: ignore[arg-type]
+        os._exit(1)
+    assert os.read(reader, 20)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+    os.close(writer)
+    assert select.select([reader], [], [], 20)[0]
+    assert os.read(reader, 20) == b""  # the end of the pipe: nobody is left who holds it
+    os.close(reader)
 
 
 class Broken:

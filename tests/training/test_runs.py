@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import random
 import signal
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -176,6 +179,61 @@ def test_a_second_interruption_leaves_at_once(settings: dict[str, Any]) -> None:
     with pytest.raises(KeyboardInterrupt):
         sparkmim.pretrain(**settings, callbacks=[InterruptTwice()])
     assert signal.getsignal(signal.SIGINT) == handler
+
+
+class Hangs:
+    """Pictures, the last of which takes a minute to read in a loader worker, in a library that hears no signal."""
+
+    def __init__(self, reading: Path) -> None:
+        self.reading = reading
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, place: int) -> Any:
+        if place == 23 and multiprocessing.parent_process() is not None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self.reading.touch()
+            time.sleep(60)
+        return torch.full((3, 40, 40), place, dtype=torch.uint8)
+
+
+def test_a_second_sigterm_ends_a_run_that_waits_for_a_worker(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first waits for the step to end, and one that comes at once is taken for the same."""
+    pauses: list[float] = []
+
+    def ask() -> None:
+        while not (tmp_path / "reading").exists():
+            time.sleep(0.02)
+        for pause in (0.1, 0.1, 3.0):
+            time.sleep(pause)
+            pauses.append(pause)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    with pytest.raises(KeyboardInterrupt):
+        sparkmim.pretrain(**settings | {"data": Hangs(tmp_path / "reading"), "workers": 1})
+    assert len(pauses) == 3
+    asking.join()
+    assert not multiprocessing.active_children()  # nobody is left behind
+
+
+def test_a_killed_worker_is_named(settings: dict[str, Any]) -> None:
+    """As the system does where memory runs out."""
+
+    class KillWorker(pl.Callback):
+        def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+            if trainer.global_step == 4:
+                (worker,) = multiprocessing.active_children()
+                worker.kill()
+
+    killed = "a loader worker was killed, .* use fewer --workers or a smaller batch, then continue with --out .*run --r"
+    with pytest.raises(sparkmim.UserError, match=killed):
+        sparkmim.pretrain(**settings | {"workers": 1, "save_minutes": 1e-9}, callbacks=[KillWorker()])
+    assert sparkmim.pretrain(out=settings["out"], resume=True).finished
 
 
 def test_parameters_are_thawed_after_divergence(settings: dict[str, Any], network: str) -> None:

@@ -16,7 +16,7 @@ from sparkmim.data.arrays import WholeArray
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.dataset import share_paths
 from sparkmim.data.decoding import UnreadableImage, name_of
-from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.loading import live_with_the_parent
 from sparkmim.data.source import Source
 
 CROP = 0.875
@@ -106,7 +106,7 @@ def still_batches(
         workers = 2 if len(source.items) > batch_size else 0  # reading one batch beats starting workers
     loader = DataLoader(
         _Stills(source.items, source.read, preparation.transform(source)), batch_size, num_workers=workers,
-        collate_fn=_collate, worker_init_fn=leave_signals_to_the_parent, pin_memory=device.type == "cuda",
+        collate_fn=_collate, worker_init_fn=live_with_the_parent, pin_memory=device.type == "cuda",
     )  # fmt: skip
     console = Console(stderr=True)
     silent = doing is None or not console.is_terminal

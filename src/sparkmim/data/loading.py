@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
+import multiprocessing
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -23,14 +26,20 @@ _FEW = 100
 """Up to this many images, reading in-process beats starting workers."""
 
 
-def leave_signals_to_the_parent(worker: int) -> None:
+def live_with_the_parent(worker: int) -> None:
     """Makes a loader worker outlive a request to stop, which terminals and schedulers send to all processes alike.
 
     A worker that died at once would fail the last step. After SIGTERM it lives on for `_GRACE_SECONDS`, so that
-    nobody waits for it for ever.
+    nobody waits for it for ever. On Linux it dies when its parent does, whatever library it is busy in.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_later)
+    if sys.platform == "linux":
+        set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
+        ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
+        parent = multiprocessing.parent_process()
+        if parent is not None and not parent.is_alive():  # it died before it was asked about
+            os._exit(1)
 
 
 def _exit_later(number: int, frame: object) -> None:
@@ -67,7 +76,7 @@ def one_by_one(
     """Yields places and items of a validation set in order; leaves out unreadable ones, after a complaint."""
     loader = DataLoader(
         _Marked(source, places), None, num_workers=workers if len(places) > _FEW else 0, collate_fn=unchanged,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=live_with_the_parent,
     )  # fmt: skip
     for place, item, complaint in loader:
         if complaint:
@@ -89,7 +98,7 @@ def make_loader(
         batch_sampler=sampler,
         num_workers=workers,
         collate_fn=collate_fn,
-        worker_init_fn=leave_signals_to_the_parent,
+        worker_init_fn=live_with_the_parent,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
     )

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +28,7 @@ from torchvision.transforms.v2.functional import to_pil_image
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.drawing.pixels import reconstruction_grid
 from sparkmim.files import opened_for_torch, replacing
+from sparkmim.machine import is_running
 from sparkmim.runs.folder import PICTURES, RunFolder
 from sparkmim.runs.history import Event, History
 from sparkmim.training.loggers import log_picture
@@ -318,10 +320,14 @@ _KEPT = re.compile(r"_best$|_epoch\d+$")
 """Ends of the names of weight files that are not of the last step."""
 
 
+_SAME_SECONDS = 2
+"""A second SIGTERM within this time is the same request."""
+
+
 class Keeper(StepCallback):
     """Saves checkpoints and weights: every few minutes, at the end, and before leaving on Ctrl-C or SIGTERM.
 
-    A checkpoint is written beside the old one and then replaces it. A second Ctrl-C leaves at once. `write_weights`
+    A checkpoint is written beside the old one and then replaces it. A second Ctrl-C or SIGTERM leaves at once. `write_weights`
     writes the weight files, given the optimiser steps done. What is saved at multiples of `keep_steps` is kept under
     the number of its epoch. After `max_minutes`, the run ends as after Ctrl-C.
     """
@@ -345,9 +351,11 @@ class Keeper(StepCallback):
         self.write_weights = write_weights
         self.monitor = monitor
         self.signal: int | None = None
+        self._asked = 0.0
         self._saved = 0.0
         self._listens = self._ended = False
         self._group: Any = None
+        self._processes: list[tuple[str, int]] = []  # host and number of each rank's
         self._vote: tuple[Any, Tensor] | None = None
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -358,6 +366,8 @@ class Keeper(StepCallback):
                 signal.signal(number, self._on_signal)
         if trainer.world_size > 1:
             self._group = torch.distributed.new_group(backend="gloo")
+            self._processes = [("", 0)] * trainer.world_size
+            torch.distributed.all_gather_object(self._processes, (socket.gethostname(), os.getpid()), self._group)
 
     @contextmanager
     def signals(self) -> Iterator[None]:
@@ -373,10 +383,25 @@ class Keeper(StepCallback):
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def gone(self, seconds: float = 2) -> list[int]:
+        """Returns the ranks whose processes on this machine have ended, after waiting that long for one to end."""
+        end = time.monotonic() + seconds
+        here = [(rank, pid) for rank, (host, pid) in enumerate(self._processes) if host == socket.gethostname()]
+        while not (found := [rank for rank, pid in here if not is_running(pid)]) and time.monotonic() < end:
+            time.sleep(0.1)
+        self._ended = True
+        return found
+
     def _on_signal(self, number: int, frame: Any) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise Abandon
+        first, self._asked = self._asked, time.monotonic()
+        if self.signal is not None:
+            # torchrun passes on the SIGTERM that a scheduler has sent to all processes: they hear it twice.
+            if number == signal.SIGINT or self._asked - first > _SAME_SECONDS:
+                raise Abandon
+            return
         self.signal = number
+        if self._ended:
+            return
         if os.environ.get("LOCAL_RANK", "0") == "0":
             print(
                 "\nfinishing this step, then saving; press Ctrl-C again to leave at once", file=sys.stderr, flush=True

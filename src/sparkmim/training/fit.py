@@ -29,7 +29,7 @@ from sparkmim.data.samplers import StepBatchSampler
 from sparkmim.data.skip_log import SkipLog
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import known_figures
-from sparkmim.failures import told
+from sparkmim.failures import Killed, told
 from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
@@ -282,6 +282,7 @@ def _fit(
     loggers = [*own_loggers, *loggers]
     with ExitStack() as stack:
         stack.enter_context(_intended())
+        stack.enter_context(keeper.signals())
         seen = TrainingImages.of(len(images), images.image_names(settings.data))
         if settings.resume and not asked["accept_changed_data"]:
             before = beginnings(past)[-1].fields.get("data", {}) if past else {}
@@ -341,11 +342,9 @@ def _fit(
         loader = make_loader(prepared.dataset, sampler, settings.workers, pin_memory=cuda, collate_fn=prepared.collate)
         module.train()  # Lightning leaves it as it is, and what was loaded is in evaluation mode
         batches = Endless(loader)
-        stack.callback(gc.collect)  # lets go of the loader's iterator, and with it of the workers
         stack.callback(batches.close)
         stack.enter_context(module.frozen())
         stack.enter_context(synchronised_batch_norm(module, cuda) if plan.world_size > 1 else nullcontext())
-        stack.enter_context(keeper.signals())
         monitor.epoch_loss = next(
             (event.fields["loss"] for event in reversed(past) if event.kind == "epoch"), monitor.epoch_loss
         )
@@ -353,6 +352,13 @@ def _fit(
             trainer.fit(module, batches, ckpt_path=checkpoint, weights_only=True)
         except Abandon:
             raise KeyboardInterrupt from None
+        except RuntimeError as error:
+            if plan.world_size == 1 or isinstance(error, UserError) or not (gone := keeper.gone()):
+                raise
+            raise Killed(
+                f"the process of rank {', '.join(map(str, gone))} is gone, of {plan.world_size}, as happens where "
+                f"memory runs out; {_after(folder) or 'start the run again'}"
+            ) from error
         if step == plan.steps and main:  # it was finished before, or stopped between its last files
             keeper.complete(step)
     return Finished(prepared, folder, trainer.global_step, monitor, trainer.is_global_zero)
@@ -375,7 +381,12 @@ class Endless:
 
     def close(self) -> None:
         """Ends the loader workers. Lightning keeps the loader, and they would be waited for when Python exits."""
+        workers = getattr(self._batches, "_workers", ())
         self._batches = None
+        gc.collect()  # lets go of the iterator, which asks them to end
+        for worker in workers:
+            if worker.is_alive():  # busy in a library that hears no request
+                worker.kill()
 
 
 def _writer(prepared: Prepared[S], folder: RunFolder, ema: Ema | None, history: History) -> Callable[[int], None]:
@@ -455,6 +466,7 @@ def _intended() -> Iterator[None]:
             r".*`LeafSpec` is deprecated.*", r".*isinstance\(treespec, LeafSpec\).*",
             r".*in eval mode at the start of training.*",  # frozen stages
             r".*your dataloader is not resumable.*",  # it starts where the run stands
+            r".*Grad strides do not match bucket view strides.*", r".*sync_dist=True.*",  # of several processes
             r".*callbacks used to create the checkpoint need to be provided.*",  # the user's may differ
         ):  # fmt: skip
             warnings.filterwarnings("ignore", message=message)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparkmim.data.dataset import AugmentedDataset, collate
-from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.loading import live_with_the_parent
 from sparkmim.evaluation.scores import Scores, known_figures, write_metrics
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History
@@ -178,7 +178,7 @@ class ImageScorer(Scorer[C]):
                 for first in range(0, len(own), self.batch_size)]  # fmt: skip
         loader = DataLoader(
             self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=live_with_the_parent,
         )  # fmt: skip
         for batch in loader:
             for complaint in batch["unreadable"]:
