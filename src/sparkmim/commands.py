@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from sparkmim.arguments import check_arguments
+from sparkmim.paths import check_paths
 from sparkmim.results import (
     DetectResult,
     EmbedResult,
@@ -47,7 +48,10 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> R:
         args, kwargs = tuple(map(_at_home, args)), {name: _at_home(value) for name, value in kwargs.items()}
-        check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
+        bound = signature.bind(*args, **kwargs)
+        check_arguments(function.__name__, bound.arguments)
+        bound.apply_defaults()
+        check_paths(function.__name__, bound.arguments)
         token = _given.set(frozenset(kwargs))
         try:
             return function(*args, **kwargs)
@@ -739,10 +743,10 @@ def predict(
         ValueError: if the weights hold no classifier, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
+    asked = dict(locals())
     from sparkmim.evaluation.predict import run_prediction
 
-    return run_prediction(**settings)
+    return run_prediction(**_taken(asked, run_prediction))
 
 
 @_command
@@ -790,10 +794,10 @@ def embed(
         ValueError: if an argument is invalid, or no image can be read; nothing is written then.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
+    asked = dict(locals())
     from sparkmim.evaluation.embed import run_embedding
 
-    return run_embedding(**settings)
+    return run_embedding(**_taken(asked, run_embedding))
 
 
 @_command
@@ -850,7 +854,6 @@ def reconstruct(
     return run_reconstruction(
         weights=weights, images=images, out=out, mask_ratio=mask_ratio, masks=masks, mask=mask, visible=visible,
         errors=errors, model=model, image_size=image_size, limit=limit, seed=seed, accelerator=accelerator,
-        overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -897,7 +900,7 @@ def explain(
 
     return run_explanation(
         topic=topic, out=out, weights=weights, model=model, images=images, image_size=image_size,
-        mask_ratio=mask_ratio, seed=seed, accelerator=accelerator, overwrite=overwrite,
+        mask_ratio=mask_ratio, seed=seed, accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -942,7 +945,7 @@ def features(
 
     return run_features(
         weights=weights, images=images, out=out, stages=stages, model=model, image_size=image_size, limit=limit,
-        accelerator=accelerator, overwrite=overwrite,
+        accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -997,7 +1000,7 @@ def neighbors(
 
     return run_neighbors(
         weights=weights, query=query, data=data, out=out, k=k, stage=stage, model=model, image_size=image_size,
-        crop=crop, limit=limit, batch_size=batch_size, workers=workers, accelerator=accelerator, overwrite=overwrite,
+        crop=crop, limit=limit, batch_size=batch_size, workers=workers, accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -1172,8 +1175,7 @@ def export(
     from sparkmim.interop.export import export_weights
 
     return export_weights(
-        weights=weights, format=format, out=out, model=model, image_size=image_size, overwrite=overwrite, push=push,
-        private=private,
+        weights=weights, format=format, out=out, model=model, image_size=image_size, push=push, private=private,
     )  # fmt: skip
 
 
