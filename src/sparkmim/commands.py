@@ -92,11 +92,11 @@ def _taken(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[s
 @_command
 def pretrain(
     *,
-    data: str | Any | None = None,
+    data: str | list[str] | Any | None = None,
     out: str | Path,
     model: str | Any = "resnet50",
     recipe: str = "default",
-    val_data: str | Any | None = None,
+    val_data: str | list[str] | Any | None = None,
     val_split: float | None = None,
     probe: str | Any | None = None,
     probe_every: float | None = None,
@@ -155,8 +155,8 @@ def pretrain(
     The recipe or the network decides arguments left at None.
 
     Args:
-        data: folder of images or arrays (.npy, .npz, .nii) at any depth, a text file of paths, or (from Python) any
-            Dataset
+        data: folder of images or arrays (.npy, .npz, .nii) at any depth, a text file of paths, or several of these,
+            which make one data set; or (from Python) any Dataset
         out: run folder; must be new or empty unless resuming
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
         recipe: default (thousands of images, one machine), contrast (the same, with a second loss of two views of each
@@ -1069,13 +1069,14 @@ def playground(
 
 
 @_command
-def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
+def statistics(*, data: str | list[str] | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
     """Measure the mean and standard deviation of each channel of a data set.
 
     Pass them to `sparkmim pretrain` as mean and std; for arrays, that command measures them itself, on fewer samples.
 
     Args:
-        data: folder of images or arrays at any depth, a text file of paths, or (from Python) any Dataset
+        data: folder of images or arrays at any depth, a text file of paths, several of these, or (from Python) any
+            Dataset
         channels: image channels
         axes: spatial axes: 1 for signals, 2 for images, 3 for volumes
         samples: maximum number of samples to read, spread evenly over the data

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, TypeGuard
 
 from sparkmim.arguments import listed
 from sparkmim.errors import UserError
@@ -48,6 +49,11 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         with suppress(OSError):
             partial.unlink()
+
+
+def are_paths(value: Any) -> TypeGuard[Sequence[str | Path]]:
+    """Tells whether a value is a list of paths, with at least one."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str | Path) for item in value)
 
 
 def _delete_stale(path: Path) -> None:

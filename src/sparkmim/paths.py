@@ -14,7 +14,7 @@ from typing import Any
 
 from sparkmim.arguments import one_of
 from sparkmim.errors import MissingPath, UserError
-from sparkmim.files import new_file, new_folder
+from sparkmim.files import are_paths, new_file, new_folder
 from sparkmim.runs.folder import RunFolder
 
 _PROCESSES = ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")
@@ -42,7 +42,7 @@ class Input:
 
     def check(self, flag: str, value: Any) -> None:
         """Raises a `UserError` if a value is not that; Python objects and None pass."""
-        if isinstance(value, list | tuple) and value and all(isinstance(item, str | Path) for item in value):
+        if are_paths(value):
             if not self.several:
                 raise UserError(f"{flag} has {len(value)} values, and takes one; it names {self.what}")
             for item in value:

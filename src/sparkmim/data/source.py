@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.problems import counted
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.files import are_paths
 
 _FIRST_LOOK = 200
 """Samples to measure mean and deviation on when a run starts without them."""
@@ -39,7 +40,7 @@ class Source:
         image file among them.
         """
         arrays = rank != 2 or channels not in (1, 3)
-        if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
+        if are_paths(items):
             if not arrays:
                 arrays = all(map(_is_array, items))
             elif not any(map(_is_array, items)):
@@ -94,9 +95,15 @@ def _is_array(path: str | Path) -> bool:
 
 
 def open_source(data: Any, channels: int, rank: int) -> Source:
-    """Opens a data set: a folder, a text file of paths, or a dataset."""
+    """Opens a data set: a folder, a text file of paths, several of these or of files, or a dataset.
+
+    What several of them name twice is taken once.
+    """
     if data is None:
         raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
+    if are_paths(data):
+        several = images_source(data, channels, rank)
+        return replace(several, items=list(dict.fromkeys(several.items)))
     if not isinstance(data, (str, Path)):
         return Source.of(data, channels, rank)
     source = Source.of_files(data, channels, rank)
@@ -113,7 +120,7 @@ def images_source(images: Any, channels: int, rank: int) -> Source:
     """Opens an argument `images`: what `open_source` takes, a single file, or a list of these."""
     if images is None:
         raise UserError("no images given; --images names a folder, an image, or a text file of paths")
-    if isinstance(images, list) and images and all(isinstance(part, (str, Path)) for part in images):
+    if are_paths(images):
         parts = [images_source(part, channels, rank) for part in images]
         if len({part.arrays for part in parts}) > 1:
             raise UserError("some of the images are image files and some are arrays; give one kind at a time")
