@@ -31,7 +31,28 @@ FILES = {
     "damaged/a.jpg": b"no image",
     "full/letter.txt": b"Dear all",
     "lost.txt": b"photos/a.png\nphotos/z.png\n",
+    "net.py": b"""import math
+
+
+def tiny(width):
+    return None
+
+
+def failing(in_chans=3):
+    return broken(0)
+
+
+def broken(size):
+    return math.log(size)
+
+
+def number():
+    return 3
+""",
     "nothing.csv": b"",
+    "own/importing.py": b"import math\nimport nowhere\n",
+    "own/leaving.py": b"import sys\n\nsys.exit(3)\n",
+    "own/syntax.py": b"def net():\n    return (\n",
     "page.pth": b"<html>not found</html>",
     "page.safetensors": b"<html>not found</html>",
     "table.csv": b"name,kind\na.png,cat\n",

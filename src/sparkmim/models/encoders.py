@@ -7,14 +7,17 @@ import difflib
 import importlib.util
 import inspect
 import sys
+import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
 
+from sparkmim.arguments import listed, nearest
 from sparkmim.errors import UserError
 from sparkmim.trust import remember
 
@@ -95,10 +98,31 @@ def factory_of(name: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path} does not exist; --model path/to/file.py:factory names a function in a file")
-    factory = getattr(_module_of(path), factory_name, None)
+    with _blaming(path):
+        module = _module_of(path)
+    factory = getattr(module, factory_name, None)
     if not callable(factory):
-        raise UserError(f"{path} has no function named {factory_name!r}")
+        near = nearest(factory_name, (name for name, value in vars(module).items() if callable(value)))
+        hint = f"; did you mean {path}:{near}?" if near else "; --model path/to/file.py:NAME names a function in it"
+        raise UserError(f"{path} has no function named {factory_name!r}{hint}")
     return cast(Callable[..., Any], factory)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turns an error of the user's code into a `UserError` that names the line of the user's file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        own = {str(path), str(path.absolute())}
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
+        if isinstance(error, SyntaxError) and error.filename in own:
+            lines = [error.lineno]
+        place = f"{path}:{lines[-1]}" if lines else path
+        why = " ".join(traceback.format_exception_only(error)[-1].split())
+        raise UserError(f"{place} fails with {why[:120]}; mend your file") from error
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -133,7 +157,14 @@ def factory_settings(name: str, channels: int, classes: int | None = None) -> di
 
 def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
     remember(name)
-    encoder = factory_of(name)(**factory_settings(name, channels, classes))
+    factory, settings = factory_of(name), factory_settings(name, channels, classes)
+    try:
+        inspect.signature(factory).bind(**settings)
+    except TypeError as error:
+        passed = listed(list(settings), "and") if settings else "no arguments"
+        raise UserError(f"{name} is called with {passed}, and is {error}; give all others defaults") from error
+    with _blaming(Path(name.rpartition(":")[0])):
+        encoder = factory(**settings)
     if not isinstance(encoder, nn.Module):
         raise UserError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
     return encoder
