@@ -172,6 +172,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 24 images can be read"):
         sparkmim.embed(images=photos, weights=run, out=tmp_path / "f.npy", overwrite=True, **FAST)
+    with pytest.raises(ValueError, match=r"none of the 24 images can be read; the first is .*: the file is empty"):
+        sparkmim.predict(images=photos, weights=run, out=tmp_path / "p.csv", **FAST)
     assert (tmp_path / "f.txt").read_text() == "mine"
     assert not list(tmp_path.glob("f.npy*"))
     assert not list(tmp_path.glob("p.csv*"))

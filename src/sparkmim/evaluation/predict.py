@@ -73,6 +73,8 @@ def run_prediction(
                     rows[place] = _row(name, of_image, classes, top)
                 read += len(batch.places)
             table.writerows(rows[place] for place in sorted(rows))
+        if not read:
+            raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
     return PredictResult(out, read, unreadable)
 
 

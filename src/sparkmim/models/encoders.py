@@ -23,13 +23,13 @@ from sparkmim.trust import remember
 
 
 def create_encoder(
-    name: str, channels: int = 3, drop_path: float | None = None, classes: int | None = None
+    name: str | nn.Module, channels: int = 3, drop_path: float | None = None, classes: int | None = None
 ) -> nn.Module:
     """Builds a network, randomly initialised and without a classifier where it can be left out.
 
     Args:
         name: a timm name (`"resnet50"`), `"torchvision/NAME"`, or `"path/to/file.py:factory"`, a function
-            without required arguments that returns a module.
+            without required arguments that returns a module. A module is returned as it is.
         channels: image channels.
         drop_path: stochastic depth rate; None for the network's default.
         classes: number of classes of its classifier, which a factory takes as `num_classes`; None for no classifier.
@@ -37,7 +37,13 @@ def create_encoder(
     Raises:
         ValueError: if there is no such network, or it does not take these arguments.
     """
-    if ".py:" in name:
+    own = isinstance(name, nn.Module) or ".py:" in name
+    if own and drop_path:  # 0 asks for none
+        shown = type(name).__name__ if isinstance(name, nn.Module) else name
+        raise UserError(f"drop_path is {drop_path:g}, but {shown} is of your own and decides on it; use --drop-path 0")
+    if isinstance(name, nn.Module):
+        return name
+    if own:
         return _from_file(name, channels, classes)
     if name.startswith("torchvision/"):
         return _from_torchvision(name.removeprefix("torchvision/"), channels, drop_path, classes)
