@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 from originals import original_file
 from processes import run
 from sparkmim.cli import main
-from sparkmim.interop.export import SUFFIXES
+from sparkmim.paths import EXPORTS
 from sparkmim.visualize.playground_session import Playground
 from sparkmim.visualize.reconstruct import Reconstructor
 
@@ -101,7 +101,7 @@ def test_embed(demo: Path) -> None:
     assert np.isfinite(features).all()
 
 
-@pytest.mark.parametrize("format", SUFFIXES)
+@pytest.mark.parametrize("format", EXPORTS)
 def test_export(
     demo: Path, format: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:  # fmt: skip
@@ -109,7 +109,7 @@ def test_export(
     if format == "onnx":
         pytest.importorskip("onnxruntime")
     monkeypatch.chdir(demo)
-    out = Path(f"encoder-{format}{(*SUFFIXES[format], '')[0]}")
+    out = Path(f"encoder-{format}{(*EXPORTS[format], '')[0]}")
     main(["export", "--weights", "demo/run", "--format", format, "--out", str(out)])
     said = capsys.readouterr().out
     assert len(said.splitlines()) == 1

@@ -14,7 +14,7 @@ import sparkmim
 PACKAGE = Path(sparkmim.__file__).parent
 
 LAYERS = (
-    ("_version", "errors", "failures", "arguments", "files", "trust", "machine", "results"),
+    ("_version", "errors", "failures", "arguments", "files", "trust", "allocator", "machine", "results"),
     ("sparse",),
     ("models",),
     ("data",),
@@ -24,7 +24,7 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("visualize",),
-    ("commands", "words"),
+    ("commands", "words", "paths"),
     ("cli", "__main__", "__init__"),
 )
 """Lowest first."""

@@ -21,6 +21,8 @@ def test_lists_of_numbers(written: str) -> None:
     [
         ("verify resnet18 --image-size 96", ["verify", "--image_size=96", "--model=resnet18"]),
         ("evaluate run --data d --shots 5", ["evaluate", "--data=d", "--shots=[5]", "--weights=run"]),
+        ("pretrain a b/ --out run", ["pretrain", "--out=run", '--data=["a", "b/"]']),
+        ("pretrain --data a b/ --probe c --out run", ["pretrain", '--data=["a", "b/"]', "--probe=c", "--out=run"]),
         ("reconstruct run a.jpg b/", ["reconstruct", "--weights=run", '--images=["a.jpg", "b/"]']),
         ("""reconstruct run '["a,b.jpg"]'""", ["reconstruct", "--weights=run", '--images=["a,b.jpg"]']),
         ("reconstruct run '[1].jpg'", ["reconstruct", "--weights=run", '--images=["[1].jpg"]']),

@@ -6,6 +6,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from sparkmim.cli import main
 
@@ -23,15 +24,59 @@ FILES = {
     "binary.yaml": b"\xff\xfe\x00",
     "bomb.yaml": b"a: &a [x, x, x]\n"
     + b"".join(b"%c: &%c [%s]\n" % (96 + n, 96 + n, b", ".join([b"*%c" % (95 + n)] * 9)) for n in range(2, 12)),
+    "begun/config.yaml": b"epochs: 3\n",
+    "begun/weights/spark.safetensors": b"",
+    "binary.txt": b"\xff\xfe\x00",
+    "blank.txt": b"# no image\n",
+    "damaged/a.jpg": b"no image",
+    "full/letter.txt": b"Dear all",
+    "lost.txt": b"photos/a.png\nphotos/z.png\n",
+    "net.py": b"""import math
+
+
+def tiny(width):
+    return None
+
+
+def failing(in_chans=3):
+    return broken(0)
+
+
+def broken(size):
+    return math.log(size)
+
+
+def number():
+    return 3
+""",
+    "nothing.csv": b"",
+    "own/importing.py": b"import math\nimport nowhere\n",
+    "own/leaving.py": b"import sys\n\nsys.exit(3)\n",
+    "own/syntax.py": b"def net():\n    return (\n",
+    "page.pth": b"<html>not found</html>",
+    "page.safetensors": b"<html>not found</html>",
+    "table.csv": b"name,kind\na.png,cat\n",
+    "taken.csv": b"taken",
+    "taken.html": b"taken",
+    "taken.npy": b"taken",
+    "taken.onnx": b"taken",
+    "taken.png": b"taken",
+    "taken.txt": b"taken",
 }
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with all that the table's commands name."""
     root = tmp_path_factory.mktemp("wrong")
     for name, content in FILES.items():
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
         (root / name).write_bytes(content)
-    (root / "photos").mkdir()
+    (root / "empty").mkdir()
+    (root / "link").symlink_to("nowhere")
+    for name in ("photos/a.png", "photos/b.png", "labelled/cat/a.png", "labelled/dog/a.png", "single/cat/a.png"):
+        (root / name).parent.mkdir(exist_ok=True, parents=True)
+        Image.new("RGB", (8, 8), "red").save(root / name)
     return root
 
 
@@ -40,16 +85,17 @@ def test_a_wrong_command_is_one_sentence(
     command: str, sentence: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(folder)
+    before = sorted(folder.rglob("*"))
     with pytest.raises(SystemExit) as ended:
         main(shlex.split(command))
     said, complained = capfd.readouterr()
     assert ended.value.code == 2
     assert said == ""
-    assert complained.endswith(f": {sentence}\n")
+    assert complained.replace(f"{folder}/", "").endswith(f": {sentence}\n")
     assert complained.startswith("sparkmim")
     assert complained.count("\n") == 1
     assert len(sentence) <= 200
-    assert {path.name for path in folder.iterdir()} == {*FILES, "photos"}  # nothing was begun
+    assert sorted(folder.rglob("*")) == before  # nothing was begun
 
 
 def test_the_table_holds_every_command() -> None:

@@ -33,7 +33,18 @@ def one_of(word: str, words: Sequence[str]) -> str:
     """
     if near := nearest(word, words, cutoff=0.7):
         return f"did you mean {near}?"
-    return f"choose {', '.join(words[:-1])} or {words[-1]}" if len(words) > 1 else f"it takes {words[0]}"
+    return f"choose {listed(words, 'or')}" if len(words) > 1 else f"it takes {words[0]}"
+
+
+def listed(words: Sequence[str], joint: str) -> str:
+    """Returns words as a sentence has them.
+
+    Example:
+        >>> listed(["knn", "linear", "fewshot"], "or"), listed(["knn"], "or")
+        ('knn, linear or fewshot', 'knn')
+    """
+    *others, last = words
+    return f"{', '.join(others)} {joint} {last}" if others else last
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter
 
 from sparkmim import commands, results
 from sparkmim._version import __version__
+from sparkmim.allocator import keep_freed_memory
 from sparkmim.errors import UserError
 from sparkmim.runs.config import commented_yaml
 from sparkmim.training.recipes import RECIPES, notes_for
@@ -116,8 +117,6 @@ def _main(given: Sequence[str]) -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", category=FutureWarning)
     if config.command in RECIPES:
-        from sparkmim.machine import keep_freed_memory
-
         keep_freed_memory()
     try:
         result = COMMANDS[config.command](**_explicit(vars(arguments), words))

@@ -15,6 +15,7 @@ from typing import Any, Literal, ParamSpec, TypeVar
 
 from sparkmim.arguments import check_arguments
 from sparkmim.failures import told
+from sparkmim.paths import check_paths
 from sparkmim.results import (
     DetectResult,
     EmbedResult,
@@ -48,7 +49,10 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(function)
     def checked(*args: Any, **kwargs: Any) -> R:
         args, kwargs = tuple(map(_at_home, args)), {name: _at_home(value) for name, value in kwargs.items()}
-        check_arguments(function.__name__, signature.bind(*args, **kwargs).arguments)
+        bound = signature.bind(*args, **kwargs)
+        check_arguments(function.__name__, bound.arguments)
+        bound.apply_defaults()
+        check_paths(function.__name__, bound.arguments)
         token = _given.set(frozenset(kwargs))
         try:
             with told():
@@ -90,11 +94,11 @@ def _taken(arguments: Mapping[str, Any], function: Callable[..., Any]) -> dict[s
 @_command
 def pretrain(
     *,
-    data: str | Any | None = None,
+    data: str | list[str] | Any | None = None,
     out: str | Path,
     model: str | Any = "resnet50",
     recipe: str = "default",
-    val_data: str | Any | None = None,
+    val_data: str | list[str] | Any | None = None,
     val_split: float | None = None,
     probe: str | Any | None = None,
     probe_every: float | None = None,
@@ -153,8 +157,8 @@ def pretrain(
     The recipe or the network decides arguments left at None.
 
     Args:
-        data: folder of images or arrays (.npy, .npz, .nii) at any depth, a text file of paths, or (from Python) any
-            Dataset
+        data: folder of images or arrays (.npy, .npz, .nii) at any depth, a text file of paths, or several of these,
+            which make one data set; or (from Python) any Dataset
         out: run folder; must be new or empty unless resuming
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module
         recipe: default (thousands of images, one machine), contrast (the same, with a second loss of two views of each
@@ -747,10 +751,10 @@ def predict(
         ValueError: if the weights hold no classifier, or an argument is invalid.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
+    asked = dict(locals())
     from sparkmim.evaluation.predict import run_prediction
 
-    return run_prediction(**settings)
+    return run_prediction(**_taken(asked, run_prediction))
 
 
 @_command
@@ -798,10 +802,10 @@ def embed(
         ValueError: if an argument is invalid, or no image can be read; nothing is written then.
         FileNotFoundError: if a path does not exist.
     """
-    settings = dict(locals())
+    asked = dict(locals())
     from sparkmim.evaluation.embed import run_embedding
 
-    return run_embedding(**settings)
+    return run_embedding(**_taken(asked, run_embedding))
 
 
 @_command
@@ -858,7 +862,6 @@ def reconstruct(
     return run_reconstruction(
         weights=weights, images=images, out=out, mask_ratio=mask_ratio, masks=masks, mask=mask, visible=visible,
         errors=errors, model=model, image_size=image_size, limit=limit, seed=seed, accelerator=accelerator,
-        overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -905,7 +908,7 @@ def explain(
 
     return run_explanation(
         topic=topic, out=out, weights=weights, model=model, images=images, image_size=image_size,
-        mask_ratio=mask_ratio, seed=seed, accelerator=accelerator, overwrite=overwrite,
+        mask_ratio=mask_ratio, seed=seed, accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -950,7 +953,7 @@ def features(
 
     return run_features(
         weights=weights, images=images, out=out, stages=stages, model=model, image_size=image_size, limit=limit,
-        accelerator=accelerator, overwrite=overwrite,
+        accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -1005,7 +1008,7 @@ def neighbors(
 
     return run_neighbors(
         weights=weights, query=query, data=data, out=out, k=k, stage=stage, model=model, image_size=image_size,
-        crop=crop, limit=limit, batch_size=batch_size, workers=workers, accelerator=accelerator, overwrite=overwrite,
+        crop=crop, limit=limit, batch_size=batch_size, workers=workers, accelerator=accelerator,
     )  # fmt: skip
 
 
@@ -1074,13 +1077,14 @@ def playground(
 
 
 @_command
-def statistics(*, data: str | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
+def statistics(*, data: str | list[str] | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
     """Measure the mean and standard deviation of each channel of a data set.
 
     Pass them to `sparkmim pretrain` as mean and std; for arrays, that command measures them itself, on fewer samples.
 
     Args:
-        data: folder of images or arrays at any depth, a text file of paths, or (from Python) any Dataset
+        data: folder of images or arrays at any depth, a text file of paths, several of these, or (from Python) any
+            Dataset
         channels: image channels
         axes: spatial axes: 1 for signals, 2 for images, 3 for volumes
         samples: maximum number of samples to read, spread evenly over the data
@@ -1180,8 +1184,7 @@ def export(
     from sparkmim.interop.export import export_weights
 
     return export_weights(
-        weights=weights, format=format, out=out, model=model, image_size=image_size, overwrite=overwrite, push=push,
-        private=private,
+        weights=weights, format=format, out=out, model=model, image_size=image_size, push=push, private=private,
     )  # fmt: skip
 
 

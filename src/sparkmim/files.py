@@ -7,11 +7,12 @@ import glob
 import os
 import secrets
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeGuard
 
+from sparkmim.arguments import listed
 from sparkmim.errors import FULL, Unwritable, UserError
 
 _STALE_SECONDS = 24 * 3600
@@ -86,6 +87,11 @@ class _Writer:
         """Does nothing; the file is flushed when it is closed."""
 
 
+def are_paths(value: Any) -> TypeGuard[Sequence[str | Path]]:
+    """Tells whether a value is a list of paths, with at least one."""
+    return isinstance(value, list | tuple) and bool(value) and all(isinstance(item, str | Path) for item in value)
+
+
 def _delete_stale(path: Path) -> None:
     for left in path.parent.glob(f"{glob.escape(path.stem)}.*.partial{glob.escape(path.suffix)}"):
         with suppress(OSError):
@@ -93,15 +99,45 @@ def _delete_stale(path: Path) -> None:
                 left.unlink()
 
 
-def new_file(path: str | Path, overwrite: bool) -> Path:
+def new_file(path: str | Path, overwrite: bool, endings: Sequence[str] = ()) -> Path:
     """Returns the path of a file to write, checked before any work is done for it.
 
+    Args:
+        endings: of its name, in lower case; empty for any.
+
     Raises:
-        UserError: if it is a folder, or exists and must not be replaced.
+        UserError: if it is a folder, has another ending, exists and must not be replaced, or cannot be written.
     """
     path = Path(path)
     if path.is_dir():
         raise UserError(f"{path} is a folder; --out names a file")
+    if endings and path.suffix.lower() not in endings:
+        raise UserError(f"out is {path}; its name ends in {listed(endings, 'or')}")
     if path.exists() and not overwrite:
         raise UserError(f"{path} exists already; choose another --out, or replace it with --overwrite")
+    check_parents(path)
     return path
+
+
+def new_folder(path: str | Path, overwrite: bool | None = None) -> None:
+    """Checks a folder to write into; `overwrite` is None where nothing may be replaced.
+
+    Raises:
+        UserError: if it is a file, is not empty, or cannot be made.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path} is a file; --out names a folder")
+    if not overwrite and path.is_dir() and any(path.iterdir()):
+        replace = "" if overwrite is None else ", or replace what is there with --overwrite"
+        raise UserError(f"{path} is not empty; choose another --out{replace}")
+    check_parents(path)
+
+
+def check_parents(path: Path) -> None:
+    """Raises a `UserError` if the folder of a path is not there and cannot be made, or cannot be written."""
+    parent = next(parent for parent in path.absolute().parents if os.path.lexists(parent))
+    if not parent.is_dir():
+        raise UserError(f"{parent} cannot be made a folder, for it is a file; choose another --out")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise UserError(f"{parent} cannot be written (Permission denied); choose another --out")

@@ -1,11 +1,9 @@
-"""The machine that a command runs on: device, processes, precision, random generators, allocator."""
+"""The machine that a command runs on: device, processes, precision, random generators."""
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from sparkmim.allocator import keep_freed_memory as keep_freed_memory
 from sparkmim.errors import UserError
 
 
@@ -132,17 +131,3 @@ def generators_restored(with_gpus: bool = True) -> Iterator[None]:
     finally:
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
-
-
-def keep_freed_memory() -> None:
-    """Makes glibc keep freed memory for the next step instead of returning it to the system.
-
-    A training step on a CPU frees and asks for the same hundreds of megabytes again; each time, the kernel has to
-    clear them page by page. Concerns the whole process, so the command line alone calls it. Does nothing with another
-    C library or allocator.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        arenas, mapped, trim, pad = -8, -4, -1, -2  # M_ARENA_MAX, M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD of malloc.h
-        for option, value in ((arenas, 1), (mapped, 0), (trim, 2**31 - 1), (pad, 64 * 2**20)):
-            mallopt(option, value)

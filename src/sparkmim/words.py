@@ -92,7 +92,7 @@ class Flag:
         """The first words of `about`, or the words that it takes."""
         if self.choices:
             return ", ".join(self.choices)
-        return re.split(r"; | \(|: ", self.about)[0]
+        return re.split(r"; |(, or)? \(|: ", self.about)[0]
 
     def __str__(self) -> str:
         return f"--{self.name.replace('_', '-')}"
@@ -118,7 +118,7 @@ def flags_of(command: Command) -> dict[str, Flag]:
             next((get_args(part) for part in parts if get_origin(part) is Literal), ()),
             bool in parts,
             bool(listed) or name in SEVERAL.get(command.__name__, ()),
-            int in parts,
+            int in parts or str in parts,
             numbers[0] if numbers and str not in elements else None,
             types.NoneType in parts,
         )
@@ -244,7 +244,10 @@ class _Words:
                 rest = rest[len(values) :]
                 placed.append((flag.name, value_of(self.name, flag, values)))
         if rest and self.positional:
-            raise UserError(f"{self.positional[-1]} takes one value; {rest[0]!r} is one too many")
+            taker = self.positional[-1]
+            if taker.several:
+                raise UserError(f"{rest[0]!r} belongs to no flag; write it behind {taker}, which takes several")
+            raise UserError(f"{taker} takes one value; {rest[0]!r} is one too many")
         if rest:
             raise UserError(f"{rest[0]!r} belongs to no flag; sparkmim {self.name} --help lists them")
         return placed
@@ -281,7 +284,7 @@ def value_of(command: str, flag: Flag, values: Sequence[str]) -> str:
     if complaint := complaint_about(command, flag.name, found):
         mistyped = flag.number and any(isinstance(item, str) for item in items)
         raise UserError(f"{flag} is {repr(shown) if mistyped or not flag.number else shown}; {complaint}")
-    if flag.several:
+    if isinstance(found, list):
         return json.dumps(found)
     return str(int(found)) if flag.number is int else shown
 

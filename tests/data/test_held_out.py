@@ -48,6 +48,9 @@ def test_names_do_not_depend_on_where_the_data_are(tmp_path: Path) -> None:
         assert names_of(items, root) == ["a/1.jpg", "2.jpg"]
         (root / "list.txt").touch()
         assert names_of(items, root / "list.txt") == ["a/1.jpg", "2.jpg"]
+    (tmp_path / "1").mkdir()
+    several = [f"{tmp_path}/1/2.jpg", f"{tmp_path}/2/2.jpg"]
+    assert names_of(several, [tmp_path / "1", tmp_path / "2"]) == ["2.jpg", "../2/2.jpg"]
     assert names_of(torch.utils.data.TensorDataset(torch.zeros(2)), None) == ["0", "1"]
 
 

@@ -129,8 +129,8 @@ def test_arrays_of_any_channels_are_read_whole(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"data": "nowhere"}, r"there is no folder or CSV file .*nowhere"),
-        ({"weights": "nowhere"}, r"nowhere does not exist; name a run folder or a weight file"),
+        ({"data": "nowhere"}, r"nowhere does not exist; --data names a folder"),
+        ({"weights": "nowhere"}, r"nowhere does not exist; --weights names a run folder or a weight file"),
         ({"compare": "nowhere"}, r"nowhere does not exist"),
         ({"stage": 3}, r"stage is 3, but .* has 2 stages; choose 1 to 2"),
         ({"protocol": "kmeans"}, r"protocol is 'kmeans'; choose knn, linear or fewshot"),

@@ -138,14 +138,14 @@ def test_embed_writes_features_and_paths(cli: Cli, run: Path, photos: Path, tmp_
 @pytest.mark.parametrize(
     ("command", "change", "message"),
     [
-        (sparkmim.predict, {"images": "nowhere"}, r"there is no folder, image or text file .*nowhere"),
+        (sparkmim.predict, {"images": "nowhere"}, r"nowhere does not exist; --"),
         (sparkmim.predict, {"images": None}, r"no images given; --images names"),
         (sparkmim.predict, {"weights": "nowhere"}, r"nowhere does not exist"),
         (sparkmim.predict, {"top": 4}, r"top is 4, but the classifier knows 3 classes"),
         (sparkmim.predict, {"out": "."}, r"is a folder; --out names a file"),
         (sparkmim.predict, {"batch_size": 0}, r"batch_size is 0"),
         (sparkmim.embed, {"stage": 0}, r"stage is 0; it must be above 0"),
-        (sparkmim.embed, {"out": "features.csv"}, r"its name should end in .npy or .parquet"),
+        (sparkmim.embed, {"out": "features.csv"}, r"its name ends in .npy or .parquet"),
         (sparkmim.embed, {"out": "f.parquet", "pooled": False}, r"write whole maps to a .npy file"),
     ],
 )
@@ -172,6 +172,8 @@ def test_nothing_is_overwritten_and_nothing_half_written_stays(
         path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"none of the 24 images can be read"):
         sparkmim.embed(images=photos, weights=run, out=tmp_path / "f.npy", overwrite=True, **FAST)
+    with pytest.raises(ValueError, match=r"none of the 24 images can be read; the first is .*: the file is empty"):
+        sparkmim.predict(images=photos, weights=run, out=tmp_path / "p.csv", **FAST)
     assert (tmp_path / "f.txt").read_text() == "mine"
     assert not list(tmp_path.glob("f.npy*"))
     assert not list(tmp_path.glob("p.csv*"))

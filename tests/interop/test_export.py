@@ -28,10 +28,10 @@ from processes import run
 from sparkmim.cli import main
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.interop import official
-from sparkmim.interop.export import SUFFIXES
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights, save, write
 from sparkmim.models import SparK, create_classifier, create_encoder
+from sparkmim.paths import EXPORTS
 
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
 
@@ -86,7 +86,7 @@ def spark_run(folder: Path, model: str, size: int = 64, **others: Any) -> SparK:
 
 def path_of(folder: Path, format: str) -> Path:
     """Path of an exported file or folder."""
-    return folder / f"{format}{(*SUFFIXES[format], '')[0]}"
+    return folder / f"{format}{(*EXPORTS[format], '')[0]}"
 
 
 def export(folder: Path, weights: Path, format: str, **settings: Any) -> Path:
@@ -347,7 +347,7 @@ def test_hugging_face_folder(tmp_path: Path) -> None:
     assert "/home/" not in card  # whose disk it was is nobody's business
     assert "drop_path" not in card
 
-    with pytest.raises(ValueError, match="already exists; give overwrite"):
+    with pytest.raises(ValueError, match="is not empty; .* --overwrite"):
         sparkmim.export(weights=run_folder, format="huggingface", out=out)
     sparkmim.export(weights=run_folder, format="huggingface", out=out, overwrite=True)
 
@@ -739,12 +739,12 @@ def test_networks_without_a_place(tmp_path: Path, model: str, format: str, messa
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"format": "tensorflow"}, "there is no format 'tensorflow'; choose one of timm, torchvision, detectron2"),
-        ({"out": "net.pkl"}, r"net\.pkl, but a timm file ends in \.safetensors or \.pth; name it so"),
-        ({"out": "taken.pth"}, r"taken\.pth already exists; give overwrite to replace it, or choose another out"),
-        ({"out": "folder.pth"}, "is a folder, and timm writes a file"),
+        ({"format": "tensorflow"}, "there is no format 'tensorflow'; choose timm, torchvision, detectron2"),
+        ({"out": "net.pkl"}, r"net\.pkl; its name ends in \.safetensors or \.pth"),
+        ({"out": "taken.pth"}, r"taken\.pth exists already; choose another --out, or replace it with --overwrite"),
+        ({"out": "folder.pth"}, "is a folder; --out names a file"),
         ({"out": "taken.pth/new.pth"}, r"taken\.pth cannot be made a folder"),
-        ({"out": "taken.pth", "format": "huggingface"}, "is a file, and huggingface writes a folder"),
+        ({"out": "taken.pth", "format": "huggingface"}, "is a file; --out names a folder"),
         ({"push": "a/b"}, "push uploads a folder of the format huggingface, not a timm file; use that format"),
         ({"image_size": 32}, "image_size is for onnx and torch-export; a timm file has none"),
         ({"format": "torch-export", "out": "new.pt2", "image_size": 60}, "60×60 is not a multiple of .* stride, 32"),
@@ -772,7 +772,7 @@ def test_overwrite_and_command_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     command = ["export", "--weights", str(weights), "--format", "timm", "--out", str(out)]
     with pytest.raises(SystemExit):
         main(command)
-    assert "already exists" in capsys.readouterr().err
+    assert "exists already" in capsys.readouterr().err
     main([*command, "--overwrite"])
     assert capsys.readouterr().out == f"{out}: resnet18 as timm, 120 tensors\n"
     assert len(torch.load(out, weights_only=True)) == 120
@@ -782,11 +782,11 @@ def test_every_format_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str
     """Through the command line, from the folder of a pretraining run; a line each, and nothing else is left there."""
     pytest.importorskip("onnxscript")
     spark_run(tmp_path, "resnet18")
-    for format in SUFFIXES:
+    for format in EXPORTS:
         out = path_of(tmp_path / "out", format)
         main(["export", "--weights", str(tmp_path / "run"), "--format", format, "--out", str(out)])
         said = capsys.readouterr().out
         assert said.startswith(f"{out}: resnet18 as {format}, ")
         assert len(said.splitlines()) == 1
         assert out.exists()
-    assert len(list((tmp_path / "out").iterdir())) == len(SUFFIXES)
+    assert len(list((tmp_path / "out").iterdir())) == len(EXPORTS)

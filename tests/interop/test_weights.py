@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights, save, write
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
@@ -84,3 +89,17 @@ def test_a_hierarchy_that_is_given(tmp_path: Path, network: str, kind: str, requ
     assert not probes
     encoder = classifier.encoder.state_dict()
     assert all(torch.equal(tensor, encoder[name]) for name, tensor in weights.encoder_tensors.items())
+
+
+@pytest.mark.parametrize("kind", ["encoder", "spark", "segmenter"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_have_diverged_are_refused(tmp_path: Path, network: str, kind: str, value: float) -> None:
+    path = file_of(tmp_path, kind, network)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("body.1.running_var"))
+    tensors[name][2] = value
+    save_file(tensors, path, header)
+    with pytest.raises(UserError, match=rf"{re.escape(str(path))} holds NaN or infinite values in {re.escape(name)}; "):
+        open_weights(path)

@@ -243,6 +243,10 @@ def test_encoders_from_a_file(tmp_path: object) -> None:
     assert create_encoder(f"{file}:with_channels", channels=5).in_channels == 5
     with pytest.raises(ValueError, match=r"returned a int, not a torch\.nn\.Module"):
         create_encoder(f"{file}:wrong")
+    for own in (f"{file}:plain", nn.Identity()):
+        assert create_encoder(own, drop_path=0.0) is not None
+        with pytest.raises(ValueError, match=r"drop_path is 0\.2, but .* of your own .*; use --drop-path 0"):
+            create_encoder(own, drop_path=0.2)
     with pytest.raises(ValueError, match="has no function named 'missing'"):
         create_encoder(f"{file}:missing")
     with pytest.raises(ValueError, match=r"nowhere\.py does not exist"):

@@ -261,8 +261,8 @@ def test_axes_are_written_for_people(values: list[float], form: Any, ticks: set[
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda path: None, "run does not exist; name the run folder"),
-        (lambda path: path.mkdir(), "run holds no run, for there is no config.yaml in it"),
+        (lambda path: None, "run does not exist; --run names the run folder of a training"),
+        (lambda path: path.mkdir(), "run is an empty folder; --run names the run folder of a training"),
         (lambda path: write_run(path).joinpath("config.yaml").write_text("a: [1"), "cannot be read as"),
         (lambda path: write_run(path).joinpath("metrics.json").write_text("{"), "metrics.json is no whole JSON file"),
         (lambda path: write_run(path).joinpath("history.jsonl").write_text("{}\n{}\n"), "line 1 of run/history.jsonl"),
@@ -283,8 +283,8 @@ def test_a_mistake_is_one_sentence(
 
 
 def test_out_is_an_html_file(run: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"out is .*r\.pdf; it names a file that ends in \.html"):
-        write_report(run, tmp_path / "r.pdf")
+    with pytest.raises(ValueError, match=r"out is .*r\.pdf; its name ends in \.html or \.htm"):
+        sparkmim.report(run, out=tmp_path / "r.pdf")
     result = sparkmim.report(run, out=tmp_path / "new" / "r.html")
     assert result.out.read_text() == write_report(run).read_text()
     assert write_report(run).read_text() == result.out.read_text()  # again, over the old one

@@ -174,7 +174,7 @@ def test_a_detector_is_used_as_asked(data: Path, network: str, tmp_path: Path) -
         ({"clip_grad": -1.0}, "clip_grad is -1.0; it must be 0 or more"),
         ({"model": None}, "no model given; --model names the network"),
         ({"data": None}, "there are no images to train on; name them as --annotations and --images"),
-        ({"annotations": "a.json"}, "annotations and images go together"),
+        ({"annotations": __file__}, "annotations and images go together"),
         ({"recipe": "best"}, "there is no recipe 'best'"),
         ({"layer_decay": 2.0}, "layer_decay is 2.0"),
         ({"epochs": 0}, "epochs is 0"),

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 import sparkmim
+from sparkmim.cli import main
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.dataset import HeldOutDataset
 from sparkmim.data.discovery import find_images
@@ -299,6 +300,21 @@ def test_validation_images_of_their_own(photos: Path, network: str, tmp_path: Pa
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # read by torch.compile itself
+def test_several_folders_and_files_are_one_data_set(photos: Path, network: str, tmp_path: Path) -> None:
+    parts = [photos / "part0", photos / "part1", sorted((photos / "part0").iterdir())[0]]  # the last one again
+    result = sparkmim.pretrain(
+        **{**SMALL, "val_split": 0.25, "epochs": 2}, data=parts, model=network, out=tmp_path / "run",
+        callbacks=[StopAt(3)],
+    )  # fmt: skip
+    saved = yaml.safe_load((result.out / "config.yaml").read_text())
+    assert saved["data"] == [str(part) for part in parts]
+    start = read_history(result.out / "history.jsonl")[0]
+    assert start.fields["data"]["images"] == 18
+    main(["pretrain", "--out", str(result.out), "--resume", "--data", *map(str, parts)])
+    last = read_history(result.out / "history.jsonl")[-1]
+    assert (last.kind, last.step) == ("finish", 4)
+
+
 def test_saving_memory_and_compiling_change_nothing(photos: Path, network: str, tmp_path: Path) -> None:
     """And a run may go on with or without either."""
     pretrain(photos, network, tmp_path / "plain")

@@ -129,7 +129,7 @@ def test_best_weights_by_probe_and_by_loss(settings: dict[str, Any], tmp_path: P
             "keep_best is probe, but there is none; name labelled images",
         ),
         ({"keep_best": "val_loss"}, "keep_best is val_loss, but no images are held out; name some with --val-data"),
-        ({"probe": "nowhere"}, "there is no folder or CSV file .*nowhere"),
+        ({"probe": "nowhere"}, "nowhere does not exist; --probe names"),
         ({"probe_every": 0}, "probe_every is 0; it must be above 0"),
     ],
 )

@@ -258,7 +258,7 @@ def test_the_recipe_for_ade20k() -> None:
     [
         ({"model": None}, "no model given; --model names the network"),
         ({"data": None}, "there are no images to train on; name them as --images and --labels"),
-        ({"val_labels": "labels"}, "val_images and val_labels go together"),
+        ({"val_labels": Path(__file__).parent}, "val_images and val_labels go together"),
         ({"recipe": "best"}, "there is no recipe 'best'; choose one of default, ade20k"),
         ({"layer_decay": 2.0}, "layer_decay is 2.0"),
         ({"val_split": 1.0}, "val_split is 1.0"),

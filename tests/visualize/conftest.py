@@ -67,7 +67,8 @@ def unusable(written: Written, network: str) -> list[tuple[dict[str, Any], str]]
     """Arguments for weights that give no pictures, and what is said of them."""
     signals = nn.Sequential(nn.Conv1d(2, 4, 5, stride=2, padding=2))
     diverged = create_encoder(network)
-    nn.init.constant_(next(diverged.parameters()), float("nan"))
+    with torch.no_grad():
+        next(diverged.parameters()).sign_().mul_(3e38)
     return [
         ({"weights": written(signals, "signals", image_size=[64], channels=2, mean=None, std=None), "model": signals},
          "signals, which are no pictures; `sparkmim embed` writes features"),

@@ -260,13 +260,13 @@ def test_volumes(volumes: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"images": "nowhere"}, r"there is no folder, image or text file .*nowhere"),
+        ({"images": "nowhere"}, r"nowhere does not exist; --"),
         ({"weights": "nowhere"}, r"nowhere does not exist"),
         ({"stages": [1, 3]}, r"stage is 3, but .* has 2 stages.*choose 1 to 2"),
         ({"stages": []}, r"stages is \[\]; it must have 1 or more values"),
         ({"limit": 0}, r"limit is 0; it must be above 0"),
         ({"image_size": 0}, r"image_size is 0; it must be above 0"),
-        ({"out": "features.gif"}, r"the name of a picture ends in .png"),
+        ({"out": "features.gif"}, r"its name ends in .png"),
         ({"out": "."}, r"ends in|is a folder"),
         ({"model": 3}, r"model is of type int; pass a name or a torch.nn.Module"),
     ],

@@ -180,14 +180,14 @@ def test_classifiers_and_grey_images(classifier_file: Path, grey_file: Path, fam
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"query": "nowhere.jpg"}, r"there is no folder, image or text file .*nowhere.jpg"),
-        ({"data": "nowhere"}, r"there is no folder, image or text file .*nowhere"),
+        ({"query": "nowhere.jpg"}, r"nowhere.jpg does not exist; --"),
+        ({"data": "nowhere"}, r"nowhere does not exist; --"),
         ({"weights": "nowhere"}, r"nowhere does not exist"),
         ({"k": 0}, r"k is 0; it must be above 0"),
         ({"stage": 3}, r"stage is 3, but .* has 2 stages"),
         ({"crop": 1.5}, r"crop is 1.5; it must be between 0 and 1"),
         ({"limit": 0}, r"limit is 0; it must be above 0"),
-        ({"out": "neighbors.txt"}, r"the name of a picture ends in .png"),
+        ({"out": "neighbors.txt"}, r"its name ends in .png"),
     ],
 )
 def test_mistakes_are_one_sentence_and_leave_nothing(

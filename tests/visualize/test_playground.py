@@ -192,7 +192,7 @@ def test_the_space_serves_the_page(tmp_path: Path, pretrained: Callable[..., Pat
     ("flags", "message"),
     [
         (["--weights", "nowhere"], "nowhere does not exist"),
-        (["--weights", "a", "--images", "nowhere"], "there is no folder, image or text file"),
+        (["--weights", "a", "--images", "nowhere"], "nowhere does not exist; --images names"),
         (["--weights", "a", "--max-megapixels", "0"], "--max-megapixels is 0"),
         (["--weights", "a", "--port", "99999"], "port is 99999; it must be between 1 and 65535"),
         (["--weights", "a/weights/encoder.safetensors"], "no decoder"),

@@ -222,7 +222,7 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"topic": "everything"}, r"topic is 'everything'; .* vanishing"),
-        ({"out": "picture.gif"}, r"out is picture.gif; the name of a picture ends in"),
+        ({"out": "picture.gif"}, r"out is picture.gif; its name ends in"),
         ({"mask_ratio": 1.0}, r"mask_ratio is 1.0; it must be above 0 and below 1"),
         ({"image_size": 30}, r"image_size 30×30 is not a multiple of the patch size 4; use 28×28 or 32×32"),
         ({"image_size": [32, 32, 32]}, r"image_size \[32, 32, 32\] is for 3 spatial axes, but .* images of two"),
@@ -231,7 +231,7 @@ def test_images_of_other_channels(tmp_path: Path) -> None:
         ({"model": nn.Conv3d(1, 4, 3, 2, 1)}, r"Conv3d is for 3 spatial axes, but .* images of two"),
         ({"weights": "nowhere"}, r"nowhere does not exist"),
         ({"weights": "volumes.safetensors"}, r"volumes.safetensors is for 3 spatial axes, but .* images of two"),
-        ({"images": "nowhere"}, r"there is no folder, image or text file .*nowhere"),
+        ({"images": "nowhere"}, r"nowhere does not exist; --"),
         ({"accelerator": "tpu"}, r"accelerator is 'tpu'"),
     ],
 )

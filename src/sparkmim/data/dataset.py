@@ -19,6 +19,7 @@ from sparkmim.data.held_out import names_of
 from sparkmim.data.labelled import Labelled
 from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UnusableData, UserError
+from sparkmim.files import are_paths
 from sparkmim.machine import generators_restored
 from sparkmim.models.masking import random_visible, visible_per_sample
 
@@ -47,9 +48,7 @@ class SharedPaths:
 
 def share_paths(items: Any) -> Any:
     """Returns a list of paths as `SharedPaths`, and any other data set unchanged."""
-    if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
-        return SharedPaths(items)
-    return items
+    return SharedPaths(items) if are_paths(items) else items
 
 
 class AugmentedDataset(Dataset[dict[str, Any]]):
@@ -108,7 +107,7 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
         """Returns names of the images that stay the same when the data move; None if they have none.
 
         Args:
-            data: folder or file that they come from.
+            data: what they come from, as for `names_of`.
         """
         if isinstance(self._source, SharedPaths):
             return names_of(list(self._source), data)

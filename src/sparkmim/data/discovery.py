@@ -14,7 +14,7 @@ from typing import NamedTuple
 from rich.console import Console
 from rich.status import Status
 
-from sparkmim.data.problems import counted
+from sparkmim.data.problems import counted, few
 from sparkmim.errors import MissingPath, UserError
 from sparkmim.files import replacing
 
@@ -157,7 +157,7 @@ def _find_in_folder(
         if status is not None:
             status.stop()
     if not paths:
-        raise UserError(f"no images in {root}: looked for {', '.join(suffixes)} at any depth, found {_inside(root)}")
+        raise UserError(f"no images in {root}: looked for {few(suffixes, 5)} at any depth, found {_inside(root)}")
     if len(paths) > CACHE_ABOVE:
         settled = {folder: found for folder, found in listings.items() if found.mtime_ns < begun - _SETTLED_NS}
         if settled != known:

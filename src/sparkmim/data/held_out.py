@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.utils.data import Subset
 
+from sparkmim.files import are_paths
+
 _SHARE, _FEWEST, _MOST = 0.02, 32, 2000
 
 
@@ -18,10 +20,12 @@ def names_of(items: Any, data: Any) -> list[str]:
 
     Args:
         items: paths, or a dataset.
-        data: folder or text file that the paths come from.
+        data: folder or text file that the paths come from, or several; names are relative to the first, so that they
+            stay the same when others are added.
     """
-    if isinstance(items, list) and isinstance(data, (str, Path)):
-        root = Path(data).expanduser().absolute()
+    first = data[0] if are_paths(data) else data
+    if isinstance(items, list) and isinstance(first, (str, Path)):
+        root = Path(first).expanduser().absolute()
         root = root if root.is_dir() else root.parent
         inside = f"{root}{os.sep}"  # cut off here, as relpath takes seconds for a million paths
         return [path[len(inside) :] if path.startswith(inside) else os.path.relpath(path, root) for path in items]

@@ -6,7 +6,7 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.problems import counted, few, print_notes, report
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.files import are_paths
 from sparkmim.machine import is_main_process
 
 _FIRST_LOOK = 200
@@ -42,7 +43,7 @@ class Source:
         of them are of.
         """
         arrays = rank != 2 or channels not in (1, 3)
-        if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
+        if are_paths(items):
             if not arrays:
                 arrays = 2 * sum(map(_is_array, items)) > len(items)
             elif not any(map(_is_array, items)):
@@ -120,9 +121,15 @@ def _is_array(path: str | Path) -> bool:
 
 
 def open_source(data: Any, channels: int, rank: int) -> Source:
-    """Opens a data set: a folder, a text file of paths, or a dataset."""
+    """Opens a data set: a folder, a text file of paths, several of these or of files, or a dataset.
+
+    What several of them name twice is taken once.
+    """
     if data is None:
         raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
+    if are_paths(data):
+        several = images_source(data, channels, rank)
+        return replace(several, items=list(dict.fromkeys(several.items)))
     if not isinstance(data, (str, Path)):
         return Source.of(data, channels, rank)
     return Source.of_files(data, channels, rank).checked()  # before a run begins
@@ -132,7 +139,7 @@ def images_source(images: Any, channels: int, rank: int) -> Source:
     """Opens an argument `images`: what `open_source` takes, a single file, or a list of these."""
     if images is None:
         raise UserError("no images given; --images names a folder, an image, or a text file of paths")
-    if isinstance(images, list) and images and all(isinstance(part, (str, Path)) for part in images):
+    if are_paths(images):
         parts = [images_source(part, channels, rank) for part in images]
         if len({part.arrays for part in parts}) > 1:
             raise UserError("some of the images are image files and some are arrays; give one kind at a time")

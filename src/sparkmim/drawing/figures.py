@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sparkmim.errors import UserError
-from sparkmim.files import new_file, replacing
+from sparkmim.files import replacing
 from sparkmim.results import PictureResult
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-FORMATS = (".png", ".jpg", ".jpeg", ".pdf", ".svg")
-"""Suffixes of pictures that can be written."""
 
 ACCENT = "#1f6f8b"
 """Colour of the curve or picture in focus."""
@@ -32,15 +27,6 @@ QUIET = "#5f6368"
 
 
 # Files
-
-
-def check_picture(out: str | Path | None, overwrite: bool) -> Path | None:
-    """Refuses the path of a picture whose suffix is not in `FORMATS`, or that exists, before any work is done."""
-    if out is None:
-        return None
-    if Path(out).suffix.lower() not in FORMATS:
-        raise UserError(f"out is {out}; the name of a picture ends in {', '.join(FORMATS)}")
-    return new_file(out, overwrite)
 
 
 def write_picture(result: PictureResult, **arguments: Any) -> None:

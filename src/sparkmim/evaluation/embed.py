@@ -15,7 +15,7 @@ from sparkmim.data.inference import still_batches
 from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
 from sparkmim.evaluation.features import check_stage, frozen_hierarchy, stage_features
-from sparkmim.files import new_file, replacing
+from sparkmim.files import replacing
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy
@@ -35,15 +35,12 @@ def run_embedding(
     batch_size: int,
     workers: int | None,
     accelerator: str,
-    overwrite: bool,
 ) -> EmbedResult:
     """Runs `sparkmim.embed`."""
-    out = new_file(out, overwrite)
-    if out.suffix not in (".npy", ".parquet"):
-        raise UserError(f"out is {out}; its name should end in .npy or .parquet")
+    out = Path(out)
     if out.suffix == ".parquet" and not pooled:
         raise UserError(f"{out} can hold pooled features only; write whole maps to a .npy file")
-    names_file = None if out.suffix == ".parquet" else new_file(out.with_suffix(".txt"), overwrite)
+    names_file = None if out.suffix == ".parquet" else out.with_suffix(".txt")
     arrow = _pyarrow() if names_file is None else None
     device = device_named(accelerator)
     opened = open_weights(weights)

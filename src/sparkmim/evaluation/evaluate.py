@@ -22,7 +22,7 @@ from sparkmim.evaluation.features import StageFeatures, check_stage, features_of
 from sparkmim.evaluation.fewshot import few_shot
 from sparkmim.evaluation.knn import knn_accuracy
 from sparkmim.evaluation.linear import HELD_OUT, linear_probe
-from sparkmim.files import new_file, replacing
+from sparkmim.files import replacing
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy, create_encoder
@@ -189,7 +189,7 @@ def _out_of(settings: EvaluateSettings) -> Path | None:
     if settings.out is None:
         folder = Path(settings.weights)
         return folder / "evaluation" / f"{settings.protocol}.json" if folder.is_dir() else None
-    return new_file(settings.out, settings.overwrite)
+    return Path(settings.out)
 
 
 def _write(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparkmim.data.inference import still_batches
 from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
-from sparkmim.files import new_file, replacing
+from sparkmim.files import replacing
 from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models.encoders import own_module
@@ -38,10 +38,9 @@ def run_prediction(
     batch_size: int,
     workers: int | None,
     accelerator: str,
-    overwrite: bool,
 ) -> PredictResult:
     """Runs `sparkmim.predict`."""
-    out = new_file(out, overwrite)
+    out = Path(out)
     device = device_named(accelerator)
     opened = open_weights(weights)
     classes = opened.classes
@@ -74,6 +73,8 @@ def run_prediction(
                     rows[place] = _row(name, of_image, classes, top)
                 read += len(batch.places)
             table.writerows(rows[place] for place in sorted(rows))
+        if not read:
+            raise UserError(f"none of the {len(unreadable)} images can be read; the first is {unreadable[0]}")
     return PredictResult(out, read, unreadable)
 
 

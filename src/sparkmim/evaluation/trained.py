@@ -27,12 +27,10 @@ def open_trained(
     """Opens the weights of a `kind`, and settles the device, whether to compute in bfloat16, and the loader processes.
 
     Raises:
-        UserError: if there are no weights, or `out`, which is not created yet, is neither new nor empty.
+        UserError: if there are no weights.
     """
     if weights == "none":
         raise UserError(f"no weights given; --weights names the run folder or the weight file of a {kind}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} is not empty; choose another --out")
     opened = open_weights(weights)
     machine = settle_machine(accelerator, 1, 1, precision, workers)
     return opened, torch.device(machine["accelerator"]), machine["precision"] == "bf16-mixed", machine["workers"]

@@ -21,19 +21,6 @@ from sparkmim.interop.openmmlab import openmmlab_checkpoint
 from sparkmim.interop.torchvision import torchvision_tensors
 from sparkmim.results import ExportResult
 
-SUFFIXES: dict[str, tuple[str, ...]] = {
-    "timm": (".safetensors", ".pth"),
-    "torchvision": (".safetensors", ".pth"),
-    "detectron2": (".pkl",),
-    "mmdet": (".pth",),
-    "mmpretrain": (".pth",),
-    "huggingface": (),  # a folder
-    "onnx": (".onnx",),
-    "torch-export": (".pt2",),
-    "spark": (".pth",),
-}
-"""File endings by format."""
-
 
 def export_weights(
     *,
@@ -42,13 +29,12 @@ def export_weights(
     out: str | Path,
     model: str | nn.Module | None = None,
     image_size: int | Sequence[int] | None = None,
-    overwrite: bool = False,
     push: str | None = None,
     private: bool = False,
 ) -> ExportResult:
     """Runs `sparkmim.export`, which documents arguments, result and errors."""
     path = Path(out)
-    _check(format, path, image_size, overwrite, push)
+    _check(format, image_size, push)
     network = open_exportable(weights, model)
     if format in ("timm", "torchvision", "huggingface"):
         network = network.without_pooled_head()
@@ -88,21 +74,9 @@ def _entries(network: ExportableNetwork, format: str) -> dict[str, Any]:
     return openmmlab_checkpoint(network, detection=format == "mmdet")
 
 
-def _check(format: str, out: Path, image_size: int | Sequence[int] | None, overwrite: bool, push: str | None) -> None:
+def _check(format: str, image_size: int | Sequence[int] | None, push: str | None) -> None:
     """Checks that the arguments go together, before anything is read or written."""
-    if format not in SUFFIXES:
-        raise UserError(f"there is no format {format!r}; choose one of {', '.join(SUFFIXES)}")
     if push and format != "huggingface":
         raise UserError(f"push uploads a folder of the format huggingface, not a {format} file; use that format")
     if image_size is not None and format not in ("onnx", "torch-export"):
         raise UserError(f"image_size is for onnx and torch-export; a {format} file has none, so leave it out")
-    suffixes = SUFFIXES[format]
-    if suffixes and out.suffix not in suffixes:
-        raise UserError(f"out is {out}, but a {format} file ends in {' or '.join(suffixes)}; name it so")
-    if not suffixes and out.is_file():
-        raise UserError(f"{out} is a file, and {format} writes a folder; choose another out")
-    if suffixes and out.is_dir():
-        raise UserError(f"{out} is a folder, and {format} writes a file; choose another out")
-    taken = out.exists() if suffixes else out.is_dir() and any(out.iterdir())
-    if taken and not overwrite:
-        raise UserError(f"{out} already exists; give overwrite to replace it, or choose another out")

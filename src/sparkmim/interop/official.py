@@ -141,7 +141,10 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise UserError(f"{path} cannot be read as a PyTorch weight file: {first_line(error)}") from error
+        why = first_line(error)
+        if "weights_only" in why:  # whose advice is to run the code
+            why = "it holds code or other objects, or is of another kind; name a file of weights alone"
+        raise UserError(f"{path} cannot be read as a PyTorch weight file: {why}") from error
     content = content if isinstance(content, dict) else {}
     inner = (content.get(key) for key in ("module", "state_dict", "model"))
     module = next((value for value in inner if isinstance(value, dict)), content)

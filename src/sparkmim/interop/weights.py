@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 from safetensors.torch import save as to_bytes
@@ -212,7 +213,7 @@ class Weights:
 
     def _new_encoder(self, model: str | nn.Module | None) -> nn.Module:
         """Returns the given module, or the network of the given name or the one in the file, not loaded."""
-        return model if isinstance(model, nn.Module) else create_encoder(model or self.model, self.channels)
+        return create_encoder(self.model if model is None else model, self.channels)
 
 
 _HEADS = {"fc", "head", "classifier", "norm", "last_linear", "heads"}
@@ -234,6 +235,9 @@ def open_weights(path: str | Path) -> Weights:
         metadata, tensors = _read_metadata(path), load_file(path)
     else:
         tensors, metadata = official.read(path)
+    for name, tensor in tensors.items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise UserError(f"{path} holds NaN or infinite values in {name}; take weights from before they diverged")
     return Weights(path, _kind_of(tensors, metadata), tensors, metadata)
 
 

@@ -85,6 +85,7 @@ def create_classifier(
     if classes < 2:
         raise UserError(f"there is {classes} class; a classifier needs 2 or more")
     if isinstance(model, nn.Module):
+        model = create_encoder(model, channels, drop_path)
         if callable(reset := getattr(model, "reset_classifier", None)):
             reset(classes)
             return model

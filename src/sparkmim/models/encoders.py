@@ -7,26 +7,29 @@ import difflib
 import importlib.util
 import inspect
 import sys
+import traceback
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any, cast
 
 from torch import nn
 
+from sparkmim.arguments import listed, nearest
 from sparkmim.errors import UserError
 from sparkmim.trust import remember
 
 
 def create_encoder(
-    name: str, channels: int = 3, drop_path: float | None = None, classes: int | None = None
+    name: str | nn.Module, channels: int = 3, drop_path: float | None = None, classes: int | None = None
 ) -> nn.Module:
     """Builds a network, randomly initialised and without a classifier where it can be left out.
 
     Args:
         name: a timm name (`"resnet50"`), `"torchvision/NAME"`, or `"path/to/file.py:factory"`, a function
-            without required arguments that returns a module.
+            without required arguments that returns a module. A module is returned as it is.
         channels: image channels.
         drop_path: stochastic depth rate; None for the network's default.
         classes: number of classes of its classifier, which a factory takes as `num_classes`; None for no classifier.
@@ -34,7 +37,13 @@ def create_encoder(
     Raises:
         ValueError: if there is no such network, or it does not take these arguments.
     """
-    if ".py:" in name:
+    own = isinstance(name, nn.Module) or ".py:" in name
+    if own and drop_path:  # 0 asks for none
+        shown = type(name).__name__ if isinstance(name, nn.Module) else name
+        raise UserError(f"drop_path is {drop_path:g}, but {shown} is of your own and decides on it; use --drop-path 0")
+    if isinstance(name, nn.Module):
+        return name
+    if own:
         return _from_file(name, channels, classes)
     if name.startswith("torchvision/"):
         return _from_torchvision(name.removeprefix("torchvision/"), channels, drop_path, classes)
@@ -95,10 +104,31 @@ def factory_of(name: str) -> Callable[..., Any]:
     path = Path(file)
     if not path.is_file():
         raise UserError(f"{path} does not exist; --model path/to/file.py:factory names a function in a file")
-    factory = getattr(_module_of(path), factory_name, None)
+    with _blaming(path):
+        module = _module_of(path)
+    factory = getattr(module, factory_name, None)
     if not callable(factory):
-        raise UserError(f"{path} has no function named {factory_name!r}")
+        near = nearest(factory_name, (name for name, value in vars(module).items() if callable(value)))
+        hint = f"; did you mean {path}:{near}?" if near else "; --model path/to/file.py:NAME names a function in it"
+        raise UserError(f"{path} has no function named {factory_name!r}{hint}")
     return cast(Callable[..., Any], factory)
+
+
+@contextmanager
+def _blaming(path: Path) -> Iterator[None]:
+    """Turns an error of the user's code into a `UserError` that names the line of the user's file."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:
+        own = {str(path), str(path.absolute())}
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
+        if isinstance(error, SyntaxError) and error.filename in own:
+            lines = [error.lineno]
+        place = f"{path}:{lines[-1]}" if lines else path
+        why = " ".join(traceback.format_exception_only(error)[-1].split())
+        raise UserError(f"{place} fails with {why[:120]}; mend your file") from error
 
 
 def _module_of(path: Path) -> ModuleType:
@@ -133,7 +163,14 @@ def factory_settings(name: str, channels: int, classes: int | None = None) -> di
 
 def _from_file(name: str, channels: int, classes: int | None) -> nn.Module:
     remember(name)
-    encoder = factory_of(name)(**factory_settings(name, channels, classes))
+    factory, settings = factory_of(name), factory_settings(name, channels, classes)
+    try:
+        inspect.signature(factory).bind(**settings)
+    except TypeError as error:
+        passed = listed(list(settings), "and") if settings else "no arguments"
+        raise UserError(f"{name} is called with {passed}, and is {error}; give all others defaults") from error
+    with _blaming(Path(name.rpartition(":")[0])):
+        encoder = factory(**settings)
     if not isinstance(encoder, nn.Module):
         raise UserError(f"{name} returned a {type(encoder).__name__}, not a torch.nn.Module")
     return encoder

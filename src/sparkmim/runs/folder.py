@@ -15,7 +15,7 @@ from typing import IO, Any
 import yaml
 
 from sparkmim.errors import Unwritable, UserError
-from sparkmim.files import replacing
+from sparkmim.files import check_parents, replacing
 from sparkmim.runs.config import commented_yaml, read_yaml, settled_notes
 
 if sys.platform != "win32":
@@ -62,6 +62,12 @@ class RunFolder:
                 raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
         elif self.path.is_dir() and any(inside.name != LOCK for inside in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
+        check_parents(self.path)
+
+    def check_begun(self) -> None:
+        """Refuses a path that holds no run."""
+        if not self.config.is_file():
+            raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one there")
 
     @property
     def has_checkpoint(self) -> bool:
@@ -134,8 +140,7 @@ class RunFolder:
 
     def read_config(self) -> dict[str, Any]:
         """Reads the arguments of a run, and under `from_python` the names of those that were Python objects."""
-        if not self.config.is_file():
-            raise UserError(f"{self.path} holds no run to resume; leave out --resume to start one there")
+        self.check_begun()
         try:
             text = self.config.read_text(encoding="utf-8")
             arguments = read_yaml(text)

@@ -21,7 +21,6 @@ from sparkmim.data.problems import counted
 from sparkmim.drawing.charts import Curve, Form, Line, draw_chart, running_mean
 from sparkmim.drawing.figures import ACCENT, CONTRAST, QUIET, THIRD
 from sparkmim.drawing.pixels import GAP
-from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.results import EvaluationResult, Score
 from sparkmim.runs.config import ONCE, decided_by
@@ -44,8 +43,6 @@ _SMALL = 96  # images up to this side are shown pixel by pixel
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Writes the report of a run, finished or not, by default to `report.html` in its folder; returns the path."""
     path = RunFolder(run).report if out is None else Path(out)
-    if path.suffix.lower() not in (".html", ".htm") or path.is_dir():
-        raise UserError(f"out is {path}; it names a file that ends in .html")
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

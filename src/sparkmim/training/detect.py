@@ -109,9 +109,7 @@ def open_parts(settings: DetectSettings) -> tuple[CocoImages, CocoImages]:
 
 def build_model(settings: DetectSettings, classes: int, start: Weights | None) -> Any:
     """Builds the detector, with the pretrained encoder in it."""
-    encoder = settings.model
-    if isinstance(encoder, str):
-        encoder = create_encoder(encoder, 3, settings.drop_path)
+    encoder = create_encoder(settings.model, 3, settings.drop_path)
     detector: Any = create_detector(
         encoder, classes, bool(settings.masks), mean=settings.mean, std=settings.std, box_head=settings.box_head,
         norm=settings.norm, short_side=settings.eval_short_side, long_side=settings.long_side,

@@ -30,6 +30,7 @@ from sparkmim.data.skip_log import SkipLog
 from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import known_figures
 from sparkmim.failures import Killed, told
+from sparkmim.files import are_paths
 from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import Weights, open_weights
@@ -425,7 +426,8 @@ def _write_start(
     settings: TrainSettings, asked: Mapping[str, Any], folder: RunFolder
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Writes arguments and environment into the run folder; returns settings and environment as plain values."""
-    objects = [name for name in OBJECTS if not isinstance(plain(asked.get(name)), str | None)]
+    values = {name: plain(asked.get(name)) for name in OBJECTS}
+    objects = [name for name, value in values.items() if not isinstance(value, str | None) and not are_paths(value)]
     settled = {name: None if name in objects else value for name, value in vars(settings).items()}
     kept = {name: None if name in objects else plain(value) for name, value in asked.items()}
     folder.write_config({**kept, **dict.fromkeys(ONCE, False)}, settled, objects)

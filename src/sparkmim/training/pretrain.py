@@ -129,9 +129,7 @@ class Pretraining(Training[PretrainSettings]):
 
 def build_model(settings: PretrainSettings) -> tuple[SparK, PretrainSettings]:
     """Builds the model, and settles `beta2`, which depends on the network's norm, and sizes."""
-    encoder = settings.model
-    if isinstance(encoder, str):
-        encoder = create_encoder(encoder, settings.channels, settings.drop_path)
+    encoder = create_encoder(settings.model, settings.channels, settings.drop_path)
     recipe = recipe_named(settings.recipe, PRETRAIN_RECIPES)
     beta2 = recipe.beta2[encoder_norm(encoder)] if settings.beta2 is None else settings.beta2
     model = SparK(

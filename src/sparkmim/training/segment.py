@@ -102,9 +102,7 @@ def open_parts(settings: SegmentSettings) -> tuple[SegmentationImages, Segmentat
 
 def build_model(settings: SegmentSettings, classes: int, start: Weights | None) -> Segmenter:
     """Builds the segmenter, with the pretrained encoder in it."""
-    encoder = settings.model
-    if isinstance(encoder, str):
-        encoder = create_encoder(encoder, settings.channels, settings.drop_path)
+    encoder = create_encoder(settings.model, settings.channels, settings.drop_path)
     segmenter = create_segmenter(
         encoder, classes, settings.channels, settings.norm, [settings.crop] * 2, settings.feature_modules
     )

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from torch import nn
 
 from sparkmim.errors import UserError
+from sparkmim.files import are_paths
 from sparkmim.interop.weights import Weights
 from sparkmim.machine import settle_machine
 from sparkmim.runs.config import ONCE, open_value
@@ -237,7 +238,7 @@ def plain(value: Any) -> Any:
     """Makes a path a string and a tuple a list, as files of settings hold them; other values stay."""
     if isinstance(value, Path):
         return str(value)
-    return [plain(item) for item in value] if isinstance(value, tuple) else value
+    return [plain(item) for item in value] if isinstance(value, tuple) or are_paths(value) else value
 
 
 def downstream_recipe(asked: Mapping[str, Any], recipes: Mapping[str, Any], start: Weights | None) -> dict[str, Any]:

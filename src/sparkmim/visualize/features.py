@@ -13,7 +13,6 @@ from torch import Tensor
 
 from sparkmim.drawing.figures import (
     QUIET,
-    check_picture,
     new_figure,
     picture_at,
     shortened,
@@ -50,13 +49,11 @@ def run_features(
     image_size: int | Sequence[int] | None,
     limit: int,
     accelerator: str,
-    overwrite: bool,
 ) -> FeaturesResult:
     """Runs `sparkmim.features`, on the largest centre crop of each image.
 
     For volumes, the directions are those of all positions, and the middle slice is shown.
     """
-    out = check_picture(out, overwrite)
     encoder = open_encoder(weights, model, image_size, 1.0, accelerator)
     path, count = encoder.weights.path, len(encoder.hierarchy.strides)
     chosen = sorted({check_stage(stage, encoder.hierarchy, str(path)) for stage in stages or range(1, count + 1)})
@@ -75,7 +72,7 @@ def run_features(
         colours[stage], explained[stage] = as_colours(of_stage)
     result = FeaturesResult(
         names=shown.names, inputs=shown.pixels, maps=colours, explained=explained, draw=draw_features,
-        unreadable=shown.unreadable, out=out,
+        unreadable=shown.unreadable, out=None if out is None else Path(out),
     )  # fmt: skip
     write_picture(result)
     return result

@@ -19,7 +19,6 @@ from sparkmim.data.source import Source, images_source
 from sparkmim.drawing.figures import (
     ACCENT,
     QUIET,
-    check_picture,
     new_figure,
     picture_at,
     shortened,
@@ -59,14 +58,12 @@ def run_neighbors(
     batch_size: int,
     workers: int | None,
     accelerator: str,
-    overwrite: bool,
 ) -> NeighborsResult:
     """Runs `sparkmim.neighbors`.
 
     Compares features as the k-NN protocol of `sparkmim evaluate` does: averaged over positions, by cosine similarity.
     A query is excluded from its own neighbours by its resolved path; copies of it are found.
     """
-    out = check_picture(out, overwrite)
     encoder = open_encoder(weights, model, image_size, crop, accelerator)
     preparation, path, device = encoder.preparation, encoder.weights.path, encoder.device
     stage = check_stage(stage, encoder.hierarchy, str(path))
@@ -102,7 +99,7 @@ def run_neighbors(
         stage=stage,
         draw=draw_neighbors,
         unreadable=list(dict.fromkeys([*asked.unreadable, *found.unreadable])),
-        out=out,
+        out=None if out is None else Path(out),
     )
     write_picture(result)
     return result

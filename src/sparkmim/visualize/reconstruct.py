@@ -13,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from torch import Tensor
 
-from sparkmim.drawing.figures import ACCENT, CONTRAST, check_picture, new_figure, shortened, show_picture, write_picture
+from sparkmim.drawing.figures import ACCENT, CONTRAST, new_figure, shortened, show_picture, write_picture
 from sparkmim.drawing.pixels import HIDDEN, at_pixels, middle_slice, to_array
 from sparkmim.errors import UserError
 from sparkmim.interop.weights import open_weights
@@ -98,10 +98,8 @@ def run_reconstruction(
     limit: int,
     seed: int,
     accelerator: str,
-    overwrite: bool,
 ) -> ReconstructResult:
     """Runs `sparkmim.reconstruct`."""
-    out = check_picture(out, overwrite)
     choices = {"mask": mask, "visible": visible, "masks": masks if masks > 1 else None, "mask_ratio": mask_ratio}
     given = [name for name, value in choices.items() if value is not None]
     if len(given) > 1 and given[0] in ("mask", "visible"):
@@ -138,7 +136,7 @@ def run_reconstruction(
         errors=np.stack([of_mask.errors.cpu().numpy() for of_mask in rebuilt], axis=1),
         draw=draw_reconstructions,
         unreadable=shown.unreadable,
-        out=out,
+        out=None if out is None else Path(out),
     )
     write_picture(result, errors=errors)
     return result

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from sparkmim.data.inference import CROP, Preparation
 from sparkmim.data.problems import counted
-from sparkmim.drawing.figures import ACCENT, CONTRAST, check_picture, new_figure, show_picture, write_picture
+from sparkmim.drawing.figures import ACCENT, CONTRAST, new_figure, show_picture, write_picture
 from sparkmim.drawing.pixels import Tones, at_pixels, to_array
 from sparkmim.errors import UserError
 from sparkmim.machine import device_named
@@ -55,12 +55,10 @@ def run_explanation(
     mask_ratio: float,
     seed: int,
     accelerator: str,
-    overwrite: bool,
 ) -> VanishingResult:
     """Runs `sparkmim.explain`."""
     if topic != "vanishing":
         raise UserError(f"topic is {topic!r}; the only one is vanishing")
-    out = check_picture(out, overwrite)
     generator = torch.Generator().manual_seed(seed)
     shapes = masked_shapes(mask_ratio, generator)
     if weights is None:
@@ -107,7 +105,7 @@ def run_explanation(
             strides=hierarchy.strides,
         ),
         unreadable=shown.unreadable,
-        out=out,
+        out=None if out is None else Path(out),
     )  # fmt: skip
     write_picture(result)
     return result
