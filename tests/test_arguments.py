@@ -17,10 +17,10 @@ from sparkmim.cli import COMMANDS, main
 NO_RANGE = {
     "accelerator", "accept_changed_data", "annotations", "augment", "box_head", "callbacks", "channels_last",
     "checkpoint_gradients", "classes", "compare", "compile", "data", "decoder", "errors", "eval_only",
-    "feature_modules", "format", "fit_head", "freeze", "host", "images", "init_weights", "keep_best", "labels", "loggers", "loss",
-    "mask", "model", "norm", "out", "overwrite", "pooled", "predict", "private", "probe", "push", "query", "recipe",
-    "reduce_labels", "resume", "run", "topic", "val_annotations", "val_data", "val_images", "val_labels", "visible",
-    "weights",
+    "feature_modules", "fit_head", "format", "freeze", "host", "images", "init_weights", "keep_best", "labels",
+    "loggers", "loss", "mask", "model", "norm", "out", "overwrite", "pooled", "predict", "private", "probe", "push",
+    "query", "recipe", "reduce_labels", "resume", "run", "topic", "val_annotations", "val_data", "val_images",
+    "val_labels", "visible", "weights",
 }  # fmt: skip
 """Paths, objects, switches, and words whose types list the choices."""
 
