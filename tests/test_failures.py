@@ -42,16 +42,13 @@ def failed(number: int, path: str | None = None) -> OSError:
         ),
         (
             FileNotFoundError(
-                "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-                "  ...\nFileNotFoundError: [Errno 2] No such file or directory: 'a.npy'\n"
+                "Caught FileNotFoundError in DataLoader worker process 0.\nOriginal Traceback:\n  ...\n"
+                "FileNotFoundError: [Errno 2] No such file or directory: 'a.npy'\n"
             ),
             "FileNotFoundError: [Errno 2] No such file or directory: 'a.npy'",
         ),
         (failed(errno.ENOSPC), "run cannot be written (No space left on device); free space there, then resume"),
-        (
-            failed(errno.EROFS, "a.csv"),
-            "a.csv cannot be written (Read-only file system); make it writable, then resume",
-        ),
+        (failed(errno.EROFS, "b.csv"), "b.csv cannot be written (Read-only file system); make it writable, then res"),
         (
             failed(errno.EIO, "a.csv"),
             "a.csv cannot be used (Input/output error); see that it is there and yours, then resume",
@@ -77,9 +74,7 @@ def test_sentences(error: Exception, sentence: str) -> None:
     [
         UserError("as it is"),
         RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
-        RuntimeError(
-            "Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\n  ...\nRuntimeError: own"
-        ),
+        RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nOriginal Traceback\n ...\nRuntimeError: x"),
         KeyError("own"),
     ],
 )

@@ -28,6 +28,7 @@ def test_launchers(
     environment: dict[str, str], main: bool, processes: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """torchrun, Lightning, and plain srun, whose processes are all alike but for their environment."""
+    monkeypatch.delenv("SLURM_NTASKS_PER_NODE", raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     assert is_main_process() == main

@@ -58,6 +58,8 @@ def settle_machine(
     elif _under_srun():
         num_nodes = int(os.environ.get("SLURM_STEP_NUM_NODES", "1"))
         local = int(os.environ["SLURM_STEP_NUM_TASKS"]) // num_nodes
+        # Lightning insists on it, and srun sets it for --ntasks-per-node, but not for --ntasks.
+        os.environ.setdefault("SLURM_NTASKS_PER_NODE", str(local))
     else:
         local = (gpus or 1) if devices == "auto" else int(devices)
     if gpus and local > gpus:

@@ -327,9 +327,9 @@ _SAME_SECONDS = 2
 class Keeper(StepCallback):
     """Saves checkpoints and weights: every few minutes, at the end, and before leaving on Ctrl-C or SIGTERM.
 
-    A checkpoint is written beside the old one and then replaces it. A second Ctrl-C or SIGTERM leaves at once. `write_weights`
-    writes the weight files, given the optimiser steps done. What is saved at multiples of `keep_steps` is kept under
-    the number of its epoch. After `max_minutes`, the run ends as after Ctrl-C.
+    A checkpoint is written beside the old one and then replaces it. A second Ctrl-C or SIGTERM leaves at once.
+    `write_weights` writes the weight files, given the optimiser steps done. What is saved at multiples of `keep_steps`
+    is kept under the number of its epoch. After `max_minutes`, the run ends as after Ctrl-C.
     """
 
     def __init__(
