@@ -246,7 +246,7 @@ def _fit(
     write = _writer(prepared, folder, ema, history)
     keeper = Keeper(history, folder, settings.save_minutes, write, monitor, keep_steps, settings.max_minutes)
     pictures = prepared.pictures(history, folder) if prepared.pictures else None
-    own = [pictures, monitor, ema, prepared.scorer, prepared.probe]
+    own = [monitor, pictures, ema, prepared.scorer, prepared.probe]  # the first refuses weights that are spoilt
     together = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     past = read_history(folder.history) if settings.resume and folder.history.is_file() else []
