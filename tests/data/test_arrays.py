@@ -230,7 +230,7 @@ def test_statistics_of_images_and_datasets(photos: list[str]) -> None:
     assert far.std == [pytest.approx(5e-4, rel=1e-3)]
     with pytest.raises(ValueError, match="axes is 4; it must be between 1 and 3"):
         statistics(data=signals, axes=4)
-    with pytest.raises(ValueError, match="none of 1 samples can be read"):
+    with pytest.raises(ValueError, match="nowhere.npy does not exist"):
         statistics(data=["nowhere.npy"], channels=2)
 
 
@@ -258,7 +258,12 @@ def test_one_rule_tells_images_from_arrays() -> None:
 def test_one_rule_for_mean_and_deviation() -> None:
     images = Source.of(["nowhere.jpg"], 3, 2)
     assert images.normalisation() == (list(IMAGENET_MEAN), list(IMAGENET_STD))
-    assert images.normalisation([1, 2, 3]) == ([1, 2, 3], list(IMAGENET_STD))
+    assert images.normalisation([0, 0.5, 1]) == ([0, 0.5, 1], list(IMAGENET_STD))
+    with pytest.raises(ValueError, match=r"mean is 123.7 116 103.5, .*; give --mean 0.4851 0.4549 0.4059$"):
+        images.normalisation([123.7, 116, 103.5], [0.2] * 3)
+    with pytest.raises(ValueError, match=r"; give --mean 0.4 0.4 0.4 --std 0.2 0.2 0.2$"):
+        images.normalisation([102] * 3, [51] * 3)
+    assert Source.of(["nowhere.npy"], 1, 2).normalisation([300.0], [20.0]) == ([300.0], [20.0])
     assert Source.of(["nowhere.npy"], 1, 2).normalisation([0.0], [1.0]) == ([0.0], [1.0])  # given: nothing is read
     arrays = Source.of([RAMP], 2, 2)
     assert arrays.normalisation(std=[5.0, 6.0]) == (pytest.approx([23.5, 71.5]), [5.0, 6.0])

@@ -8,6 +8,7 @@ import inspect
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -16,11 +17,36 @@ import sparkmim
 from sparkmim import cli
 from sparkmim.models import SparK, create_encoder
 from sparkmim.training.detect import Detection
-from sparkmim.training.modules import OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
+from sparkmim.training.modules import ClassifyModule, OptimizerSettings, PretrainModule, ScheduledModule, decayed_groups
 from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.settings import PretrainSettings, resumed
 
 OPTIMIZER = OptimizerSettings("adamw", 0.1, (0.9, 0.999), 0.05, 0.05, clip_grad=0.0, steps=1, warmup=0)
+
+# Mixing
+
+
+def test_all_images_of_an_odd_batch_but_one_are_mixed() -> None:
+    seen: list[Any] = []
+
+    class Seeing(nn.Linear):
+        def forward(self, images: Any) -> Any:
+            seen.append(images.clone())
+            return super().forward(images.flatten(1))
+
+    module = ClassifyModule(Seeing(3, 2), OPTIMIZER, 0, 2, 1.0, 1.0, 0.0, 0.1, "ce", freeze=False)
+    images, labels = torch.arange(5.0).view(5, 1, 1, 1).expand(5, 3, 1, 1), torch.tensor([0, 1, 1, 0, 1])
+    np.random.seed(0)  # noqa: NPY002
+    loss = module.training_step({"image": images.clone(), "label": labels}, 0)
+    mixed = seen[0][:, 0, 0, 0]
+    share = (mixed[0] / -3 + 1).item()  # of the image itself; the rest is its partner's
+    assert 0.01 < share < 0.99
+    torch.testing.assert_close(mixed, share * images[:, 0, 0, 0] + (1 - share) * torch.tensor([3.0, 2, 1, 0, 4]))
+    first = 0.05 + 0.9 * torch.tensor([[1.0, 0]] * 4 + [[0, 1]])
+    first[1:3] = 0.05 + 0.9 * torch.tensor([0.0, 1])
+    expected = -(first * module.model(seen[0]).log_softmax(1)).sum(1).mean()
+    torch.testing.assert_close(loss, expected)
+
 
 # Resuming
 

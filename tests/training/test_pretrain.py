@@ -422,6 +422,17 @@ def test_divergence_names_step_rate_and_checkpoint(photos: Path, network: str, t
     assert all(tensor.isfinite().all() for tensor in load_file(out / "weights" / "spark.safetensors").values())
 
 
+def test_an_infinite_gradient_of_the_last_step_is_told(photos: Path, network: str, tmp_path: Path) -> None:
+    class Break(pl.Callback):
+        def on_before_optimizer_step(self, trainer: pl.Trainer, module: pl.LightningModule, *_: Any) -> None:
+            if trainer.global_step == 2:
+                next(parameter.grad for parameter in module.parameters() if parameter.grad is not None).fill_(torch.inf)
+
+    with pytest.raises(NonFiniteLoss, match="the gradient norm became inf at step 3 with learning rate"):
+        pretrain(photos, network, tmp_path / "run", epochs=1, warmup_epochs=0, callbacks=[Break()])
+    assert not (tmp_path / "run" / "weights").exists()
+
+
 def test_initial_weights(photos: Path, network: str, tmp_path: Path) -> None:
     first = pretrain(photos, network, tmp_path / "first", epochs=1)
     seen: list[dict[str, Tensor]] = []

@@ -22,6 +22,9 @@ from sparkmim.errors import MissingPath, UserError
 from sparkmim.files import are_paths
 from sparkmim.machine import is_main_process
 
+_LARGEST = {"mean": 1.0, "std": 5.0}
+"""Of images in 0…1; those of 0…255 are larger. Deviations above 1 are a choice of scale."""
+
 _FIRST_LOOK = 200
 """Samples to measure mean and deviation on when a run starts without them."""
 
@@ -107,12 +110,18 @@ class Source:
                 usual = tuple(measured.mean), tuple(measured.std)
             mean = usual[0] if mean is None else mean
             std = usual[1] if std is None else std
-        for name, values in (("mean", mean), ("std", std)):
+        both = {"mean": mean, "std": std}
+        for name, values in both.items():
             if len(values) != self.channels:
                 raise UserError(
                     f"{name} has {counted(len(values), 'value')} for {counted(self.channels, 'channel')}; `sparkmim "
                     "statistics` measures them"
                 )
+        large = [name for name, most in _LARGEST.items() if max(map(abs, both[name])) > most]
+        if large and not self.arrays:
+            shown = " ".join(f"{value:g}" for value in both[large[0]])
+            right = [f"--{name} {' '.join(f'{value / 255:.4g}' for value in both[name])}" for name in large]
+            raise UserError(f"{large[0]} is {shown}, but images are in 0…1 here, not in 0…255; give {' '.join(right)}")
         return list(mean), list(std)
 
 

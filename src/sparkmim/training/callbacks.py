@@ -59,7 +59,7 @@ class StepCallback(pl.Callback):
 
 
 class Monitor(StepCallback):
-    """Adds steps, epochs and unreadable images to the history, and stops a run whose loss is not finite.
+    """Adds steps, epochs and unreadable images to the history, and stops a run whose loss or gradient is not finite.
 
     Metrics are logged through Lightning as well, so that other callbacks find `loss`: of the step, and at the end of
     an epoch, its mean.
@@ -78,7 +78,7 @@ class Monitor(StepCallback):
         self.skipped = skipped
         self._total = torch.zeros(())  # of losses since the epoch began, or since the run went on within it
         self._steps = 0
-        self._pending: tuple[Tensor, int, float] | None = None
+        self._pending: tuple[dict[str, Tensor], int, float] | None = None
         self._clock = (0, 0.0)
         self.images_per_second = 0.0
         self.epoch_loss = float("nan")
@@ -93,23 +93,27 @@ class Monitor(StepCallback):
         assert isinstance(pl_module, ScheduledModule)
         for complaint in self.skipped.add(batch):
             add_unreadable(self.history, trainer.global_step, complaint, "training")
-        # The loss of the batch before is there already: looking at it keeps no device waiting.
+        # What the batch before gave is there already: looking at it keeps no device waiting.
         self.check_finite()
-        self._pending = (pl_module.step_losses[-1], trainer.global_step, pl_module.rate)
+        # A gradient that is not finite spoils the weights, which the loss tells only at the next step.
+        looked_at = {"loss": pl_module.step_losses[-1], "gradient norm": pl_module.grad_norm}
+        self._pending = (looked_at, trainer.global_step, pl_module.rate)
         super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     def check_finite(self) -> None:
-        """Raises `NonFiniteLoss` if the loss of the last batch is not finite."""
+        """Raises `NonFiniteLoss` if the loss or the gradient of the last batch is not finite."""
         if self._pending is None:
             return
-        loss, step, rate = self._pending
+        looked_at, step, rate = self._pending
         self._pending = None
-        if not torch.isfinite(loss):
+        for name, value in looked_at.items():
+            if torch.isfinite(value):
+                continue
             good = (
                 f"the last good checkpoint is {self.checkpoint}" if self.checkpoint.is_file() else "no checkpoint yet"
             )
             raise NonFiniteLoss(
-                f"the loss became {loss.item()} at step {step} with learning rate {rate:.3g}; {good}. "
+                f"the {name} became {value.item()} at step {step} with learning rate {rate:.3g}; {good}. "
                 "Lower --learning-rate, or make the warm-up longer"
             )
 

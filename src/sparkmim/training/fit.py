@@ -274,7 +274,8 @@ def _fit(
     write = _writer(prepared, folder, ema, history)
     keeper = Keeper(history, folder, settings.save_minutes, write, monitor, keep_steps, settings.max_minutes)
     pictures = prepared.pictures(history, folder) if prepared.pictures else None
-    own = [prepared.before, pictures, monitor, ema, prepared.scorer, prepared.probe]
+    # The monitor comes first: it refuses weights that are spoilt.
+    own = [monitor, prepared.before, pictures, ema, prepared.scorer, prepared.probe]
     together = [*(callback for callback in own if callback), *callbacks, keeper]
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     past = read_history(folder.history) if settings.resume and folder.history.is_file() else []

@@ -274,12 +274,14 @@ class ClassifyModule(ScheduledModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         images, labels = batch["image"], batch["label"]
-        if self.mix is not None and len(images) % 2 == 0:
-            images, targets = self.mix(images, labels)
-        else:
-            off = self.smoothing / self.classes
-            targets = torch.full((len(labels), self.classes), off, device=labels.device)  # [B, classes]
-            targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
+        off = self.smoothing / self.classes
+        targets = torch.full((len(labels), self.classes), off, device=labels.device)  # [B, classes]
+        targets.scatter_(1, labels[:, None], 1 - self.smoothing + off)
+        even = len(images) // 2 * 2
+        if self.mix is not None and even:  # timm mixes even batches alone; the last image of an odd one stays as it is
+            mixed = self.mix(images[:even], labels[:even])
+            one = images[even:], targets[even:]
+            images, targets = mixed if even == len(images) else map(torch.cat, zip(mixed, one, strict=True))
         loss: Tensor = self.criterion(self.model(images), targets)
         self.step_losses.append(loss.detach())
         return loss
