@@ -15,17 +15,21 @@ PATCHES = 64
 
 @pytest.fixture
 def visitor(browser: Any, address: str) -> Iterator[Any]:
-    """A page of its own, opened and ready; that it asked nobody but the server is checked at the end."""
+    """A page of its own, opened and ready; that it asked nobody but the server, and complained of nothing, is checked
+    at the end."""
     context = browser.new_context(viewport={"width": 1200, "height": 900}, accept_downloads=True)
     page = context.new_page()
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
+    said: list[str] = []
+    page.on("console", lambda message: said.append(message.text))
     opened(page, address)
     yield page
     context.close()
     outside = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
     assert asked
     assert not outside
+    assert "Method not implemented." not in said
 
 
 def opened(page: Any, address: str) -> None:

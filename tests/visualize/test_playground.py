@@ -136,6 +136,7 @@ def test_the_page_is_built(tmp_path: Path, pretrained: Callable[..., Path], phot
     pytest.importorskip("gradio")
     script = f"""
 from pathlib import Path
+import gradio as gr
 from sparkmim.visualize.playground_page import build_app
 from sparkmim.visualize.playground import Playground
 from sparkmim.visualize.reconstruct import Reconstructor
@@ -157,33 +158,66 @@ by_name = {{function.fn.__name__: function.fn for function in app.fns.values() i
 visitor = types.SimpleNamespace(session_hash="../victim")
 by_name["start"](0.5, visitor)
 assert not old.exists() and len(list(folder.iterdir())) == 1
+# A session that has ended begins anew.
+where = types.SimpleNamespace(index=(1, 1))
+for name, arguments in (("slide", [0.5]), ("draw", [0.5]), ("click", [where]), ("write", ["x....." + "/......" * 3])):
+    session = by_name[name](None, *arguments, visitor)[0]
+    assert session.name == {photo.name!r}
+    if name != "slide":
+        changed = by_name[name](session, *arguments, visitor)[0]
+        assert (changed.visible != session.visible).any()
 by_name["leave"](visitor)
 assert outside.read_text() == "mine" and not list(folder.iterdir())
+# A call from elsewhere has no session, and leaves nothing.
+nobody = types.SimpleNamespace(session_hash=None)
+for answer in (by_name["start"](0.5, nobody), by_name["draw"](None, 0.5, nobody)):
+    assert all(part == gr.skip() for part in answer)
+by_name["leave"](nobody)
+assert not list(folder.iterdir())
 """
     done = run([sys.executable, "-c", script], tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "answers its own page only" in done.stderr
 
 
 def test_the_space_serves_the_page(tmp_path: Path, pretrained: Callable[..., Path]) -> None:
-    """examples/space/app.py as a Space runs it; a port that is taken is said in a sentence."""
+    """examples/space/app.py as a Space runs it; a port that is taken is said in a sentence.
+
+    SIGTERM ends it as Ctrl-C does, and nothing of its visitors stays.
+    """
     pytest.importorskip("gradio")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     settings = {"WEIGHTS": str(pretrained("a")), "GRADIO_SERVER_NAME": "127.0.0.1",
-                "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+                "GRADIO_SERVER_PORT": str(port), "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path / "temporary"),
+                "GRADIO_TEMP_DIR": str(tmp_path / "temporary")}  # fmt: skip
+    (tmp_path / "temporary").mkdir()
     app = Path(__file__).parents[2] / "examples" / "space" / "app.py"
     with subprocess.Popen(
         [sys.executable, app], stdout=subprocess.PIPE, text=True, env=os.environ | settings
     ) as server:
-        assert server.stdout is not None
-        assert "is open at" in server.stdout.readline()
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
-            assert b"sparkmim playground" in page.read()
-        command = [sys.executable, "-m", "sparkmim", "playground", "--weights", settings["WEIGHTS"], "--port", port]
-        second = run(command, tmp_path)
-        server.send_signal(signal.SIGINT)
-        server.communicate(timeout=30)
+        try:
+            assert server.stdout is not None
+            assert "is open at" in server.stdout.readline()
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}") as page:
+                content = page.read()
+            assert b"sparkmim playground" in content
+            assert b"Method not implemented." in content  # is silenced
+            sent = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\nmine\r\n--x--\r\n'
+            upload = urllib.request.Request(
+                f"http://127.0.0.1:{port}/gradio_api/upload", sent, {"Content-Type": "multipart/form-data; boundary=x"}
+            )
+            with urllib.request.urlopen(upload):
+                assert [path.read_bytes() for path in (tmp_path / "temporary").rglob("mine.png")] == [b"mine"]
+            command = [sys.executable, "-m", "sparkmim", "playground", "--weights", settings["WEIGHTS"], "--port", port]
+            second = run(command, tmp_path)
+        finally:
+            server.send_signal(signal.SIGTERM)
+            server.communicate(timeout=30)
+    assert server.returncode == 0
+    assert not list((tmp_path / "temporary").rglob("*.png"))
+    assert not list((tmp_path / "temporary").glob("sparkmim-*"))
     assert second.returncode == 2
     assert f"port {port} of 127.0.0.1 cannot be listened at; choose another --port" in second.stderr
 
@@ -196,6 +230,9 @@ def test_the_space_serves_the_page(tmp_path: Path, pretrained: Callable[..., Pat
         (["--weights", "a", "--max-megapixels", "0"], "--max-megapixels is 0"),
         (["--weights", "a", "--port", "99999"], "port is 99999; it must be between 1 and 65535"),
         (["--weights", "a/weights/encoder.safetensors"], "no decoder"),
+        (["--weights", "a", "--host", "not.a.host.invalid"], "host not.a.host.invalid is no address of this machine"),
+        (["--weights", "a", "--host", "192.0.2.1"], "host 192.0.2.1 is no address of this machine"),
+        (["--weights", "a", "--host", "not..a.host"], "host not..a.host is no address of this machine"),
     ],
 )
 def test_mistakes(

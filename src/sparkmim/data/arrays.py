@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.data.augmentation import check_crop_and_flip
-from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.decoding import MAX_PIXELS, UnreadableImage
 from sparkmim.data.problems import counted
+from sparkmim.data.tiff import TIFF_SUFFIXES, read_tiff
 from sparkmim.errors import UserError
 
 Array = npt.NDArray[Any]
@@ -31,7 +32,7 @@ _ASPECT = math.log(4 / 3)
 
 
 def read_array(path: str | Path) -> Array:
-    """Reads the array of a file, in its own units and axes; `.npy` is mapped, not loaded.
+    """Reads the array of a file, in its own units and axes; `.npy` is mapped, not loaded. TIFF is `[H, W, C]`.
 
     A `.npz` file holds one array, or several of which one is named `image` or `data`. A NIfTI volume is turned to the
     closest canonical orientation (right, anterior, superior), and its intensities are scaled by its header.
@@ -44,6 +45,8 @@ def read_array(path: str | Path) -> Array:
     try:
         if path.name.lower().endswith((".nii", ".nii.gz")):
             return _read_nifti(path)
+        if path.name.lower().endswith(TIFF_SUFFIXES):
+            return read_tiff(path, MAX_PIXELS)
         if path.suffix.lower() == ".npy":
             mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
             return mapped

@@ -145,9 +145,19 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             with suppress(RuntimeError):  # Pillow may read it, and has the clearer errors
                 return _decode_jpeg(encoded, channels, upright)
+        check_bands(image, path)
         if channels == 1:
             image.draft("L", image.size)  # a colour JPEG stores grey: torchvision takes it from there too
         return _to_tensor(image, channels, upright)
+
+
+def check_bands(image: Image.Image, path: str | Path) -> None:
+    """Raises `UnreadableImage` if a TIFF file has a fourth channel beside its colours that is no transparency."""
+    if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
+        tags = getattr(image, "tag_v2", {})
+        extra = tags.get(338, ())
+        if tags.get(277, 3) > 3 and (not extra or extra[0] not in (1, 2)):
+            raise UnreadableImage(path, f"holds {tags[277]} channels, not a picture; --channels {tags[277]} reads them")
 
 
 def open_picture(file: Any) -> ImageFile.ImageFile:

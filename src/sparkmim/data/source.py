@@ -18,6 +18,7 @@ from sparkmim.data.decoding import UnreadableImage, to_image
 from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.problems import counted, few, print_notes, report
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
+from sparkmim.data.tiff import TIFF_SUFFIXES, holds_array
 from sparkmim.errors import MissingPath, UserError
 from sparkmim.files import are_paths
 from sparkmim.machine import is_main_process
@@ -48,12 +49,12 @@ class Source:
         arrays = rank != 2 or channels not in (1, 3)
         if are_paths(items):
             if not arrays:
-                arrays = 2 * sum(map(_is_array, items)) > len(items)
-            elif not any(map(_is_array, items)):
+                arrays = 2 * sum(_are_arrays(items, False)) > len(items)
+            elif not any(_are_arrays(items, rank == 2)):
                 kind = counted(channels, "channel") if rank == 2 else {1: "signals", 3: "volumes"}[rank]
                 raise UserError(
                     f"{name} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
-                    f"{', '.join(ARRAY_SUFFIXES)} files"
+                    f"{', '.join(ARRAY_SUFFIXES)}{' and TIFF' if rank == 2 else ''} files"
                 )
         return cls(items, arrays, channels, rank)
 
@@ -66,11 +67,12 @@ class Source:
         others: Counter[str] = Counter()
         paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES), others=others)
         found = cls.of(paths, channels, rank, data)
-        kept = [path for path in paths if _is_array(path) == found.arrays]
+        kinds = _are_arrays(paths, found.arrays and rank == 2)
+        kept = [path for path, kind in zip(paths, kinds, strict=True) if kind == found.arrays]
         notes: list[str] = []
-        kinds = ("array files", "image file") if found.arrays else ("image files", "array file")
-        lone = [os.path.relpath(path, data) for path in paths if _is_array(path) != found.arrays]
-        report(notes, lone, f"left out of {data}, as the other {len(kept):,} are {kinds[0]}", kinds[1])
+        these, word = ("array files", "image file") if found.arrays else ("image files", "array file")
+        lone = [os.path.relpath(path, data) for path, kind in zip(paths, kinds, strict=True) if kind != found.arrays]
+        report(notes, lone, f"left out of {data}, as the other {len(kept):,} are {these}", word)
         endings = [f"{count:,} {ending}" for ending, count in others.most_common()]
         if endings:
             notes.append(f"{counted(others.total(), 'file')} left out of {data} for their ending: {few(endings)}")
@@ -125,8 +127,12 @@ class Source:
         return list(mean), list(std)
 
 
-def _is_array(path: str | Path) -> bool:
-    return str(path).lower().endswith(ARRAY_SUFFIXES)
+def _are_arrays(paths: Sequence[str | Path], tiff: bool) -> list[bool]:
+    """Tells which files hold arrays, by their endings: TIFF files if `tiff`, or if the first of them holds one."""
+    names = [str(path).lower() for path in paths]
+    first = next((path for path, name in zip(paths, names, strict=True) if name.endswith(TIFF_SUFFIXES)), None)
+    tiff = first is not None and (tiff or holds_array(first))
+    return [name.endswith((*ARRAY_SUFFIXES, *TIFF_SUFFIXES) if tiff else ARRAY_SUFFIXES) for name in names]
 
 
 def open_source(data: Any, channels: int, rank: int) -> Source:

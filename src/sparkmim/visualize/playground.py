@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
+import signal
+import socket
 import tempfile
-from collections.abc import Sequence
-from contextlib import suppress
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from sparkmim.data.source import images_source
 from sparkmim.errors import UserError
@@ -38,6 +42,55 @@ def sample_images(images: Any, playground: Playground) -> list[str]:
     return readable
 
 
+def check_host(host: str) -> None:
+    """Raises a `UserError` unless `host` is an address of this machine, at which Gradio would wait for ever."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host.strip("[]"), 0, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as trial:
+            trial.bind(address)
+    except (OSError, UnicodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is no name of a machine"
+        raise UserError(
+            f"host {host} is no address of this machine ({reason}); choose another --host, such as 127.0.0.1 or 0.0.0.0"
+        ) from error
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """Makes SIGTERM, and SIGHUP where it is not ignored, act as Ctrl-C, so that what is temporary is removed."""
+    numbers = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
+    mine = threading.current_thread() is threading.main_thread()
+    before = {number: signal.getsignal(number) for number in numbers if mine}
+    before = {number: handler for number, handler in before.items() if handler == signal.SIG_DFL}
+
+    def interrupt(number: int, frame: object) -> NoReturn:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)  # while things are removed
+        raise KeyboardInterrupt
+
+    for number in before:
+        signal.signal(number, interrupt)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def visitors_folder() -> Iterator[Path]:
+    """Yields a temporary folder for pictures of visitors; Gradio keeps what they send in it too."""
+    before = os.environ.get("GRADIO_TEMP_DIR")
+    with tempfile.TemporaryDirectory(prefix="sparkmim-playground-", ignore_cleanup_errors=True) as folder:
+        os.environ["GRADIO_TEMP_DIR"] = str(Path(folder) / "sent")
+        try:
+            yield Path(folder)
+        finally:
+            del os.environ["GRADIO_TEMP_DIR"]
+            if before is not None:
+                os.environ["GRADIO_TEMP_DIR"] = before
+
+
 def run_playground(
     *,
     weights: str | Path,
@@ -51,12 +104,13 @@ def run_playground(
     accelerator: str,
 ) -> None:
     """Runs `sparkmim.playground`."""
+    check_host(host)
     if importlib.util.find_spec("gradio") is None:
         raise UserError("the playground needs Gradio: `pip install 'sparkmim[playground]'`")
     files = [file for file in (weights, compare) if file is not None]
     models = [Reconstructor(file, model, image_size, accelerator) for file in files]
     playground = Playground(models, round(1e6 * max_megapixels))
     samples = sample_images(images, playground)
-    page: Any = importlib.import_module("sparkmim.visualize.playground_page")  # needs Gradio
-    with tempfile.TemporaryDirectory(prefix="sparkmim-playground-") as folder:
-        page.serve(page.build_app(playground, samples, Path(folder)), host, port)
+    with ended_by_signals(), visitors_folder() as folder:
+        page: Any = importlib.import_module("sparkmim.visualize.playground_page")  # needs Gradio
+        page.serve(page.build_app(playground, samples, folder), host, port)

@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,15 @@ VISITORS = 200
 FORGET = 3600
 """Seconds after which idle sessions and old files are deleted."""
 
+_HEAD = """
+<script>
+{ // Gradio's client warns so whenever it has closed a stream of events, by an abort signal.
+  const warn = console.warn;
+  console.warn = (...words) => words[0] === "Method not implemented." || warn.apply(console, words);
+}
+</script>
+"""
+
 _CSS = """
 .gradio-container { max-width: 1180px !important; }
 #seen img { cursor: pointer; }
@@ -42,6 +50,8 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
     names = _labels([model.path for model in playground.models])
 
     def picture_of(request: gr.Request) -> Path:
+        if request.session_hash is None:  # a call from elsewhere, which would share its picture with all others
+            raise Refused("the playground answers its own page only; open it in a browser")
         # The session hash comes from the visitor, who may send anything, such as a path.
         return folder / f"{hashlib.sha256(str(request.session_hash).encode()).hexdigest()}.png"
 
@@ -67,32 +77,38 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
             return (gr.skip(),) * len(shown)
 
     def start(ratio: float, request: gr.Request) -> Any:
-        return render(playground.open(samples[0], ratio), request)
+        return attempt(request, playground.open, samples[0], ratio)
 
-    def pick(session: Session, ratio: float, chosen: gr.SelectData, request: gr.Request) -> Any:
+    def go_on(session: Session | None, request: gr.Request, change: Callable[..., Session], *arguments: Any) -> Any:
+        if session is None:  # it was idle for too long, or had to make room
+            gr.Info("Your session has ended; this is a new one.")
+            return start(playground.mask_ratio, request)
+        return attempt(request, change, session, *arguments)
+
+    def pick(session: Session | None, ratio: float, chosen: gr.SelectData, request: gr.Request) -> Any:
         return open_file(samples[chosen.index], session, ratio, request)
 
-    def upload(path: str | None, session: Session, ratio: float, request: gr.Request) -> Any:
+    def upload(path: str | None, session: Session | None, ratio: float, request: gr.Request) -> Any:
         return (gr.skip(),) * len(shown) if path is None else open_file(path, session, ratio, request)
 
     def open_file(path: str, session: Session | None, ratio: float, request: gr.Request) -> Any:
         return attempt(request, playground.open, path, ratio, session.seed if session else 0)
 
-    def slide(session: Session, ratio: float, request: gr.Request) -> Any:
-        return render(replace(session, visible=playground.draw(ratio, session.seed)), request)
+    def slide(session: Session | None, ratio: float, request: gr.Request) -> Any:
+        return go_on(session, request, playground.redrawn, ratio)
 
-    def draw(session: Session, ratio: float, request: gr.Request) -> Any:
-        seed = session.seed + 1
-        return render(replace(session, visible=playground.draw(ratio, seed), seed=seed), request)
+    def draw(session: Session | None, ratio: float, request: gr.Request) -> Any:
+        return go_on(session, request, playground.redrawn, ratio, 1)
 
-    def click(session: Session, where: gr.SelectData, request: gr.Request) -> Any:
-        return attempt(request, playground.toggle, session, *where.index)
+    def click(session: Session | None, where: gr.SelectData, request: gr.Request) -> Any:
+        return go_on(session, request, playground.toggle, *where.index)
 
-    def write(session: Session, text: str, request: gr.Request) -> Any:
-        return attempt(request, playground.written, session, text)
+    def write(session: Session | None, text: str, request: gr.Request) -> Any:
+        return go_on(session, request, playground.written, text)
 
     def leave(request: gr.Request) -> None:
-        picture_of(request).unlink(missing_ok=True)
+        with suppress(Refused):
+            picture_of(request).unlink(missing_ok=True)
 
     with gr.Blocks(title="sparkmim playground", analytics_enabled=False, delete_cache=(FORGET, FORGET)) as app:
         gr.Markdown(
@@ -185,7 +201,7 @@ def serve(app: Any, host: str, port: int | None) -> None:
         _, address, _ = app.launch(
             server_name=host, server_port=port, prevent_thread_lock=True, quiet=True, share=False, footer_links=[],
             run_history=False, ssr_mode=False, max_file_size=UPLOAD, enable_monitoring=False, theme=theme, css=_CSS,
-            state_session_capacity=VISITORS,
+            head=_HEAD, state_session_capacity=VISITORS,
         )  # fmt: skip
     except OSError as error:
         if port is None:

@@ -98,6 +98,11 @@ class Playground:
         """Draws a random mask; with the same seed, a larger ratio hides what a smaller one hides, and more."""
         return random_visible(1, self.grid, ratio, torch.Generator().manual_seed(seed))[0]
 
+    def redrawn(self, session: Session, ratio: float, step: int = 0) -> Session:
+        """Draws another mask, with the seed `step` further on."""
+        seed = session.seed + step
+        return replace(session, visible=self.draw(ratio, seed), seed=seed)
+
     def toggle(self, session: Session, x: float, y: float) -> Session:
         """Hides or shows the patch at a pixel of the enlarged picture; refuses the last visible or hidden one."""
         row, column = (
