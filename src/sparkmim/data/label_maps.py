@@ -23,7 +23,6 @@ from sparkmim.data.decoding import (
     UnreadableImage,
     decode_annotated,
     open_picture,
-    pillow_errors,
     size_text,
     stored_size,
 )
@@ -220,7 +219,7 @@ def read_values(path: Path) -> npt.NDArray[Any]:
     Raises:
         NotIndices: if it holds colours.
     """
-    with pillow_errors(path), open_picture(path) as image:
+    with open_picture(path) as image:
         if image.mode not in _GREY:
             raise NotIndices(image.mode)
         spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)

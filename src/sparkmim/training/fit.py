@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from sparkmim.arguments import check_arguments
 from sparkmim.data.dataset import collate
+from sparkmim.data.decoding import images_up_to
 from sparkmim.data.loading import make_loader
 from sparkmim.data.problems import counted
 from sparkmim.data.samplers import StepBatchSampler
@@ -179,12 +180,13 @@ def train(
         settings = training.settle(asked, before, start)
         torch.manual_seed(settings.seed)
         batch_is_free = asked["batch_size"] is None and "batch_size" not in before
-        prepared = training.prepare(settings, batch_is_free, start, console)
-        with folder.locked() if is_main_process() else nullcontext():
-            if not asked["resume"] and is_main_process():
-                folder.check_new()  # another run may have begun there meanwhile
-                folder.clear()
-            finished = _fit(prepared, asked, folder, callbacks, loggers, console)
+        with images_up_to(settings.max_megapixels):  # of the run's own settings, if it is resumed
+            prepared = training.prepare(settings, batch_is_free, start, console)
+            with folder.locked() if is_main_process() else nullcontext():
+                if not asked["resume"] and is_main_process():
+                    folder.check_new()  # another run may have begun there meanwhile
+                    folder.clear()
+                finished = _fit(prepared, asked, folder, callbacks, loggers, console)
     if finished.main:
         _say_end(console, finished, draw)
     return finished
