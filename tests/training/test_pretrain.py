@@ -438,7 +438,7 @@ def test_weight_files_tell_how_to_build_the_model(photos: Path, network: str, tm
     assert json.dumps(metadata.to_json())
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"1234")
-    for path, message in ((broken, "cannot be read as a safetensors file"), (tmp_path / "no", "does not exist"),
+    for path, message in ((broken, "is no safetensors file, or is damaged"), (tmp_path / "no", "does not exist"),
                           (tmp_path, "is a folder without weights")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             weights.open_weights(path)
