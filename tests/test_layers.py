@@ -14,7 +14,7 @@ import sparkmim
 PACKAGE = Path(sparkmim.__file__).parent
 
 LAYERS = (
-    ("_version", "errors", "arguments", "files", "trust", "machine", "results"),
+    ("_version", "errors", "arguments", "files", "terminal", "trust", "machine", "results"),
     ("sparse",),
     ("models",),
     ("data",),

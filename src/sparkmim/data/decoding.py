@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sparkmim.arguments import MAX_MEGAPIXELS
 from sparkmim.errors import UserError
+from sparkmim.terminal import printable
 
 try:
     # About a quarter faster than Pillow, with the same pixels. TorchVision has announced its removal.
@@ -53,7 +54,7 @@ class UnreadableImage(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {printable(self.reason)}"
 
 
 def name_of(item: Any, place: int) -> str:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -31,6 +31,7 @@ from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 from sparkmim.data.problems import Problems, counted, few, report
 from sparkmim.data.source import Source
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.terminal import Terminal, printable
 
 IGNORED = -1
 """Class of ignored pixels, in label maps as read."""
@@ -301,11 +302,11 @@ def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tupl
     found = Problems(list(part.problems.fatal), list(part.problems.notes))
     wrong: dict[str, list[str]] = defaultdict(list)
     totals: dict[int, int] = defaultdict(int)
-    console = Console(stderr=True)
+    console = Terminal()
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(part.look, range(len(part)))
-        for look in track(looks, f"checking {part.files.labels.name}", len(part), console=console, transient=True,
-                          disable=not console.is_terminal):  # fmt: skip
+        doing = f"checking {escape(printable(part.files.labels.name))}"
+        for look in track(looks, doing, len(part), console=console, transient=True, disable=not console.is_terminal):
             if look.wrong:
                 wrong[look.wrong].append(look.what)
             if names is not None and (values := [n + part.reduce for n in look.classes if n >= len(names)]):

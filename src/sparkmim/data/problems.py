@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from sparkmim.errors import UserError
+from sparkmim.terminal import printable
 
 
 @dataclass
@@ -44,7 +45,7 @@ def few(items: Sequence[Any], most: int = 3) -> str:
         >>> few("abcde")
         'a, b, c, …'
     """
-    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
+    return ", ".join(map(printable, items[:most])) + (", …" if len(items) > most else "")
 
 
 def report(lines: list[str], items: Sequence[Any], what: str, word: str, words: str | None = None) -> None:

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.augmentation import normalisation
 from sparkmim.data.decoding import UnreadableImage, to_image
@@ -17,6 +15,7 @@ from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.problems import counted
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.terminal import Terminal
 
 _FIRST_LOOK = 200
 """Samples to measure mean and deviation on when a run starts without them."""
@@ -67,7 +66,7 @@ class Source:
     def statistics(self, samples: int = _FIRST_LOOK) -> ChannelStatistics:
         """Measures mean and deviation per channel; of images in 0…1."""
         scale = 1.0 if self.arrays else 255.0
-        return channel_statistics(self.items, self.read, scale, samples, Console(stderr=True))
+        return channel_statistics(self.items, self.read, scale, samples, Terminal())
 
     def normalisation(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None

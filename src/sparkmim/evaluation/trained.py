@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from sparkmim.data.decoding import UnreadableImage
@@ -18,6 +17,7 @@ from sparkmim.errors import UserError
 from sparkmim.evaluation.scores import Scores, write_metrics
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import settle_machine
+from sparkmim.terminal import Terminal
 
 
 def open_trained(
@@ -37,7 +37,7 @@ def open_trained(
     return opened, torch.device(machine["accelerator"]), machine["precision"] == "bf16-mixed", machine["workers"]
 
 
-def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[str, str, Tensor]]:
+def read_images(console: Terminal, images: Any, channels: int) -> Iterator[tuple[str, str, Tensor]]:
     """Yields a file name without suffix, the path, and the image `[C, H, W]`: uint8, or float32 for arrays.
 
     Takes anything that `images_source` does. Unreadable images are reported on the console and left out.
@@ -52,7 +52,7 @@ def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[
             image = source.read(item, name=str(item))
         except UnreadableImage as error:
             unreadable += 1
-            console.print(f"left out: {error}", markup=False)
+            console.print(f"left out: {error}")
             continue
         if not isinstance(image, Tensor):
             image = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -67,14 +67,14 @@ def save_picture(picture: Tensor, path: Path) -> None:
     Image.fromarray(picture.permute(1, 2, 0).numpy()).save(path, quality=92)
 
 
-def print_notes(console: Console, notes: Sequence[str]) -> None:
+def print_notes(console: Terminal, notes: Sequence[str]) -> None:
     """Prints what is noteworthy about data without being an error."""
     for note in notes:
-        console.print("[yellow]note:[/] ", end="")
-        console.print(note, markup=False)
+        console.print("note: ", end="", style="yellow")
+        console.print(note)
 
 
-def report_scores(console: Console, out: Path, scores: Scores) -> None:
+def report_scores(console: Terminal, out: Path, scores: Scores) -> None:
     """Prints scores as a table and writes `metrics.json` into `out`, which is created."""
     write_metrics(out, scores.as_json())
     console.print(scores.table())

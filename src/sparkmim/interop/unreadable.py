@@ -51,6 +51,6 @@ def _safetensors_bytes(head: bytes) -> int:
     length = 8 + int.from_bytes(head[:8], "little")
     try:
         header = json.loads(head[8:length])
-        return length + max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        return length + max(int(entry["data_offsets"][1]) for name, entry in header.items() if name != "__metadata__")
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         return length

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -21,10 +20,12 @@ from sparkmim.data.source import Source
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
 from sparkmim.evaluation.classification import ClassificationScores, score_classifier
+from sparkmim.evaluation.trained import print_notes
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import CLASSIFIER_FILE, Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
+from sparkmim.terminal import Terminal
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
 from sparkmim.training.modules import ClassifyModule
 from sparkmim.training.plan import Plan, plan_for
@@ -68,7 +69,7 @@ class Finetuning(Training[FinetuneSettings]):
         return replace(settings, image_size=[size, size] if isinstance(size, int) else size)
 
     def prepare(
-        self, settings: FinetuneSettings, batch_is_free: bool, start: Weights | None, console: Console
+        self, settings: FinetuneSettings, batch_is_free: bool, start: Weights | None, console: Terminal
     ) -> Prepared[FinetuneSettings]:
         train_images, val_images = open_labelled(settings.data, settings.val_data, settings.val_split, settings.seed)
         if val_images is None:
@@ -77,7 +78,7 @@ class Finetuning(Training[FinetuneSettings]):
                 "--val-split 0.2"
             )
         if warning := few_of(train_images.labels, train_images.classes):
-            console.print(f"[yellow]note:[/] {warning}")
+            print_notes(console, [warning])
         source = Source.of(train_images.items, settings.channels, len(settings.image_size))
         mean, std = source.normalisation(settings.mean, settings.std)
         settings = replace(settings, mean=mean, std=std)
