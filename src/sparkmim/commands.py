@@ -585,7 +585,8 @@ def segment(
         labels: folder of the training label maps
         val_images: folder of the validation images, if not the one in data
         val_labels: folder of the validation label maps
-        classes: text file of class names, one per line, if not classes.txt in data; without one, classes are counted
+        classes: text file of class names, one per line, if not classes.txt in data; without one, up to 1,000 classes
+            are counted
         ignore: value of ignored pixels in label maps; None for 255 or, with eval_only, the value used in training
         reduce_labels: ignore pixels of value 0 too, and count classes from 1, as in ADE20K
         eval_only: score the segmenter in weights instead of training

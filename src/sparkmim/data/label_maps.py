@@ -47,6 +47,9 @@ _SPREAD = {"L;2": 85, "L;4": 17}
 
 _THREADS = 8
 
+MOST_CLASSES = 1000
+"""More classes than this have to be named: a single stray value would make tens of thousands."""
+
 
 # Finding
 
@@ -225,6 +228,8 @@ def read_values(path: Path) -> npt.NDArray[Any]:
             raise NotIndices(image.mode)
         spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
         values = np.array(image).astype(np.uint8 if image.mode in ("L", "P", "1") else np.int32)
+        if image.mode.startswith("I") and values.size and not 0 <= values.min() <= values.max() < 2**16:
+            raise UnreadableImage(path, f"holds values from {values.min()} to {values.max()}; classes are 0 to 65535")
         return values // spread if spread > 1 else values
 
 
@@ -266,8 +271,8 @@ def check_segmentation(
     """Checks every label map, and the header of every image, and raises an error that lists all problems.
 
     Fatal are images without label map; label maps without image, of another size than it, of colours instead of class
-    numbers, or unreadable; values that are no class; a part without images or classes; a single class. Shows progress
-    on stderr if that is a terminal.
+    numbers, or unreadable; values that are no class; a part without images or classes; a single class; without names,
+    classes most of which have no pixel, or more than `MOST_CLASSES`. Shows progress on stderr if that is a terminal.
 
     This reads every label map, so in a distributed run one process should do it: results and errors pickle.
 
@@ -276,12 +281,20 @@ def check_segmentation(
     """
     every = Problems()
     seen: list[dict[int, int]] = []
+    example: dict[int, Path] = {}
     for part in parts:
-        found, classes = _look_through(part, names)
+        found, classes, files = _look_through(part, names)
         seen.append(classes)
+        example = {**files, **example}
         for lines, of_part in ((every.fatal, found.fatal), (every.notes, found.notes)):
             lines += [f"{part.files.labels}: {line}" for line in of_part]
-    count = len(names) if names is not None else max((number for classes in seen for number in classes), default=-1) + 1
+    count = len(names) if names is not None else max(example, default=-1) + 1
+    if names is None and (len(example) < count / 2 or count > MOST_CLASSES):
+        file, value = example[count - 1], count - 1 + parts[0].reduce
+        raise UserError(
+            f"{file} has the value {value}, which makes {count:,} classes, of which {len(example):,} have a pixel; "
+            "correct it, or name the classes in a file by --classes"
+        )
     listed = list(names) if names is not None else [str(number) for number in range(count)]
     if count < 2 and not every.fatal:
         only = f"class {listed[0]}" if listed else "no class"
@@ -297,26 +310,32 @@ def check_segmentation(
     return listed, every.check(" and ".join(dict.fromkeys(str(part.files.images) for part in parts)))
 
 
-def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> tuple[Problems, dict[int, int]]:
-    """Returns the problems of a part, and its number of pixels by class."""
+def _look_through(
+    part: SegmentationImages, names: Sequence[str] | None
+) -> tuple[Problems, dict[int, int], dict[int, Path]]:
+    """Returns the problems of a part, its number of pixels by class, and the first label map with each class."""
     found = Problems(list(part.problems.fatal), list(part.problems.notes))
     wrong: dict[str, list[str]] = defaultdict(list)
     totals: dict[int, int] = defaultdict(int)
+    files: dict[int, Path] = {}
     console = Terminal()
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(part.look, range(len(part)))
         doing = f"checking {escape(printable(part.files.labels.name))}"
-        for look in track(looks, doing, len(part), console=console, transient=True, disable=not console.is_terminal):
+        for place, look in enumerate(
+            track(looks, doing, len(part), console=console, transient=True, disable=not console.is_terminal)
+        ):
             if look.wrong:
                 wrong[look.wrong].append(look.what)
             if names is not None and (values := [n + part.reduce for n in look.classes if n >= len(names)]):
                 wrong["outside"].append(f"{look.what} has {few(values)}")
             for number, pixels in look.classes.items():
                 totals[number] += pixels
+                files.setdefault(number, part.label_path(place))
     for kind, (word, words) in _WRONG.items():
         if wrong[kind]:
             found.fatal.append(f"{counted(len(wrong[kind]), word, words)}: {few(wrong[kind])}")
     outside = f"with values that are none of the {len(names or ())} classes"
     report(found.fatal, wrong["outside"], outside, "label map")
     report(found.notes, wrong["image"], "that cannot be read", "image")
-    return found, totals
+    return found, totals, files

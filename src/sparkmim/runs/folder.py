@@ -167,5 +167,5 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error
