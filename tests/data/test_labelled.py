@@ -108,3 +108,13 @@ def test_mistakes_in_a_table(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "t.csv").write_text(text)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         open_labelled(tmp_path / "t.csv")
+
+
+def test_folders_of_arrays(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        np.save(tmp_path / name / "0.npy", np.zeros((1, 4, 4)))
+    train, _ = open_labelled(tmp_path)
+    assert [Path(path).name for path in train.items] == ["0.npy", "0.npy"]
+    make(tmp_path, {"a": 1, "b": 2})  # images are read where there are some
+    assert [Path(path).suffix for path in open_labelled(tmp_path)[0].items] == [".png"] * 3

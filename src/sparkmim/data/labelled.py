@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset
 
+from sparkmim.data.arrays import ARRAY_SUFFIXES
 from sparkmim.data.discovery import SUFFIXES, check_files, find_images
 from sparkmim.data.problems import counted, few
+from sparkmim.data.source import is_array
 from sparkmim.errors import MissingPath, UserError
 
 Part = Literal["train", "val"]
@@ -86,7 +88,7 @@ def open_labelled(
     `data` is one of
 
     - a folder with `train/` and `val/` (or `valid`, `validation`, `test`), each with a folder per class;
-    - a folder with a folder per class;
+    - a folder with a folder per class: of images or, where there are none, of arrays;
     - a CSV file with a header, columns `path` and `label`, and optionally `split`; paths are relative to the file;
     - a map-style dataset of (image, label), with names in `classes` if it has them.
 
@@ -126,6 +128,8 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
         raise MissingPath(f"there is no folder or CSV file {root}")
     if root.is_file():
         return _of_table(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is neither a folder with a folder per class nor a CSV file")
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir()}
     train, val = (next((folders[name] for name in names if name in folders), None) for names in PART_NAMES.values())
     if train is not None:
@@ -134,7 +138,8 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
 
 
 def _of_folder(root: Path, fewest: int = 2) -> Labelled:
-    paths = find_images(root)
+    found = find_images(root, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
+    paths = [path for path in found if not is_array(path)] or found
     names = [Path(os.path.relpath(path, root)).parts[0] for path in paths]
     loose = [name for path, name in zip(paths, names, strict=True) if Path(path).parent == root]
     classes = sorted(set(names) - set(loose))

@@ -40,8 +40,8 @@ class Source:
         arrays = rank != 2 or channels not in (1, 3)
         if isinstance(items, (list, tuple)) and items and all(isinstance(item, (str, Path)) for item in items):
             if not arrays:
-                arrays = all(map(_is_array, items))
-            elif not any(map(_is_array, items)):
+                arrays = all(map(is_array, items))
+            elif not any(map(is_array, items)):
                 kind = counted(channels, "channel") if rank == 2 else {1: "signals", 3: "volumes"}[rank]
                 raise UserError(
                     f"{name} holds image files only, which have 1 or 3 channels and two axes; {kind} are read from "
@@ -54,7 +54,21 @@ class Source:
         """Finds the files of a folder or a text file, as `find_images` does; of images and arrays, one kind."""
         paths = find_images(data, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
         found = cls.of(paths, channels, rank, data)
-        return cls([path for path in paths if _is_array(path) == found.arrays], found.arrays, channels, rank)
+        return cls([path for path in paths if is_array(path) == found.arrays], found.arrays, channels, rank)
+
+    def check_shape(self) -> Source:
+        """Returns the same source, if its first array has the shape wanted: else a run would fail after its start.
+
+        Raises:
+            UserError: if the first array has another shape, or a package is missing to read it.
+        """
+        if self.arrays and isinstance(item := self.items[0], (str, Path)):
+            try:
+                self.read(item)
+            except UnreadableImage as error:
+                if "is of shape" in error.reason:
+                    raise UserError(str(error)) from error
+        return self
 
     @property
     def read(self) -> Callable[..., Any]:
@@ -88,7 +102,8 @@ class Source:
         return list(mean), list(std)
 
 
-def _is_array(path: str | Path) -> bool:
+def is_array(path: str | Path) -> bool:
+    """Tells by its ending whether a file holds an array."""
     return str(path).lower().endswith(ARRAY_SUFFIXES)
 
 
@@ -98,14 +113,7 @@ def open_source(data: Any, channels: int, rank: int) -> Source:
         raise UserError("no data given; --data names a folder of images or arrays, or a text file of paths")
     if not isinstance(data, (str, Path)):
         return Source.of(data, channels, rank)
-    source = Source.of_files(data, channels, rank)
-    if source.arrays:  # fail before a run begins, if they have another shape or their format cannot be read here
-        try:
-            source.read(source.items[0])
-        except UnreadableImage as error:
-            if "is of shape" in error.reason:
-                raise UserError(str(error)) from error
-    return source
+    return Source.of_files(data, channels, rank).check_shape()
 
 
 def images_source(images: Any, channels: int, rank: int) -> Source:

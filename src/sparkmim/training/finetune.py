@@ -79,7 +79,7 @@ class Finetuning(Training[FinetuneSettings]):
             )
         if warning := few_of(train_images.labels, train_images.classes):
             print_notes(console, [warning])
-        source = Source.of(train_images.items, settings.channels, len(settings.image_size))
+        source = Source.of(train_images.items, settings.channels, len(settings.image_size)).check_shape()
         mean, std = source.normalisation(settings.mean, settings.std)
         settings = replace(settings, mean=mean, std=std)
         model = build_model(settings, len(train_images.classes), start)
