@@ -8,6 +8,7 @@ import pickle
 import struct
 import warnings
 import zlib
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from pictures import checker, png
 from PIL import Image, ImageFile, features
 
 from sparkmim.data import decoding
+from sparkmim.data.arrays import read_array
 from sparkmim.data.decoding import UnreadableImage, decode, from_pil, images_up_to, stored_size
 from sparkmim.data.discovery import find_images
 from sparkmim.data.label_maps import read_values
@@ -370,7 +372,9 @@ def test_further_endings(suffix: str, file_format: str, tmp_path: Path) -> None:
     assert decode(found[0]).shape == (3, 6, 8)
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "photo.jpg")
-    with pytest.raises(UnreadableImage, match="not a file"):
-        decode(tmp_path / "photo.jpg")
+@pytest.mark.parametrize("read", [decode, stored_size, read_values, read_array])
+def test_a_pipe_is_not_waited_for(read: Callable[[Path], object], tmp_path: Path) -> None:
+    for name in ("photo.jpg", "array.npy", "array.npz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(UnreadableImage, match="not a file"):
+            read(tmp_path / name)
