@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -216,3 +217,33 @@ def test_several_processes_stop_together(photos: Path, network: str, tmp_path: P
     assert said.count("continue with --out run --resume") == 1
     assert "Traceback" not in said
     assert "Warning" not in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "pipe", "--out=run"], ["finetune", "pipe", "--out=run", "--model=resnet18"],
+        ["statistics", "pipe.npy"], ["pretrain", "--config=pipe"], ["embed", "pipe.npz", "--weights=weights"],
+        ["pretrain", "folder", "--out=run", "--init-weights=pipe.pth"], ["embed", "folder", "--weights=pipe.pth"],
+        ["segment", "--out=run", "--classes=pipe", "--data=folder", "--model=resnet18"], ["report", "pipe"],
+        ["detect", "--annotations=pipe", "--images=folder", "--val-annotations=pipe", "--val-images=folder",
+         "--model=resnet18", "--out=run"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_no_command_waits_for_a_pipe(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("pipe", "pipe.npy", "pipe.npz", "pipe.pth"):
+        os.mkfifo(name)
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (8, 8)).save("folder/image.png")
+    signal.alarm(30)
+    try:
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+    finally:
+        signal.alarm(0)
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1

@@ -14,7 +14,7 @@ import sparkmim
 PACKAGE = Path(sparkmim.__file__).parent
 
 LAYERS = (
-    ("_version", "errors", "failures", "arguments", "files", "trust", "allocator", "machine", "results"),
+    ("_version", "errors", "failures", "arguments", "files", "terminal", "trust", "allocator", "machine", "results"),
     ("sparse",),
     ("models",),
     ("data",),

@@ -21,6 +21,8 @@ FILES = {
     "typo.yaml": b"out: run\nepoch: 3\n",
     "synonym.yaml": b"lr: 3\n",
     "value.yaml": b"out: run\nepochs: many\n",
+    "date.yaml": b"epochs: 2001-99-99\n",
+    "deep.yaml": b"epochs: " + b"[" * 500,
     "binary.yaml": b"\xff\xfe\x00",
     "bomb.yaml": b"a: &a [x, x, x]\n"
     + b"".join(b"%c: &%c [%s]\n" % (96 + n, 96 + n, b", ".join([b"*%c" % (95 + n)] * 9)) for n in range(2, 12)),

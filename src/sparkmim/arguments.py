@@ -13,6 +13,10 @@ from sparkmim.errors import UserError
 LARGEST_SEED = 2**63 - 1
 
 
+MAX_MEGAPIXELS = 100.0
+"""Default of `max_megapixels`: a small file can claim a size that fills the memory."""
+
+
 def nearest(word: str, words: Iterable[str], cutoff: float = 0.6) -> str | None:
     """Returns the word that is most like another, if one is.
 

@@ -17,6 +17,7 @@ from sparkmim._version import __version__
 from sparkmim.allocator import keep_freed_memory
 from sparkmim.errors import UserError
 from sparkmim.runs.config import commented_yaml
+from sparkmim.terminal import Terminal, printable, say
 from sparkmim.training.recipes import RECIPES, notes_for
 from sparkmim.trust import trusting
 from sparkmim.words import PYTHON_ONLY, TRUST, TRUST_HELP, spell
@@ -125,7 +126,7 @@ def _main(given: Sequence[str]) -> None:
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     if config.command == "verify":
-        print(f"{arguments.model}: {result.message}")
+        say(f"{arguments.model}: {result.message}")
         raise SystemExit(0 if result.exact else 1)
     if config.command == "statistics":
         _say_statistics(result)
@@ -137,12 +138,12 @@ def _main(given: Sequence[str]) -> None:
         _say_picture(result)
         return
     if config.command == "report":
-        print(result.out)
+        say(result.out)
         return
     if config.command == "playground":
         return
     if config.command == "export":
-        print(result.message)
+        say(result.message)
         return
     if config.command == "weights":
         from sparkmim.interop.published import print_published
@@ -154,7 +155,7 @@ def _main(given: Sequence[str]) -> None:
 
 
 def _refuse(command: str, why: str) -> NoReturn:
-    print(f"{f'sparkmim {command}'.rstrip()}: {why}", file=sys.stderr)
+    say(f"{f'sparkmim {command}'.rstrip()}: {why}", sys.stderr)
     raise SystemExit(2)
 
 
@@ -168,15 +169,13 @@ def _explicit(arguments: dict[str, Any], words: Sequence[str]) -> dict[str, Any]
 def _say_evaluation(result: Any) -> None:
     """Prints accuracies or the file written on stdout, and unreadable images on stderr."""
     if isinstance(result, results.EvaluationResult):
-        from rich.console import Console
-
-        Console().print(result.table())
+        Terminal(out=True).print(result.table())
         if result.out is not None:
-            print(f"details in {result.out}", file=sys.stderr)
+            say(f"details in {result.out}", sys.stderr)
     elif isinstance(result, results.PredictResult):
-        print(f"{result.out}: {result.images:,} images classified")
+        say(f"{result.out}: {result.images:,} images classified")
     else:
-        print(f"{result.out}: float32 {list(result.shape)}, stage {result.stage}")
+        say(f"{result.out}: float32 {list(result.shape)}, stage {result.stage}")
     _say_unreadable(result.unreadable)
 
 
@@ -185,24 +184,24 @@ def _say_picture(result: Any) -> None:
     if isinstance(result, results.ReconstructResult):
         losses = result.losses.reshape(len(result.names), -1).mean(1)
         for name, loss in zip(result.names, losses, strict=True):
-            print(f"{name}: loss {loss:.4f}")
+            say(f"{printable(name)}: loss {loss:.4f}")
     elif isinstance(result, results.VanishingResult):
-        print(f"share of positions that are not zero after {', '.join(map(str, result.layers))} layers:")
+        say(f"share of positions that are not zero after {', '.join(map(str, result.layers))} layers:")
         for shape, shares in result.shares.items():
             for kind, of_layers in shares.items():
-                print(f"  {shape}, {kind}: " + ", ".join(f"{share:.1%}" for share in of_layers))
-        print(f"distance to the whole image, of the image and each stage of {result.network}:")
+                say(f"  {shape}, {kind}: " + ", ".join(f"{share:.1%}" for share in of_layers))
+        say(f"distance to the whole image, of the image and each stage of {result.network}:")
         for kind, distances in result.distances.items():
-            print(f"  {kind}: " + ", ".join(f"{distance:.3f}" for distance in distances))
+            say(f"  {kind}: " + ", ".join(f"{distance:.3f}" for distance in distances))
     elif isinstance(result, results.NeighborsResult):
         for query, found, cosines in zip(result.queries, result.neighbors, result.similarities, strict=True):
-            print(query)
+            say(printable(query))
             for path, cosine in zip(found, cosines, strict=True):
-                print(f"  {cosine:.3f}  {path}")
+                say(f"  {cosine:.3f}  {printable(path)}")
     elif isinstance(result, results.FeaturesResult):
         for stage, share in result.explained.items():
-            print(f"stage {stage}: three directions hold {share:.0%} of the variance")
-    print(f"picture: {result.out}")
+            say(f"stage {stage}: three directions hold {share:.0%} of the variance")
+    say(f"picture: {result.out}")
     _say_unreadable(result.unreadable)
 
 
@@ -211,12 +210,13 @@ def _say_unreadable(unreadable: Sequence[str]) -> None:
     if unreadable:
         from sparkmim.data.problems import counted
 
-        print(f"{counted(len(unreadable), 'unreadable image')} left out:", *unreadable, sep="\n  ", file=sys.stderr)
+        lines = [f"{counted(len(unreadable), 'unreadable image')} left out:", *map(printable, unreadable)]
+        print(*lines, sep="\n  ", file=sys.stderr)
 
 
 def _say_statistics(found: Any) -> None:
     """Prints statistics as flags of `sparkmim pretrain` on stdout, and the number of samples on stderr."""
     for name in ("mean", "std"):
-        print(f"--{name} '[{', '.join(f'{value:.6g}' for value in getattr(found, name))}]'")
+        say(f"--{name} '[{', '.join(f'{value:.6g}' for value in getattr(found, name))}]'")
     skipped = f"; {len(found.unreadable)} unreadable, the first: {found.unreadable[0]}" if found.unreadable else ""
-    print(f"of {found.samples:,} samples{skipped}", file=sys.stderr)
+    say(f"of {found.samples:,} samples{skipped}", sys.stderr)

@@ -9,11 +9,12 @@ import functools
 import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
-from sparkmim.arguments import check_arguments
+from sparkmim.arguments import MAX_MEGAPIXELS, check_arguments
 from sparkmim.failures import told
 from sparkmim.paths import check_paths
 from sparkmim.results import (
@@ -42,7 +43,8 @@ _given: ContextVar[frozenset[str]] = ContextVar("_given")
 def _command(function: Callable[P, R]) -> Callable[P, R]:
     """Checks the arguments of a command before it runs, and notes in `_given` which were passed.
 
-    A `~` at the beginning of a path is replaced by the user's folder.
+    A `~` at the beginning of a path is replaced by the user's folder, and `max_megapixels` is set for all that reads
+    images.
     """
     signature = inspect.signature(function)
 
@@ -54,13 +56,23 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
         bound.apply_defaults()
         check_paths(function.__name__, bound.arguments)
         token = _given.set(frozenset(kwargs))
+        bound.apply_defaults()
         try:
-            with told():
+            with told(), _limits(bound.arguments):
                 return function(*args, **kwargs)
         finally:
             _given.reset(token)
 
     return checked
+
+
+def _limits(arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
+    """Returns the context of a command that reads images."""
+    if "max_megapixels" not in arguments:
+        return nullcontext()
+    from sparkmim.data.decoding import images_up_to
+
+    return images_up_to(arguments["max_megapixels"])
 
 
 def _at_home(value: Any) -> Any:
@@ -132,6 +144,7 @@ def pretrain(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
+    max_megapixels: float = MAX_MEGAPIXELS,
     init_weights: str | Path | None = None,
     resume: bool = False,
     accept_changed_data: bool = False,
@@ -199,6 +212,7 @@ def pretrain(
         mean: mean of each channel; None for ImageNet's for image files (in 0..1), measured for arrays (in their units)
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         init_weights: run folder, weight file, or original SparK file to start from
         resume: continue the run in out from its last checkpoint
         accept_changed_data: on resuming, whether images may be missing or new
@@ -273,6 +287,7 @@ def finetune(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
+    max_megapixels: float = MAX_MEGAPIXELS,
     resume: bool = False,
     accept_changed_data: bool = False,
     seed: int = 0,
@@ -335,6 +350,7 @@ def finetune(
         mean: mean of each channel; None for that of the weights
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         resume: continue the run in out from its last checkpoint
         accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
@@ -406,6 +422,7 @@ def detect(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
+    max_megapixels: float = MAX_MEGAPIXELS,
     resume: bool = False,
     accept_changed_data: bool = False,
     seed: int = 0,
@@ -468,6 +485,7 @@ def detect(
         mean: mean of each channel; None for that of the weights
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         resume: continue the run in out from its last checkpoint
         accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
@@ -543,6 +561,7 @@ def segment(
     mean: list[float] | None = None,
     std: list[float] | None = None,
     max_unreadable: float = 0.1,
+    max_megapixels: float = MAX_MEGAPIXELS,
     resume: bool = False,
     accept_changed_data: bool = False,
     seed: int = 0,
@@ -576,7 +595,8 @@ def segment(
         val_images: folder of the validation images, if not the one in data
         val_labels: folder of the validation label maps
         val_split: share of the images to set apart for validation, if there are no validation images
-        classes: text file of class names, one per line, if not classes.txt in data; without one, classes are counted
+        classes: text file of class names, one per line, if not classes.txt in data; without one, up to 1,000 classes
+            are counted
         ignore: value of ignored pixels in label maps; None for 255 or, with eval_only, the value used in training
         reduce_labels: ignore pixels of value 0 too, and count classes from 1, as in ADE20K
         eval_only: score the segmenter in weights instead of training
@@ -606,6 +626,7 @@ def segment(
         mean: mean of each channel; None for that of the weights
         std: standard deviation of each channel, as mean
         max_unreadable: largest share of unreadable images
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         resume: continue the run in out from its last checkpoint
         accept_changed_data: on resuming, whether images may be missing or new
         seed: seed of everything random
@@ -658,6 +679,7 @@ def evaluate(
     draws: int = 10,
     batch_size: int = 64,
     workers: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     seed: int = 0,
     out: str | Path | None = None,
@@ -689,6 +711,7 @@ def evaluate(
         draws: number of draws of images (fewshot)
         batch_size: images per batch
         workers: loader processes
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         seed: of the random network, of val_split, and of the draws of a protocol
         out: JSON file; None for evaluation/PROTOCOL.json in the run folder, if weights is one; it is replaced by each
@@ -720,6 +743,7 @@ def predict(
     crop: float | None = None,
     batch_size: int = 64,
     workers: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> PredictResult:
@@ -741,6 +765,7 @@ def predict(
             the weights
         batch_size: images per batch
         workers: loader processes
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         overwrite: replace out if it exists
 
@@ -770,6 +795,7 @@ def embed(
     crop: float | None = None,
     batch_size: int = 64,
     workers: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> EmbedResult:
@@ -792,6 +818,7 @@ def embed(
             the weights, or 0.875
         batch_size: images per batch
         workers: loader processes
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         overwrite: replace out if it exists
 
@@ -823,6 +850,7 @@ def reconstruct(
     image_size: int | list[int] | None = None,
     limit: int = 8,
     seed: int = 0,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> ReconstructResult:
@@ -847,6 +875,7 @@ def reconstruct(
         image_size: side in pixels, or one size per axis; None for that of training
         limit: maximum number of images
         seed: seed of the random masks
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         overwrite: replace out if it exists
 
@@ -876,6 +905,7 @@ def explain(
     image_size: int | list[int] | None = None,
     mask_ratio: float = 0.6,
     seed: int = 0,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> VanishingResult:
@@ -894,6 +924,7 @@ def explain(
         image_size: side in pixels, or one size per axis; None for that of the weights, or 224
         mask_ratio: share of hidden patches
         seed: seed of masks and random weights
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         overwrite: replace out if it exists
 
@@ -922,6 +953,7 @@ def features(
     model: str | Any | None = None,
     image_size: int | list[int] | None = None,
     limit: int = 8,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> FeaturesResult:
@@ -939,6 +971,7 @@ def features(
             in the weights
         image_size: side in pixels, or one size per axis; None for that of training
         limit: maximum number of images
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         overwrite: replace out if it exists
 
@@ -972,6 +1005,7 @@ def neighbors(
     limit: int = 8,
     batch_size: int = 64,
     workers: int | None = None,
+    max_megapixels: float = MAX_MEGAPIXELS,
     accelerator: str = "auto",
     overwrite: bool = False,
 ) -> NeighborsResult:
@@ -994,6 +1028,7 @@ def neighbors(
         limit: maximum number of queries
         batch_size: images per batch
         workers: loader workers
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
         accelerator: auto, cpu or cuda
         overwrite: replace out if it exists
 
@@ -1061,7 +1096,7 @@ def playground(
         image_size: side in pixels, or one size per axis; None for that of training
         host: address to listen on; 0.0.0.0 admits other machines
         port: port to listen on; None for the first free one from 7860
-        max_megapixels: maximum size of an upload; larger images are refused before decoding
+        max_megapixels: largest size of an image; larger uploads are refused, before memory is taken for them
         accelerator: auto, cpu or cuda
 
     Raises:
@@ -1072,12 +1107,19 @@ def playground(
 
     run_playground(
         weights=weights, compare=compare, images=images, model=model, image_size=image_size, host=host, port=port,
-        max_megapixels=max_megapixels, accelerator=accelerator,
+        accelerator=accelerator,
     )  # fmt: skip
 
 
 @_command
-def statistics(*, data: str | list[str] | Any, channels: int = 3, axes: int = 2, samples: int = 1000) -> Any:
+def statistics(
+    *,
+    data: str | list[str] | Any,
+    channels: int = 3,
+    axes: int = 2,
+    samples: int = 1000,
+    max_megapixels: float = MAX_MEGAPIXELS,
+) -> Any:
     """Measure the mean and standard deviation of each channel of a data set.
 
     Pass them to `sparkmim pretrain` as mean and std; for arrays, that command measures them itself, on fewer samples.
@@ -1088,6 +1130,7 @@ def statistics(*, data: str | list[str] | Any, channels: int = 3, axes: int = 2,
         channels: image channels
         axes: spatial axes: 1 for signals, 2 for images, 3 for volumes
         samples: maximum number of samples to read, spread evenly over the data
+        max_megapixels: largest size of an image; larger ones count as unreadable, before memory is taken for them
 
     Returns:
         `ChannelStatistics`: mean, std, and the number of samples read.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import sys
+import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +18,7 @@ from sparkmim.commands import statistics
 from sparkmim.data.arrays import MissingPackage, array_transform, read_array, resized, to_array
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.data.dataset import PretrainDataset
-from sparkmim.data.decoding import UnreadableImage
+from sparkmim.data.decoding import UnreadableImage, images_up_to
 from sparkmim.data.source import Source, open_source
 
 RAMP = np.arange(2 * 6 * 8, dtype=np.float32).reshape(2, 6, 8)
@@ -42,7 +45,7 @@ def test_nifti_is_turned_and_scaled(tmp_path: Path) -> None:
 
 
 def test_nifti_without_nibabel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "a.nii").write_bytes(b"")
+    (tmp_path / "a.nii").write_bytes(b"anything")
     monkeypatch.setitem(sys.modules, "nibabel", None)
     with pytest.raises(MissingPackage, match=r"a\.nii is a NIfTI volume; .* `pip install 'sparkmim\[nifti\]'`"):
         read_array(tmp_path / "a.nii")
@@ -91,6 +94,41 @@ def test_files_of_other_endings_are_counted(tmp_path: Path, capsys: pytest.Captu
         (tmp_path / name).write_bytes(b"x")
     assert len(open_source(str(tmp_path), 3, 2).items) == 5
     assert " ".join(capsys.readouterr().err.split()).endswith("for their ending: 2 .dng, 1 .mat")
+
+
+@pytest.mark.parametrize(
+    ("shape", "values", "message"),
+    [
+        ((20_000, 20_000), 1, r"another number of values than its shape \[20000, 20000\] says"),
+        ((2, 2), 3_000_000, r"holds 12\.0 MB, more than 1\.6 MB"),  # the bytes of the member, by the archive
+    ],
+)
+def test_no_more_memory_than_is_declared_and_allowed(
+    shape: tuple[int, ...], values: int, message: str, tmp_path: Path
+) -> None:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": shape})
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image.npy", header.getvalue() + bytes(4 * values))
+    tracemalloc.start()
+    with images_up_to(0.1), pytest.raises(UnreadableImage, match=message):
+        read_array(tmp_path / "bomb.npz")
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_nifti_that_declares_more_than_allowed(tmp_path: Path) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    nibabel.save(nibabel.Nifti1Image(np.zeros((100, 100, 100), np.int16), np.eye(4)), tmp_path / "a.nii.gz")
+    with images_up_to(0.1), pytest.raises(UnreadableImage, match=r"holds 2\.0 MB, more than 1\.6 MB"):
+        read_array(tmp_path / "a.nii.gz")
+
+
+def test_an_archive_called_npy_is_named(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", image=RAMP)
+    (tmp_path / "a.npz").rename(tmp_path / "a.npy")
+    with pytest.raises(UnreadableImage, match=r"a\.npy: is a \.npz file by its content"):
+        to_array(tmp_path / "a.npy", 2, 2)
 
 
 def test_no_pickle_is_opened(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from sparkmim.data.label_maps import (
     read_class_names,
 )
 from sparkmim.data.segmentation_transforms import segmentation_resize, segmentation_transform
+from sparkmim.errors import UserError
 
 
 def part(root: Path, name: str = "train", **more: int | bool) -> SegmentationImages:
@@ -412,3 +414,36 @@ def test_evaluation_resizes_the_shorter_side(size: tuple[int, int], expected: tu
     seen = segmentation_resize(32, [0.5] * 3, [0.25] * 3)(image)
     assert seen.shape == (3, *expected)
     assert torch.allclose(seen, torch.tensor(2.0))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "message"),
+    [
+        (
+            40_000,
+            np.uint16,
+            r"a\.png has the value 40000, which makes 40,001 classes, of which 3 have a pixel; ",
+        ),
+        (6, np.uint8, r"a\.png has the value 6, which makes 7 classes, of which 3 have a pixel"),
+        (4, np.uint8, ""),
+    ],
+)
+def test_a_stray_value_makes_no_classes(tmp_path: Path, value: int, kind: type, message: str) -> None:
+    one_map(tmp_path, np.array([[0, 1, value]], kind))
+    expected = pytest.raises(UserError, match=message) if message else nullcontext()
+    with expected:
+        assert check_segmentation([part(tmp_path)])[0] == ["0", "1", "2", "3", "4"]
+
+
+def test_more_than_a_thousand_classes_have_names(tmp_path: Path) -> None:
+    one_map(tmp_path, np.arange(1001, dtype=np.uint16)[None], ignore=65535)
+    with pytest.raises(UserError, match=r"1000, which makes 1,001 classes, of which 1,001 .* by --classes"):
+        check_segmentation([part(tmp_path, ignore=65535)])
+    assert len(check_segmentation([part(tmp_path, ignore=65535)], [f"class {n}" for n in range(1001)])[0]) == 1001
+
+
+def test_values_that_are_no_classes_take_no_memory(tmp_path: Path) -> None:
+    one_map(tmp_path, np.array([[0, 1]], np.uint8))
+    Image.fromarray(np.array([[0, 2**30]], np.int32)).save(tmp_path / "labels" / "train" / "a.png", "TIFF")
+    with pytest.raises(UserError, match="holds values from 0 to 1073741824; classes are 0 to 65535"):
+        check_segmentation([part(tmp_path)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 import sparkmim
 from processes import Cli
-from sparkmim.cli import COMMANDS, build_parser
+from sparkmim.cli import COMMANDS, build_parser, main
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.evaluation import stage_features
@@ -184,3 +185,25 @@ def test_embedding_one_image_twice_is_the_same_to_the_bit(run: Path, photos: Pat
     for name in ("a.npy", "b.npy"):
         sparkmim.embed(images=photos, weights=run, out=tmp_path / name, **FAST)
     assert (tmp_path / "a.npy").read_bytes() == (tmp_path / "b.npy").read_bytes()
+
+
+def test_names_that_are_no_utf8(run: Path, photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """They are written such that they can be turned back, and no work is lost."""
+    names = [b"caf\xe9.jpg", b"line\nbreak.jpg", b"back\\xe9.jpg", b"broken\xff\n.jpg"]
+    good = next(photos.rglob("*.jpg")).read_bytes()
+    folder = tmp_path / "odd"
+    folder.mkdir()
+    for name in names:
+        (folder / os.fsdecode(name)).write_bytes(b"no picture" if b"broken" in name else good)
+    main(["predict", str(folder), f"--weights={run}", f"--out={tmp_path / 'odd.csv'}", "--workers=0"])
+    main(["embed", str(folder), f"--weights={run}", f"--out={tmp_path / 'odd.npy'}", "--workers=0"])
+    main(["embed", str(folder), f"--weights={run}", f"--out={tmp_path / 'odd.parquet'}", "--workers=0"])
+    assert capfd.readouterr().err.count(r"broken\xff\x0a.jpg: not an image of a known format") == 3
+
+    def turned_back(written: list[str]) -> set[bytes]:
+        return {Path(name).name.encode().decode("unicode_escape").encode("latin-1") for name in written}
+
+    assert turned_back([row["path"] for row in rows_of(tmp_path / "odd.csv")]) == set(names)
+    assert turned_back((tmp_path / "odd.txt").read_text(encoding="utf-8").splitlines()) == set(names[:3])
+    table = pyarrow.parquet.read_table(tmp_path / "odd.parquet")
+    assert turned_back(table.column("path").to_pylist()) == set(names[:3])

@@ -168,7 +168,7 @@ def test_no_code_is_run(tmp_path: Path, save: str) -> None:
         torch.save({"module": Code(marker)}, path)
     else:
         path.write_bytes(pickle.dumps({"module": Code(marker)}))
-    with pytest.raises(ValueError, match=r"weights\.pth cannot be read as a PyTorch .*: it holds code") as failure:
+    with pytest.raises(ValueError, match=r"weights\.pth (holds Python objects|is no weight file)") as failure:
         official.read(path)
     assert len(str(failure.value).splitlines()) == 1
     assert not marker.exists()
@@ -195,6 +195,6 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         official.read(tmp_path / "missing.pth")
     path = tmp_path / "text.pth"
     path.write_text("hello")
-    with pytest.raises(ValueError, match=r"text\.pth cannot be read as a PyTorch weight file") as failure:
+    with pytest.raises(ValueError, match=r"text\.pth is no weight file of PyTorch") as failure:
         official.read(path)
     assert len(str(failure.value).splitlines()) == 1

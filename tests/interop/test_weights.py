@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from safetensors.torch import save as to_bytes
 from torch import nn
 
 from sparkmim.errors import UserError
@@ -103,3 +106,52 @@ def test_weights_that_have_diverged_are_refused(tmp_path: Path, network: str, ki
     save_file(tensors, path, header)
     with pytest.raises(UserError, match=rf"{re.escape(str(path))} holds NaN or infinite values in {re.escape(name)}; "):
         open_weights(path)
+
+
+TENSORS = {"weight": torch.zeros(50, 50)}
+
+
+def by_torch(content: Any, **options: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file, **options)
+    return file.getvalue()
+
+
+PAGE = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head></html>"
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n"
+OBJECTS = "holds Python objects, and loading them could run code; save the state_dict"
+
+
+@pytest.mark.parametrize(
+    ("content", "ending", "said"),
+    [
+        (PAGE, ".pth", "is a web page (a download page?); download the file itself"),
+        (PAGE, ".safetensors", "is a web page (a download page?); download the file itself"),
+        (b"", ".pth", "is empty; copy or download it again"),
+        (b"", ".safetensors", "is empty; copy or download it again"),
+        (POINTER, ".pth", "is a Git LFS pointer; fetch the file itself"),
+        (POINTER, ".safetensors", "is a Git LFS pointer; fetch the file itself"),
+        (to_bytes(TENSORS)[:5000], ".safetensors", f"ends too early (5,000 of {len(to_bytes(TENSORS)):,} bytes); copy"),
+        (to_bytes(TENSORS)[:30], ".safetensors", "ends too early (30 of "),
+        (by_torch(TENSORS)[:5000], ".pth", "ends too early (after 5,000 bytes)"),
+        (by_torch(TENSORS, _use_new_zipfile_serialization=False)[:5000], ".pth", "ends too early (after 5,000 bytes)"),
+        (by_torch(nn.Linear(2, 2)), ".pth", OBJECTS),
+        (by_torch(nn.Linear(2, 2), _use_new_zipfile_serialization=False), ".pth", OBJECTS),
+        (pickle.dumps(TENSORS), ".pth", OBJECTS),
+        (bytes(600), ".pth", "is no weight file of PyTorch, or is damaged"),  # an old archive, to torch
+        (by_torch(TENSORS), ".safetensors", "is no safetensors file; if PyTorch wrote it, let its name end in .pth"),
+        (to_bytes(TENSORS), ".pth", "is a safetensors file; let its name end in .safetensors"),
+        (b"\x01", ".pth", "is no weight file of PyTorch, or is damaged"),
+        (b"1234", ".safetensors", "is no safetensors file, or is damaged"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)  # fmt: skip
+def test_what_is_no_weight_file_is_named(content: bytes, ending: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / f"weights{ending}"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as failure:
+        open_weights(path)
+    message = str(failure.value)
+    assert message.startswith(f"{path} {said}")
+    assert not {"weights_only", "WeightsUnpickler", "header"} & set(message.split())
+    assert len(message.removeprefix(str(path))) < 150

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import sparkmim
 from sparkmim.data.problems import counted
+from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights, save
 from sparkmim.models import SparK, create_classifier, create_encoder
@@ -239,3 +241,25 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"do not fit this model"):
         open_weights(tmp_path / "pre").load_into_encoder(create_classifier("resnet34", 3))
     assert replace(FINETUNE_RECIPES["default"], epochs=3).epochs == 3
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_all_commands_agree_on_the_channels_of_arrays(channels: int, network: str, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    for name in "ab":
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for number in range(5):
+            shape = (20, 20) if channels == 1 else (20, 20, channels)
+            np.save(tmp_path / "data" / name / f"{number}.npy", generator.normal(300, 50, shape))
+    data, run, here = str(tmp_path / "data"), tmp_path / "run", {"workers": 0, "accelerator": "cpu"}
+    learn = {"model": network, "image_size": 16, "val_split": 0.2, "epochs": 1, "warmup_epochs": 0, **here}
+    with pytest.raises(UserError, match=rf"0\.npy: is of shape .*; for channels {4 - channels} "):
+        sparkmim.finetune(data=data, out=tmp_path / "other", channels=4 - channels, **learn)
+    assert not (tmp_path / "other").exists()
+    sparkmim.finetune(data=data, out=run, channels=channels, **learn)
+    assert open_weights(run).metadata.channels == channels
+    assert open_weights(run).metadata.mean == pytest.approx([300] * channels, rel=0.05)
+    assert sparkmim.evaluate(data=data, weights=run, val_split=0.2, k=1, **here).unreadable == []
+    predicted = sparkmim.predict(images=data, weights=run, out=tmp_path / "classes.csv", **here)
+    assert (predicted.images, predicted.unreadable) == (10, [])
+    assert sparkmim.embed(images=data, weights=run, out=tmp_path / "features.npy", **here).shape == (10, 16)

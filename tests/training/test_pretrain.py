@@ -14,6 +14,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
@@ -399,8 +400,14 @@ def test_a_dataset_from_python(tmp_path: Path, network: str) -> None:
 def test_unreadable_images_are_skipped_and_named(photos: Path, network: str, tmp_path: Path) -> None:
     bad = photos / "part0" / "broken.jpg"
     bad.write_bytes(b"\xff\xd8\xff no picture")
-    pretrain(photos, network, tmp_path / "run")
+    large = photos / "part1" / "large.png"
+    Image.new("RGB", (41, 41)).save(large)
+    pretrain(photos, network, tmp_path / "run", max_megapixels=40 * 40 / 1e6, epochs=1, workers=1)
     assert str(bad) in (tmp_path / "run" / "log.txt").read_text()
+    sparkmim.pretrain(out=tmp_path / "run", resume=True, epochs=2)
+    events = read_history(tmp_path / "run" / "history.jsonl")
+    named = [event.fields["image"] for event in events if event.kind == "unreadable"]
+    assert named.count(str(large)) == 2  # the limit is kept
     for index in range(12):
         (photos / f"broken{index}.png").write_bytes(b"")
     with pytest.raises(RuntimeError, match=r"unreadable .*more than the 10.0% allowed"):
@@ -458,7 +465,7 @@ def test_weight_files_tell_how_to_build_the_model(photos: Path, network: str, tm
     assert json.dumps(metadata.to_json())
     broken = tmp_path / "broken.safetensors"
     broken.write_bytes(b"1234")
-    for path, message in ((broken, "cannot be read as a safetensors file"), (tmp_path / "no", "does not exist"),
+    for path, message in ((broken, "is no safetensors file, or is damaged"), (tmp_path / "no", "does not exist"),
                           (tmp_path, "is a folder without weights")):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             weights.open_weights(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import math
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparkmim.data.augmentation import check_crop_and_flip
-from sparkmim.data.decoding import MAX_PIXELS, UnreadableImage
+from sparkmim.data.decoding import UnreadableImage, check_regular, max_pixels
 from sparkmim.data.problems import counted
 from sparkmim.data.tiff import TIFF_SUFFIXES, read_tiff
 from sparkmim.errors import UserError
@@ -25,6 +26,9 @@ Array = npt.NDArray[Any]
 
 ARRAY_SUFFIXES = (".npy", ".npz", ".nii", ".nii.gz")
 """Endings of array files' names. NIfTI needs the extra `nifti`."""
+
+BYTES_PER_PIXEL = 16
+"""For each pixel that an image may have, so many bytes may a compressed array have: four channels of floats."""
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -43,26 +47,50 @@ def read_array(path: str | Path) -> Array:
     """
     path = Path(path)
     try:
+        check_regular(path)
         if path.name.lower().endswith((".nii", ".nii.gz")):
             return _read_nifti(path)
         if path.name.lower().endswith(TIFF_SUFFIXES):
-            return read_tiff(path, MAX_PIXELS)
-        if path.suffix.lower() == ".npy":
-            mapped: Array = np.load(path, mmap_mode="r", allow_pickle=False)
-            return mapped
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as loaded:
-            names = [name for name in ("image", "data") if name in loaded.files] or loaded.files
-            if len(names) != 1 and names[:1] not in (["image"], ["data"]):
-                raise UnreadableImage(path, f"holds {', '.join(names) or 'nothing'}; call the array to use 'image'")
-            return np.asarray(loaded[names[0]])
+            return read_tiff(path, max_pixels())
+        if path.suffix.lower() == ".npz":
+            return _read_npz(path)
+        mapped: Array = np.lib.format.open_memmap(path, mode="r")
+        return mapped
     except (UnreadableImage, MissingPackage):
         raise
     except Exception as error:  # numpy and nibabel raise anything, from EOFError to zipfile.BadZipFile
-        raise UnreadableImage(path, str(error) or type(error).__name__) from error
+        if path.suffix.lower() == ".npy" and zipfile.is_zipfile(path):
+            raise UnreadableImage(path, "is a .npz file by its content; give it that ending") from error
+        raise UnreadableImage(path, getattr(error, "strerror", None) or str(error) or type(error).__name__) from error
 
 
 class MissingPackage(UserError):
     """A package is not installed that a file needs."""
+
+
+def _read_npz(path: Path) -> Array:
+    with zipfile.ZipFile(path) as archive:
+        arrays = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+        names: list[str] = [name for name in ("image", "data") if name in arrays] or list(arrays)
+        if len(names) != 1 and names[:1] not in (["image"], ["data"]):
+            raise UnreadableImage(path, f"holds {', '.join(names) or 'nothing'}; call the array to use 'image'")
+        stored = arrays[names[0]]
+        _check_bytes(path, stored.file_size)
+        with archive.open(stored) as member:
+            first = np.lib.format.read_magic(member) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            shape, _, kind = read_header(member)
+            if not kind.hasobject and math.prod(shape) * kind.itemsize != stored.file_size - member.tell():
+                raise UnreadableImage(path, f"holds another number of values than its shape {list(shape)} says")
+        with archive.open(stored) as member:
+            array: Array = np.lib.format.read_array(member, allow_pickle=False)
+            return array
+
+
+def _check_bytes(path: Path, size: int) -> None:
+    """Raises an `UnreadableImage` if an array that has to be loaded whole declares too large a size, in bytes."""
+    if size > (most := BYTES_PER_PIXEL * max_pixels()):
+        raise UnreadableImage(path, f"holds {size / 1e6:,.1f} MB, more than {most / 1e6:,.1f} MB (--max-megapixels)")
 
 
 def _read_nifti(path: Path) -> Array:
@@ -70,7 +98,9 @@ def _read_nifti(path: Path) -> Array:
         nibabel: Any = importlib.import_module("nibabel")
     except ImportError as error:
         raise MissingPackage(f"{path} is a NIfTI volume; reading it needs `pip install 'sparkmim[nifti]'`") from error
-    volume = nibabel.as_closest_canonical(nibabel.load(path))
+    volume = nibabel.load(path)
+    _check_bytes(path, math.prod(volume.shape) * volume.get_data_dtype().itemsize)
+    volume = nibabel.as_closest_canonical(volume)
     return np.asarray(volume.dataobj)
 
 

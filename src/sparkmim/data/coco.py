@@ -142,7 +142,7 @@ def read_coco(file: str | Path, notes: list[str] | None = None) -> dict[str, Any
         raise MissingPath(f"there is no annotation file {file}")
     try:
         content = json.loads(file.read_bytes())
-    except ValueError as error:  # of JSON, or of the encoding
+    except (RecursionError, ValueError) as error:  # of JSON, or of the encoding
         raise UserError(f"{file} is no JSON file: {error}") from error
     for part in ("images", "annotations", "categories"):
         records = content.get(part) if isinstance(content, dict) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-import io
+import os
 import stat
 import threading
 import warnings
@@ -14,10 +14,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.ImageFile import ImageFile
 from torch import Tensor
 
+from sparkmim.arguments import MAX_MEGAPIXELS
 from sparkmim.errors import UserError
+from sparkmim.terminal import printable
 
 try:
     # About a quarter faster than Pillow, with the same pixels. TorchVision has announced its removal.
@@ -25,13 +28,10 @@ try:
 except ImportError:  # pragma: no cover
     decode_jpeg = None
 
-MAX_PIXELS = 500_000_000
-"""Larger images count as unreadable: a small file can claim a size that fills the memory."""
-
 FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "AVIF", "HEIF")
 """What files are read as. Pillow knows others, some of which start programs: Ghostscript for EPS."""
 
-_EXIF_ORIENTATION = 0x0112
+_EXIF_ORIENTATION, _SAMPLES_PER_PIXEL, _TILE_WIDTH, _TILE_LENGTH, _EXTRA_SAMPLES = 274, 277, 322, 323, 338
 _TURNED = (5, 6, 7, 8)
 """EXIF orientations that swap height and width."""
 
@@ -39,6 +39,10 @@ _ACCEPTED = (
     "a path, a PIL image, a uint8 or float tensor [C, H, W], a numpy array [H, W] or [H, W, C], "
     "or a tuple, list or dict with one of these first, or as 'image'"
 )
+
+
+_LIMIT = "SPARKMIM_MAX_MEGAPIXELS"
+"""Environment variable of `images_up_to`: it reaches threads and loader workers, however they are started."""
 
 
 class UnreadableImage(Exception):
@@ -50,7 +54,7 @@ class UnreadableImage(Exception):
         self.reason = reason
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
+        return f"{printable(self.path)}: {printable(self.reason)}"
 
 
 def name_of(item: Any, place: int) -> str:
@@ -127,24 +131,13 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
     decoder reports it.
 
     Raises:
-        UnreadableImage: if the file is missing, empty, truncated, corrupt, no image, or of more than
-            `MAX_PIXELS` pixels.
+        UnreadableImage: if the file is missing, empty, truncated, corrupt, no image, or larger than `max_pixels`.
     """
     check_channels(channels)
-    try:
-        if not stat.S_ISREG(mode := Path(path).stat().st_mode) and not stat.S_ISDIR(
-            mode
-        ):  # a pipe would keep us waiting
-            raise UnreadableImage(path, "not a file")
-        encoded = Path(path).read_bytes()
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise UnreadableImage(path, getattr(error, "strerror", None) or str(error)) from error
-    if not encoded:
-        raise UnreadableImage(path, "the file is empty")
-    with pillow_errors(path), open_picture(io.BytesIO(encoded)) as image:  # reads the header only
+    with open_picture(path) as image:
         if decode_jpeg is not None and image.format in ("JPEG", "MPO") and image.mode in ("RGB", "L"):
             with suppress(RuntimeError):  # Pillow may read it, and has the clearer errors
-                return _decode_jpeg(encoded, channels, upright)
+                return _decode_jpeg(Path(path).read_bytes(), channels, upright)
         check_bands(image, path)
         if channels == 1:
             image.draft("L", image.size)  # a colour JPEG stores grey: torchvision takes it from there too
@@ -155,17 +148,60 @@ def check_bands(image: Image.Image, path: str | Path) -> None:
     """Raises `UnreadableImage` if a TIFF file has a fourth channel beside its colours that is no transparency."""
     if image.format == "TIFF" and image.mode in ("RGB", "RGBA"):
         tags = getattr(image, "tag_v2", {})
-        extra = tags.get(338, ())
-        if tags.get(277, 3) > 3 and (not extra or extra[0] not in (1, 2)):
-            raise UnreadableImage(path, f"holds {tags[277]} channels, not a picture; --channels {tags[277]} reads them")
+        channels, extra = tags.get(_SAMPLES_PER_PIXEL, 3), tags.get(_EXTRA_SAMPLES, ())
+        if channels > 3 and (not extra or extra[0] not in (1, 2)):  # associated, or unassociated alpha
+            raise UnreadableImage(path, f"holds {channels} channels, not a picture; --channels {channels} reads them")
 
 
-def open_picture(file: Any) -> ImageFile.ImageFile:
-    """Opens an image file, of one of `FORMATS`, by Pillow, which reads its header.
+@contextmanager
+def open_picture(path: str | Path) -> Iterator[ImageFile]:
+    """Opens an image file, of one of `FORMATS`, and reads its header; what fails in the context is unreadable.
 
-    Raises what Pillow raises; see `pillow_errors`.
+    Raises:
+        UnreadableImage: if it is no image, or larger than `max_pixels`.
     """
-    return Image.open(file, formats=_formats())
+    with pillow_errors(path):
+        check_regular(path)
+        with Image.open(path, formats=_formats()) as image:
+            if max(image.width * image.height, _tile_pixels(image)) > max_pixels():
+                raise Image.DecompressionBombError
+            yield image
+
+
+def _tile_pixels(image: ImageFile) -> int:
+    """Returns the size of a TIFF's tiles, each of which is decoded whole; 0 without tiles."""
+    tags: Mapping[int, int] = getattr(image, "tag_v2", {})
+    return int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_LENGTH, 0))
+
+
+def check_regular(path: str | Path) -> None:
+    """Raises an `UnreadableImage` if a path is no regular file, such as a pipe, which would keep us waiting."""
+    mode, size = (found := Path(path).stat()).st_mode, found.st_size
+    if not stat.S_ISREG(mode):
+        raise UnreadableImage(path, "is a directory" if stat.S_ISDIR(mode) else "not a file")
+    if not size:
+        raise UnreadableImage(path, "the file is empty")
+
+
+def max_pixels() -> int:
+    """Returns the size of the largest image that is read: by its header, before memory is taken for its pixels.
+
+    Bytes per pixel say nothing more: a white PNG of a scanner has a thousand pixels in each of its bytes.
+    """
+    return round(1e6 * float(os.environ.get(_LIMIT, MAX_MEGAPIXELS)))
+
+
+@contextmanager
+def images_up_to(megapixels: float) -> Iterator[None]:
+    """Sets `max_pixels` within this context, for all threads, and for the processes that are started in it."""
+    before = os.environ.get(_LIMIT)
+    os.environ[_LIMIT] = str(megapixels)
+    try:
+        yield
+    finally:
+        os.environ.pop(_LIMIT)
+        if before is not None:
+            os.environ[_LIMIT] = before
 
 
 @functools.cache
@@ -179,9 +215,9 @@ def stored_size(path: str | Path) -> tuple[tuple[int, int], bool]:
     """Returns stored height and width by an image's header, and whether its EXIF orientation swaps them.
 
     Raises:
-        UnreadableImage: if it is no image, or of more than `MAX_PIXELS` pixels.
+        UnreadableImage: if it is no image, or larger than `max_pixels`.
     """
-    with pillow_errors(path), open_picture(path) as image:
+    with open_picture(path) as image:
         return (image.height, image.width), image.getexif().get(_EXIF_ORIENTATION) in _TURNED
 
 
@@ -248,14 +284,16 @@ def _to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     """Scales modes of more than 8 bits, which Pillow's own conversion would clip."""
     if not image.mode.startswith(("I", "F")):
         return image
-    values = np.array(image).astype(np.float64)  # [h, w]
     # Older Pillow reads 16-bit PNG as mode I, all read 16-bit PGM so.
     if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
-        scaled = values / 257
-    else:
-        finite = values[np.isfinite(values)]
-        low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
-        scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1))
+        levels = np.array(image).astype(np.int32)  # [h, w]
+        levels += 128  # in place, as an image may be large; 257 is odd, so there are no ties
+        levels //= 257
+        return Image.fromarray(levels.astype(np.uint8))
+    values = np.array(image).astype(np.float64)
+    finite = values[np.isfinite(values)]
+    low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
+    scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1))
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
 
 
@@ -266,7 +304,7 @@ _outside = ExitStack()
 
 @contextmanager
 def strict_pillow() -> Iterator[None]:
-    """Limits images to `MAX_PIXELS`, and silences decoders' warnings. It is reentrant, and safe for threads."""
+    """Limits images to `max_pixels`, and silences decoders' warnings. It is reentrant, and safe for threads."""
     # Pillow takes its limit from a global alone (TIFF files ask for it as late as when pixels are loaded), and filters
     # of warnings are global too: the first thread to enter sets both, and the last to leave restores them.
     global _inside
@@ -274,7 +312,7 @@ def strict_pillow() -> Iterator[None]:
         _inside += 1
         if _inside == 1:
             _outside.callback(setattr, Image, "MAX_IMAGE_PIXELS", Image.MAX_IMAGE_PIXELS)
-            Image.MAX_IMAGE_PIXELS = MAX_PIXELS // 2  # Pillow warns from here on, and raises at twice as many
+            Image.MAX_IMAGE_PIXELS = max_pixels() // 2  # Pillow warns from here on, and raises at twice as many
             _outside.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
     try:
@@ -292,11 +330,13 @@ def pillow_errors(path: str | Path) -> Iterator[None]:
     with strict_pillow():
         try:
             yield
-        except UserError:
+        except (UserError, UnreadableImage):
             raise
         except UnidentifiedImageError as error:
             raise UnreadableImage(path, "not an image of a known format") from error
         except Image.DecompressionBombError as error:
-            raise UnreadableImage(path, f"more than {MAX_PIXELS // 1_000_000} million pixels") from error
+            raise UnreadableImage(path, f"larger than {max_pixels() / 1e6:g} megapixels (--max-megapixels)") from error
+        except OSError as error:
+            raise UnreadableImage(path, error.strerror or str(error)) from error
         except Exception as error:  # decoders raise anything, from SyntaxError to struct.error
             raise UnreadableImage(path, str(error) or type(error).__name__) from error

@@ -11,12 +11,13 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from rich.console import Console
+from rich.markup import escape
 from rich.status import Status
 
 from sparkmim.data.problems import counted, few
 from sparkmim.errors import MissingPath, UserError
 from sparkmim.files import replacing
+from sparkmim.terminal import Terminal, printable
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ def _find_in_folder(
             except OSError as error:
                 if folder == str(root):
                     raise
-                log.warning("left out a folder that can't be read: %s (%s)", folder, error.strerror)
+                log.warning("left out a folder that can't be read: %s (%s)", printable(folder), error.strerror)
                 continue
             listings[folder] = listing
             others.update(listing.others)
@@ -149,10 +150,10 @@ def _find_in_folder(
             # The first by name is entered first, so that of two links to one folder always the same one is followed.
             todo.extend(os.path.join(folder, name) for name in reversed(listing.folders))  # noqa: PTH118
             if progress and status is None and time.time_ns() - begun > 1_000_000_000:
-                status = Console(stderr=True).status("")
+                status = Terminal().status("")
                 status.start()
             if status is not None:
-                status.update(f"searching {root}: {len(paths):,} images")
+                status.update(f"searching {escape(printable(root))}: {len(paths):,} images")
     finally:
         if status is not None:
             status.stop()
@@ -181,7 +182,7 @@ def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
                     elif (ending := os.path.splitext(entry.name)[1].lower()) not in _COMPANIONS:  # noqa: PTH122
                         others[ending] += 1
             except OSError as error:  # a link to itself
-                log.warning("left out %s (%s)", entry.path, error.strerror)
+                log.warning("left out %s (%s)", printable(entry.path), error.strerror)
     return Listing(mtime_ns, sorted(images), sorted(folders), others)
 
 
@@ -219,4 +220,4 @@ def _save(memory: Path, root: Path, suffixes: tuple[str, ...], listings: dict[st
         with replacing(memory) as partial:
             partial.write_text(json.dumps(stored), encoding="utf-8")
     except UserError as error:
-        log.warning("could not remember the scan of %s: %s", root, error)
+        log.warning("could not remember the scan of %s: %s", printable(root), printable(error))

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.progress import track
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -18,6 +17,7 @@ from sparkmim.data.dataset import share_paths
 from sparkmim.data.decoding import UnreadableImage, name_of
 from sparkmim.data.loading import live_with_the_parent
 from sparkmim.data.source import Source
+from sparkmim.terminal import Terminal
 
 CROP = 0.875
 """Share of the resized image that the centre crop shows, if weights do not say: 224 of 256."""
@@ -108,7 +108,7 @@ def still_batches(
         _Stills(source.items, source.read, preparation.transform(source)), batch_size, num_workers=workers,
         collate_fn=_collate, worker_init_fn=live_with_the_parent, pin_memory=device.type == "cuda",
     )  # fmt: skip
-    console = Console(stderr=True)
+    console = Terminal()
     silent = doing is None or not console.is_terminal
     for batch in track(loader, doing or "", console=console, disable=silent, transient=True):
         if batch.images is not None:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 from torch.utils.data import Dataset
 from torchvision import tv_tensors
@@ -25,7 +25,6 @@ from sparkmim.data.decoding import (
     UnreadableImage,
     decode_annotated,
     open_picture,
-    pillow_errors,
     size_text,
     stored_size,
 )
@@ -34,6 +33,7 @@ from sparkmim.data.labelled import PART_NAMES, PURPOSE, Part
 from sparkmim.data.problems import Problems, counted, few, report
 from sparkmim.data.source import Source
 from sparkmim.errors import MissingPath, UserError
+from sparkmim.terminal import Terminal, printable
 
 IGNORED = -1
 """Class of ignored pixels, in label maps as read."""
@@ -55,6 +55,9 @@ _SPREAD = {"L;2": 85, "L;4": 17}
 """Factors by which Pillow spreads grey values of 2 and 4 bits over the range of 8."""
 
 _THREADS = 8
+
+MOST_CLASSES = 1000
+"""More classes than this have to be named: a single stray value would make tens of thousands."""
 
 
 # Finding
@@ -294,7 +297,7 @@ def read_values(path: Path) -> npt.NDArray[Any]:
     Raises:
         NotIndices: if it holds colours.
     """
-    with pillow_errors(path), open_picture(path) as image:
+    with open_picture(path) as image:
         if image.mode in ("LA", "RGB", "RGBA"):
             bands: npt.NDArray[np.uint8] = np.array(image.convert("RGBA"))  # [h, w, 4]
             if (bands[..., :3] == bands[..., :1]).all() and (bands[..., 3] == 255).all():
@@ -303,6 +306,8 @@ def read_values(path: Path) -> npt.NDArray[Any]:
             raise NotIndices(image.mode)
         spread = next((_SPREAD[tile[3]] for tile in image.tile if tile[3] in _SPREAD), 1)
         values = np.array(image).astype(np.uint8 if image.mode in ("L", "P", "1") else np.int32)
+        if image.mode.startswith("I") and values.size and not 0 <= values.min() <= values.max() < 2**16:
+            raise UnreadableImage(path, f"holds values from {values.min()} to {values.max()}; classes are 0 to 65535")
         return values // spread if spread > 1 else values
 
 
@@ -350,8 +355,8 @@ def check_segmentation(
     """Checks every label map, and the header of every image, and raises an error that lists all problems.
 
     Fatal are images without label map; label maps without image, of another size than it, of colours instead of class
-    numbers, or unreadable; values that are no class; a part without images or classes; a single class. Shows progress
-    on stderr if that is a terminal.
+    numbers, or unreadable; values that are no class; a part without images or classes; a single class; without names,
+    classes most of which have no pixel, or more than `MOST_CLASSES`. Shows progress on stderr if that is a terminal.
 
     If there are just two values in all label maps, such as 0 and 255, they are two classes, and become the parts'
     `label_values`; unless values are known to be `numbered`.
@@ -373,6 +378,14 @@ def check_segmentation(
         for lines, of_part in ((every.fatal, look.problems.fatal), (every.notes, look.problems.notes)):
             lines += [f"{part.files.labels}: {line}" for line in of_part]
     count = max((number for classes in seen for number in classes), default=-1) + 1
+    used = len(set().union(*seen))
+    if names is None and pair is None and (used < count / 2 or count > MOST_CLASSES):
+        value = count - 1 + parts[0].reduce
+        file = next(look.values[value] for look in looks if value in look.values)
+        raise UserError(
+            f"{file} has the value {value}, which makes {count:,} classes, of which {used:,} have a pixel; correct it, "
+            "or name the classes in a file by --classes"
+        )
     listed = list(names) if names is not None else [str(value) for value in pair or range(count)]
     count = len(listed)
     if pair is not None:
@@ -396,7 +409,7 @@ class _PartLook(NamedTuple):
     """What was seen in the label maps of a part."""
 
     problems: Problems
-    values: set[int]
+    values: dict[int, Path]  # the first label map with each value
     outside: list[str]  # label maps with values that are no class, and these values
 
 
@@ -413,15 +426,18 @@ def _look_through(part: SegmentationImages, names: Sequence[str] | None) -> _Par
     """Looks at all label maps of a part."""
     found = Problems(list(part.problems.fatal), list(part.problems.notes))
     wrong: dict[str, list[str]] = defaultdict(list)
-    values: set[int] = set()
-    console = Console(stderr=True)
+    values: dict[int, Path] = {}
+    console = Terminal()
     with ThreadPoolExecutor(_THREADS) as pool:
         looks = pool.map(part.look, range(len(part)))
-        for look in track(looks, f"checking {part.files.labels.name}", len(part), console=console, transient=True,
-                          disable=not console.is_terminal):  # fmt: skip
+        doing = f"checking {escape(printable(part.files.labels.name))}"
+        for place, look in enumerate(
+            track(looks, doing, len(part), console=console, transient=True, disable=not console.is_terminal)
+        ):
             if look.wrong:
                 wrong[look.wrong].append(look.what)
-            values.update(look.values)
+            for value in look.values:
+                values.setdefault(value, part.label_path(place))
             if names is not None:
                 present = np.array(look.values, np.int64)
                 if outside := present[part.classes_of(present) >= len(names)].tolist():

@@ -89,7 +89,7 @@ def open_labelled(
     `data` is one of
 
     - a folder with `train/` and `val/` (or `valid`, `validation`, `test`), each with a folder per class;
-    - a folder with a folder per class, one of which may be called `train`;
+    - a folder with a folder per class, one of which may be called `train`: of images or arrays;
     - a CSV file with a header, columns `path` and `label`, and optionally `split`; paths are relative to the file;
     - a map-style dataset of (image, label), with names in `classes` if it has them.
 
@@ -133,6 +133,8 @@ def _open(data: Any, channels: int, rank: int) -> tuple[Labelled, Labelled | Non
         raise MissingPath(f"there is no folder or CSV file {root}")
     if root.is_file():
         return _of_table(root)
+    if not root.is_dir():
+        raise UserError(f"{root} is neither a folder with a folder per class nor a CSV file")
     folders = {path.name.lower(): path for path in sorted(root.iterdir()) if path.is_dir() and path.name[0] != "."}
     train, val = (next((folders[name] for name in names if name in folders), None) for names in PART_NAMES.values())
     if train is not None and (val is not None or len(folders) == 1 or not _holds_images(train)):

@@ -7,9 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rich.console import Console
-
 from sparkmim.errors import UserError
+from sparkmim.terminal import Terminal, printable
 
 
 @dataclass
@@ -46,14 +45,14 @@ def few(items: Sequence[Any], most: int = 3) -> str:
         >>> few("abcde")
         'a, b, c, …'
     """
-    return ", ".join(map(str, items[:most])) + (", …" if len(items) > most else "")
+    return ", ".join(map(printable, items[:most])) + (", …" if len(items) > most else "")
 
 
-def print_notes(console: Console, notes: Sequence[str]) -> None:
+def print_notes(console: Terminal, notes: Sequence[str]) -> None:
     """Prints what is noteworthy about data without being an error."""
     for note in notes:
-        console.print("[yellow]note:[/] ", end="")
-        console.print(note, markup=False)
+        console.print("note: ", end="", style="yellow")
+        console.print(note)
 
 
 def report(lines: list[str], items: Sequence[Any], what: str, word: str, words: str | None = None) -> None:

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.augmentation import normalisation
 from sparkmim.data.decoding import UnreadableImage, to_image
@@ -22,6 +20,7 @@ from sparkmim.data.tiff import TIFF_SUFFIXES, holds_array
 from sparkmim.errors import MissingPath, UserError
 from sparkmim.files import are_paths
 from sparkmim.machine import is_main_process
+from sparkmim.terminal import Terminal
 
 _LARGEST = {"mean": 1.0, "std": 5.0}
 """Of images in 0…1; those of 0…255 are larger. Deviations above 1 are a choice of scale."""
@@ -76,7 +75,7 @@ class Source:
         endings = [f"{count:,} {ending}" for ending, count in others.most_common()]
         if endings:
             notes.append(f"{counted(others.total(), 'file')} left out of {data} for their ending: {few(endings)}")
-        print_notes(Console(stderr=True, quiet=not is_main_process()), notes)
+        print_notes(Terminal(quiet=not is_main_process()), notes)
         return cls(kept, found.arrays, channels, rank)
 
     def checked(self) -> Source:
@@ -99,7 +98,7 @@ class Source:
     def statistics(self, samples: int = _FIRST_LOOK) -> ChannelStatistics:
         """Measures mean and deviation per channel; of images in 0…1."""
         scale = 1.0 if self.arrays else 255.0
-        return channel_statistics(self.items, self.read, scale, samples, Console(stderr=True))
+        return channel_statistics(self.items, self.read, scale, samples, Terminal())
 
     def normalisation(
         self, mean: Sequence[float] | None = None, std: Sequence[float] | None = None

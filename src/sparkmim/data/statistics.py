@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
 from sparkmim.data.decoding import UnreadableImage, name_of
 from sparkmim.errors import UserError
+from sparkmim.terminal import Terminal
 
 
 @dataclass
@@ -27,7 +27,7 @@ class ChannelStatistics:
 
 
 def channel_statistics(
-    source: Any, read: Callable[..., Any], scale: float = 1.0, samples: int = 1000, console: Console | None = None
+    source: Any, read: Callable[..., Any], scale: float = 1.0, samples: int = 1000, console: Terminal | None = None
 ) -> ChannelStatistics:
     """Measures mean and standard deviation on samples spread evenly over a data set.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from sparkmim.drawing.figures import new_figure
+from sparkmim.terminal import printable
 
 _MOST_NUMBERS = 20
 """Up to this many classes, cells are large enough for numbers."""
@@ -34,8 +35,9 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
                     axes.text(column, row, share, ha="center", va="center", color=colour, fontsize=8)
     step = -(-n // _MOST_NAMES)
     places = range(0, n, step)
-    axes.set_xticks(places, [classes[place] for place in places], rotation=90)
-    axes.set_yticks(places, [classes[place] for place in places])
+    names = [printable(classes[place]) for place in places]
+    axes.set_xticks(places, names, rotation=90, parse_math=False)
+    axes.set_yticks(places, names, parse_math=False)
     axes.tick_params(length=0, labelsize=8)
     axes.set(xlabel="predicted", ylabel="true", title=title)
     axes.spines[:].set_visible(False)

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.coco import CocoFiles, CocoImages, check_coco, find_coco, open_coco
@@ -24,6 +23,7 @@ from sparkmim.evaluation.trained import open_trained, read_images, report_scores
 from sparkmim.files import replacing
 from sparkmim.models.encoders import own_module
 from sparkmim.results import DetectResult
+from sparkmim.terminal import Terminal
 
 
 def use_detector(
@@ -36,7 +36,7 @@ def use_detector(
 
     Writes `detections.json` and, with scores, `metrics.json`. Arguments left at None are taken from the weights.
     """
-    console, out = Console(stderr=True), Path(out)
+    console, out = Terminal(), Path(out)
     opened, device, low_precision, workers = open_trained("detector", weights, out, accelerator, precision, workers)
     known: Any = opened.metadata  # complete, or the file would have been refused
     detector: Any = opened.detector(own_module(model)).to(device)
@@ -54,7 +54,7 @@ def use_detector(
         _write_json(out, found)
         sure = sum(annotation["score"] > SURE for annotation in found["annotations"])
         drawn, detections = counted(len(found["images"]), "image"), counted(sure, "detection")
-        console.print(f"{drawn}, {detections} above {SURE:.0%}: {out}", markup=False)
+        console.print(f"{drawn}, {detections} above {SURE:.0%}: {out}")
         return DetectResult(out, 0, 0, {}, detector)
     with_masks = bool(detector.roi_heads.has_mask())
     named = {"val_annotations": val_annotations, "val_images": val_images}

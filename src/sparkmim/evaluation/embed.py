@@ -20,6 +20,7 @@ from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models import Hierarchy
 from sparkmim.results import EmbedResult
+from sparkmim.terminal import written
 
 
 def run_embedding(
@@ -88,7 +89,7 @@ def _write_npy(out: Path, names_file: Path, parts: Iterator[tuple[list[str], Any
                 _write_header(rows, shape)
             shape[0] += len(features)
             rows.write(features.tobytes())
-            lines.writelines(f"{name}\n" for name in names)
+            lines.writelines(f"{written(name)}\n" for name in names)
         rows.seek(0)
         _write_header(rows, shape)
     return tuple(shape)
@@ -108,7 +109,9 @@ def _write_parquet(out: Path, parts: Iterator[tuple[list[str], Any]], arrow: Any
         for names, features in parts:
             width = features.shape[1]
             lists = arrow.FixedSizeListArray.from_arrays(arrow.array(features.reshape(-1)), width)
-            table = arrow.table({"path": arrow.array(names, arrow.string()), "feature": lists})
+            table = arrow.table(
+                {"path": arrow.array([written(name) for name in names], arrow.string()), "feature": lists}
+            )
             if writer is None:
                 writer = arrow.parquet.ParquetWriter(partial, table.schema)
             writer.write_table(table)

@@ -53,6 +53,7 @@ class EvaluateSettings:
     draws: int
     batch_size: int
     workers: int | None
+    max_megapixels: float
     accelerator: str
     seed: int
     out: str | Path | None

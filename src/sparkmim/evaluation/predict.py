@@ -18,6 +18,7 @@ from sparkmim.interop.weights import open_weights
 from sparkmim.machine import device_named
 from sparkmim.models.encoders import own_module
 from sparkmim.results import PredictResult
+from sparkmim.terminal import printable, written
 
 MOST_COLUMNS = 100
 """Maximum number of classes that get a column each; with more, only the `TOP` likeliest are named."""
@@ -55,7 +56,7 @@ def run_prediction(
 
     columns = ["path", "class", "probability", "error"]
     if top is None:
-        columns += [f"p_{name}" for name in classes]
+        columns += [f"p_{printable(name)}" for name in classes]
     else:
         columns += [f"{what}_{place}" for place in range(2, top + 1) for what in ("class", "probability")]
     read, unreadable = 0, []
@@ -66,7 +67,7 @@ def run_prediction(
             rows: dict[int, list[str]] = {}
             for place, name, reason in batch.unreadable:
                 unreadable.append(f"{name}: {reason}")
-                rows[place] = [name, "", "", reason, *[""] * (len(columns) - 4)]
+                rows[place] = [written(name), "", "", printable(reason), *[""] * (len(columns) - 4)]
             if batch.images is not None:
                 probabilities = classifier(batch.images).float().softmax(1).cpu()  # [b, classes]
                 for place, name, of_image in zip(batch.places, batch.names, probabilities, strict=True):
@@ -82,9 +83,9 @@ def _row(name: str, probabilities: Tensor, classes: list[str], top: int | None) 
     """Returns the cells of an image with class probabilities `[classes]`."""
     likeliest, order = probabilities.topk(top or 1)
     named = [text for p, place in zip(likeliest.tolist(), order.tolist(), strict=True)
-             for text in (classes[place], _digits(p))]  # fmt: skip
+             for text in (printable(classes[place]), _digits(p))]  # fmt: skip
     rest = [_digits(p) for p in probabilities.tolist()] if top is None else named[2:]
-    return [name, *named[:2], "", *rest]
+    return [written(name), *named[:2], "", *rest]
 
 
 def _digits(probability: float) -> str:

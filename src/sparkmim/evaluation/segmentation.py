@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from rich.markup import escape
 from rich.table import Table
 from torch import Tensor
 from torch.nn import functional as F
@@ -42,7 +41,7 @@ class SegmentationScores:
 
     def table(self) -> Table:
         """Returns a table of the classes, in several columns if there are many, with the figures below."""
-        cells = [(escape(name), _percent(value)) for name, value in self.per_class.items()]
+        cells = [(name, _percent(value)) for name, value in self.per_class.items()]
         columns = -(-len(cells) // _MOST_ROWS)
         rows = -(-len(cells) // columns)
         table = Table(box=None, padding=(0, 2, 0, 0))
@@ -51,7 +50,7 @@ class SegmentationScores:
             table.add_column("IoU", justify="right")
         for row in range(rows):
             table.add_row(*(cell for pair in cells[row::rows] for cell in pair))
-        table.add_row("[bold]mean", f"[bold]{_percent(self.figures['mIoU'])}")
+        table.add_row("mean", _percent(self.figures["mIoU"]), style="bold")
         table.add_row("pixel accuracy", _percent(self.figures["pixel_accuracy"]))
         return table
 

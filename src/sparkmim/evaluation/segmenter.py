@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.label_maps import (
@@ -31,6 +30,7 @@ from sparkmim.evaluation.segmentation import classes_at, evaluate_segmentation
 from sparkmim.evaluation.trained import open_trained, read_images, report_scores, save_picture
 from sparkmim.models.encoders import own_module
 from sparkmim.results import SegmentResult
+from sparkmim.terminal import Terminal
 
 
 def use_segmenter(
@@ -45,7 +45,7 @@ def use_segmenter(
     Writes label maps as PNG files and pictures of them over the images, or `metrics.json`. Arguments left at None are
     taken from the weights.
     """
-    console, out = Console(stderr=True), Path(out)
+    console, out = Terminal(), Path(out)
     opened, device, low_precision, workers = open_trained("segmenter", weights, out, accelerator, precision, workers)
     known: Any = opened.metadata  # complete, or the file would have been refused
     segmenter = opened.segmenter(own_module(model)).to(device)
@@ -87,7 +87,7 @@ def use_segmenter(
         count += 1
         present.update(found.flatten().bincount().nonzero().flatten().tolist())
     said = f"{counted(count, 'image')}, {len(present)} of {len(known.classes)} classes found: {out}"
-    console.print(said, markup=False)
+    console.print(said)
     return SegmentResult(out, 0, 0, {}, segmenter)
 
 
@@ -137,7 +137,7 @@ def class_names(data: str | Path | None, classes: str | Path | None) -> list[str
 
 
 def checked_classes(
-    console: Console, parts: Sequence[SegmentationImages], names: Sequence[str] | None, numbered: bool = False
+    console: Terminal, parts: Sequence[SegmentationImages], names: Sequence[str] | None, numbered: bool = False
 ) -> list[str]:
     """Checks data, as `check_segmentation`, prints what is noteworthy about them, and returns their classes."""
     classes, notes = check_segmentation(parts, names, numbered)

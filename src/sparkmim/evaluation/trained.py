@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from rich.console import Console
 from torch import Tensor
 
 from sparkmim.data.decoding import UnreadableImage
@@ -19,6 +18,7 @@ from sparkmim.evaluation.scores import Scores, write_metrics
 from sparkmim.files import replacing
 from sparkmim.interop.weights import Weights, open_weights
 from sparkmim.machine import settle_machine
+from sparkmim.terminal import Terminal
 
 
 def open_trained(
@@ -36,7 +36,7 @@ def open_trained(
     return opened, torch.device(machine["accelerator"]), machine["precision"] == "bf16-mixed", machine["workers"]
 
 
-def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[str, str, Tensor]]:
+def read_images(console: Terminal, images: Any, channels: int) -> Iterator[tuple[str, str, Tensor]]:
     """Yields a file name without suffix, the path, and the image `[C, H, W]`: uint8, or float32 for arrays.
 
     Takes anything that `images_source` does. Unreadable images are reported on the console and left out.
@@ -51,7 +51,7 @@ def read_images(console: Console, images: Any, channels: int) -> Iterator[tuple[
             image = source.read(item, name=str(item))
         except UnreadableImage as error:
             unreadable += 1
-            console.print(f"left out: {error}", markup=False)
+            console.print(f"left out: {error}")
             continue
         if not isinstance(image, Tensor):
             image = torch.from_numpy(np.array(image, dtype=np.float32))
@@ -66,7 +66,7 @@ def save_picture(picture: Tensor, path: Path) -> None:
         Image.fromarray(picture.permute(1, 2, 0).numpy()).save(partial, quality=92)
 
 
-def report_scores(console: Console, out: Path, scores: Scores) -> None:
+def report_scores(console: Terminal, out: Path, scores: Scores) -> None:
     """Prints scores as a table and writes `metrics.json` into `out`, which is created."""
     write_metrics(out, scores.as_json())
     console.print(scores.table())

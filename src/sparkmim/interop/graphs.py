@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from sparkmim.errors import UserError
 from sparkmim.files import opened_for_torch
 from sparkmim.interop.exportable import ExportableNetwork
-from sparkmim.interop.official import first_line
 from sparkmim.models import Hierarchy
 from sparkmim.models.classifier import PooledClassifier
 from sparkmim.models.hierarchy import rank_of
@@ -131,8 +130,9 @@ def _exported(network: ExportableNetwork, program: nn.Module, size: Sequence[int
         with torch.no_grad():
             return torch.export.export(program, (images,), dynamic_shapes=({0: batch},), strict=False)
     except Exception as error:  # torch raises many kinds
+        first_line = str(error).strip().partition("\n")[0]
         raise UserError(
-            f"torch.export cannot trace {network.label} at {'×'.join(map(str, size))}: {first_line(error)}; give "
+            f"torch.export cannot trace {network.label} at {'×'.join(map(str, size))}: {first_line}; give "
             "another image_size, or export its weights as timm"
         ) from error
 

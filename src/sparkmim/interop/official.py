@@ -7,6 +7,7 @@ its ResNets carry timm's names, its ConvNeXts those of the original ConvNeXt rel
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.names import shaped_like
+from sparkmim.interop.unreadable import why_unreadable
 from sparkmim.models import SparK
 
 _LEFTOVERS = {"imn_m", "imn_s", "norm_black", "config"}
@@ -139,12 +141,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
     `state_dict` or `model`. Returns the tensors under our names, and the metadata that content and names give.
     """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about how the file was pickled
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        why = first_line(error)
-        if "weights_only" in why:  # whose advice is to run the code
-            why = "it holds code or other objects, or is of another kind; name a file of weights alone"
-        raise UserError(f"{path} cannot be read as a PyTorch weight file: {why}") from error
+        raise UserError(f"{path} {why_unreadable(Path(path), error)}") from error
     content = content if isinstance(content, dict) else {}
     inner = (content.get(key) for key in ("module", "state_dict", "model"))
     module = next((value for value in inner if isinstance(value, dict)), content)
@@ -178,8 +179,3 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
 def decoder_blocks(tensors: Mapping[str, Tensor]) -> int:
     """Counts the decoder's blocks, each of which doubles the resolution."""
     return len({name.split(".")[2] for name in tensors if name.startswith("decoder.blocks.")})
-
-
-def first_line(error: Exception) -> str:
-    """Returns the first line of a message of PyTorch, which says what happened."""
-    return str(error).strip().partition("\n")[0]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from sparkmim.terminal import Terminal
+
 
 @dataclass(frozen=True)
 class PublishedWeights:
@@ -57,10 +59,9 @@ PUBLISHED = [
 
 def print_published(published: list[PublishedWeights]) -> None:
     """Prints a table, the links, and commands that take the files."""
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Terminal(out=True)
     table = Table(box=None, padding=(0, 2, 0, 0))
     table.add_column("", justify="right")
     table.add_column("network", no_wrap=True)
@@ -75,7 +76,7 @@ def print_published(published: list[PublishedWeights]) -> None:
     console.print(table)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)  # links stay whole
+        console.print(text, highlight=False, soft_wrap=True)  # links stay whole
 
     say("\ntop-1: ImageNet-1K, in percent, after fine-tuning. Download with a browser:")
     for number, one in enumerate(published, 1):

@@ -21,6 +21,7 @@ from sparkmim.files import replacing
 from sparkmim.interop import official
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.names import shaped_like
+from sparkmim.interop.unreadable import why_unreadable
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
 from sparkmim.models.detector import create_detector
@@ -232,7 +233,7 @@ def open_weights(path: str | Path) -> Weights:
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if path.suffix == ".safetensors":
-        metadata, tensors = _read_metadata(path), load_file(path)
+        metadata, tensors = _read_metadata(path), _read_tensors(path)
     else:
         tensors, metadata = official.read(path)
     for name, tensor in tensors.items():
@@ -272,8 +273,15 @@ def _read_metadata(path: Path) -> WeightsMetadata:
     except json.JSONDecodeError as error:
         raise UserError(f"{path} has metadata that are not JSON ({error}); use another file") from error
     except Exception as error:
-        raise UserError(f"{path} cannot be read as a safetensors file: {error}") from error
+        raise UserError(f"{path} {why_unreadable(path, error)}") from error
     return WeightsMetadata.from_json(content, path)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except Exception as error:  # of a kind of numbers that PyTorch does not know
+        raise UserError(f"{path} {why_unreadable(path, error)}") from error
 
 
 def load(path: str | Path) -> SparK:

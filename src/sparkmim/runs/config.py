@@ -29,7 +29,10 @@ class _PlainLoader(yaml.SafeLoader):
 
 def read_yaml(text: str) -> Any:
     """Reads YAML without aliases; raises a `yaml.YAMLError` if it is none."""
-    return yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
+    try:
+        return yaml.load(text, _PlainLoader)  # noqa: S506 (a safe loader)
+    except (ArithmeticError, RecursionError, TypeError, ValueError) as error:  # such as the date 2001-99-99
+        raise yaml.YAMLError(str(error)) from error
 
 
 def open_value(name: str, value: Any) -> bool:

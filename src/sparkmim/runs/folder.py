@@ -53,8 +53,11 @@ class RunFolder:
     def check_new(self) -> None:
         """Refuses a path where no new run can start: a file, or a folder that holds a run or anything else.
 
-        A run that was killed before its first checkpoint holds nothing to keep, and may start over.
+        A run that was killed before its first checkpoint holds nothing to keep, and may start over. PyTorch and
+        TensorBoard write to paths in UTF-8 alone.
         """
+        if (name := str(self.path)).encode("utf-8", "replace") != os.fsencode(name):
+            raise UserError(f"the name of {self.path} is not UTF-8; choose another --out")
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --out names a folder")
         if self.config.is_file():
@@ -177,5 +180,5 @@ def read_json(path: Path) -> Any:
         return None
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (RecursionError, ValueError) as error:
         raise UserError(f"{path} is no whole JSON file ({error}); move it away to have the rest reported") from error

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from sparkmim.errors import UserError
+from sparkmim.terminal import printable
 
 Kind = Literal[
     "start", "resume", "step", "epoch", "validation", "probe", "picture", "unreadable", "warning", "checkpoint", "stop",
@@ -153,6 +154,14 @@ def _to_log(event: Event) -> None:
         logger.log(logging.WARNING if event.kind == "unreadable" else logging.INFO, said, extra={"event": event})
 
 
+class _Lines(logging.Formatter):
+    """Writes a message as one line."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802 (logging's)
+        record.message = printable(record.message)
+        return super().formatMessage(record)
+
+
 class _Warnings(logging.Handler):
     """Records the warnings that other parts of the package log."""
 
@@ -178,7 +187,7 @@ class _File(logging.FileHandler):
 def logged(history: History, log: Path, step: Callable[[], int]) -> Iterator[None]:
     """Within this context, appends the package's messages to a file, and records warnings in the history."""
     file = _File(log, encoding="utf-8")
-    file.setFormatter(logging.Formatter("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
+    file.setFormatter(_Lines("%(asctime)s  %(message)s", "%Y-%m-%d %H:%M:%S"))
     handlers = [file, _Warnings(history, step)]
     level = logger.level
     logger.setLevel(logging.INFO)

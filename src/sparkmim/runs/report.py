@@ -26,6 +26,7 @@ from sparkmim.results import EvaluationResult, Score
 from sparkmim.runs.config import ONCE, decided_by
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.run import Run
+from sparkmim.terminal import printable
 
 log = logging.getLogger("sparkmim")
 
@@ -45,12 +46,22 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     path = RunFolder(run).report if out is None else Path(out)
     loader = jinja2.FileSystemLoader(Path(__file__).parent)
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
     )
     page = environment.get_template("report.html.jinja").render(_page(Run.read(run)))
     with replacing(path) as partial:
         partial.write_text(page, encoding="utf-8")
     return path
+
+
+def _printable(value: Any) -> Any:
+    """Makes text printable that goes into the page; markup of the page's own stays."""
+    return printable(value) if type(value) is str else value
 
 
 def renew_report(run: str | Path) -> Path | None:
@@ -77,7 +88,7 @@ class Entry:
 def _page(run: Run) -> dict[str, Any]:
     model = str(run.settings.get("model")).rpartition(":")[2]  # the network's name, or that of its factory
     return {
-        "network": "A network from Python" if "model" in run.objects else model,
+        "network": "A network from Python" if "model" in run.objects else printable(model),
         "kind": _kind(run),
         "data": run.asked.get("data"),
         "data_from_python": "data" in run.objects,

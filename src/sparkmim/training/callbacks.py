@@ -19,7 +19,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from PIL import Image
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from timm.utils.model_ema import ModelEmaV3
 from torch import Tensor
@@ -31,6 +30,7 @@ from sparkmim.files import opened_for_torch, replacing
 from sparkmim.machine import is_running
 from sparkmim.runs.folder import PICTURES, RunFolder
 from sparkmim.runs.history import Event, History
+from sparkmim.terminal import Terminal, printable
 from sparkmim.training.loggers import log_picture
 from sparkmim.training.modules import NonFiniteLoss, PretrainModule, ScheduledModule
 from sparkmim.training.plan import Plan
@@ -167,7 +167,7 @@ def add_unreadable(history: History, step: int, complaint: str, part: str) -> No
 class ProgressBar:
     """Draws a progress bar from the events of a run."""
 
-    def __init__(self, console: Console, plan: Plan, step: int) -> None:
+    def __init__(self, console: Terminal, plan: Plan, step: int) -> None:
         self.plan = plan
         self.progress = Progress(
             TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
@@ -225,6 +225,7 @@ def add_picture(history: History, folder: RunFolder, step: int, name: str, pixel
         name: of the picture; those of one name show the same over time.
         pixels: RGB `[3, H, W]`, uint8 or float in 0…1.
     """
+    name = printable(name)
     words = re.findall(r"\w+", name)
     file = folder.pictures / f"{'-'.join(words)}-{step:08d}.png"
     with replacing(file) as partial:

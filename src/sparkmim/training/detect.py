@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.coco import CocoFiles, CocoImages, find_coco, open_coco
@@ -25,6 +24,7 @@ from sparkmim.interop.weights import DETECTOR_FILE, Weights
 from sparkmim.models.detector import create_detector
 from sparkmim.models.encoders import create_encoder
 from sparkmim.results import DetectResult
+from sparkmim.terminal import Terminal
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import DetectModule
 from sparkmim.training.plan import Plan, plan_for
@@ -58,7 +58,7 @@ class Detection(Training[DetectSettings]):
         return replace(settings, mean=mean, std=std)
 
     def prepare(
-        self, settings: DetectSettings, batch_is_free: bool, start: Weights | None, console: Console
+        self, settings: DetectSettings, batch_is_free: bool, start: Weights | None, console: Terminal
     ) -> Prepared[DetectSettings]:
         train_images, val_images = open_parts(settings)
         for part in (train_images, val_images):

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -16,7 +15,7 @@ from sparkmim.data.arrays import WholeArray, array_transform
 from sparkmim.data.augmentation import classify_transform, eval_transform
 from sparkmim.data.dataset import LabelledDataset
 from sparkmim.data.labelled import Labelled, few_of, open_labelled
-from sparkmim.data.problems import counted
+from sparkmim.data.problems import counted, print_notes
 from sparkmim.data.source import Source
 from sparkmim.drawing.confusion import draw_confusion
 from sparkmim.errors import UserError
@@ -25,6 +24,7 @@ from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import CLASSIFIER_FILE, Weights
 from sparkmim.models.classifier import PooledClassifier, create_classifier, encoder_of
 from sparkmim.results import FinetuneResult
+from sparkmim.terminal import Terminal
 from sparkmim.training.fit import Finished, Prepared, Training, network_text, train
 from sparkmim.training.head import HeadStart, linear_head
 from sparkmim.training.modules import ClassifyModule
@@ -69,7 +69,7 @@ class Finetuning(Training[FinetuneSettings]):
         return replace(settings, image_size=[size, size] if isinstance(size, int) else size)
 
     def prepare(
-        self, settings: FinetuneSettings, batch_is_free: bool, start: Weights | None, console: Console
+        self, settings: FinetuneSettings, batch_is_free: bool, start: Weights | None, console: Terminal
     ) -> Prepared[FinetuneSettings]:
         channels, rank = settings.channels, len(settings.image_size)
         train_images, val_images = open_labelled(
@@ -81,7 +81,7 @@ class Finetuning(Training[FinetuneSettings]):
                 "--val-split 0.2"
             )
         if warning := few_of(train_images.labels, train_images.classes):
-            console.print(f"[yellow]note:[/] {warning}")
+            print_notes(console, [warning])
         source = Source.of(train_images.items, channels, rank)
         mean, std = source.normalisation(settings.mean, settings.std)
         settings = replace(settings, mean=mean, std=std)

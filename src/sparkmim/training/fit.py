@@ -16,13 +16,13 @@ from typing import Any, Generic
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Checkpoint
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from sparkmim.arguments import check_arguments
 from sparkmim.data.dataset import collate
+from sparkmim.data.decoding import images_up_to
 from sparkmim.data.loading import make_loader
 from sparkmim.data.problems import counted
 from sparkmim.data.samplers import StepBatchSampler
@@ -41,6 +41,7 @@ from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import Event, History, Kind, beginnings, logged, read_history, settled_settings
 from sparkmim.runs.remembered import TrainingImages
 from sparkmim.runs.report import renew_report
+from sparkmim.terminal import Terminal
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Checkpoints, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
 from sparkmim.training.loggers import check_loggers, close, identifiers, log_settings, make_loggers
@@ -110,7 +111,7 @@ class Training(ABC, Generic[S]):
         """
 
     @abstractmethod
-    def prepare(self, settings: S, batch_is_free: bool, start: Weights | None, console: Console) -> Prepared[S]:
+    def prepare(self, settings: S, batch_is_free: bool, start: Weights | None, console: Terminal) -> Prepared[S]:
         """Opens the data and builds the model, with the pretrained weights in it.
 
         `batch_is_free` tells whether the batch size may shrink to the images there are.
@@ -172,25 +173,26 @@ def train(
         UserError: if an argument cannot be met; nothing is written then.
         NonFiniteLoss: if training diverges.
     """
-    console = Console(stderr=True, quiet=not is_main_process())
+    console = Terminal(quiet=not is_main_process())
     folder = RunFolder(asked["out"])
     with generators_restored():
         resume = asked["resume"]
         asked, before = begin(training.kind, asked, given, folder)
         if resume and not asked["resume"]:
-            console.print(f"{folder.path} has no checkpoint yet; the run starts over", markup=False, soft_wrap=True)
+            console.print(f"{folder.path} has no checkpoint yet; the run starts over", soft_wrap=True)
         check_loggers(asked["loggers"])
         start = _start_of(asked)
         settings = training.settle(asked, before, start)
         torch.manual_seed(settings.seed)
         batch_is_free = asked["batch_size"] is None and "batch_size" not in before
-        prepared = training.prepare(settings, batch_is_free, start, console)
-        with told(folder.path), folder.locked() if is_main_process() else nullcontext():
-            if not asked["resume"] and is_main_process():
-                folder.check_new()  # another run may have begun there meanwhile
-                folder.clear()
-            with told(folder.path, lambda: _after(folder)), _silent_threads():
-                finished = _fit(prepared, asked, folder, callbacks, loggers, console)
+        with images_up_to(settings.max_megapixels):  # of the run's own settings, if it is resumed
+            prepared = training.prepare(settings, batch_is_free, start, console)
+            with told(folder.path), folder.locked() if is_main_process() else nullcontext():
+                if not asked["resume"] and is_main_process():
+                    folder.check_new()  # another run may have begun there meanwhile
+                    folder.clear()
+                with told(folder.path, lambda: _after(folder)), _silent_threads():
+                    finished = _fit(prepared, asked, folder, callbacks, loggers, console)
     if finished.main:
         _say_end(console, finished, draw)
     return finished
@@ -259,7 +261,7 @@ def _fit(
     folder: RunFolder,
     callbacks: Sequence[pl.Callback],
     loggers: Sequence[Any],
-    console: Console,
+    console: Terminal,
 ) -> Finished[S]:
     settings, module, plan = prepared.settings, prepared.module, prepared.plan
     cuda = settings.accelerator == "cuda"
@@ -437,7 +439,7 @@ def _write_start(
     return settled, found
 
 
-def _last_checkpoint(folder: RunFolder, console: Console) -> tuple[Path, int]:
+def _last_checkpoint(folder: RunFolder, console: Terminal) -> tuple[Path, int]:
     """Returns the last checkpoint that can be read, and the optimiser steps done then.
 
     Raises:
@@ -452,7 +454,6 @@ def _last_checkpoint(folder: RunFolder, console: Console) -> tuple[Path, int]:
         if path == folder.previous:
             console.print(
                 f"{folder.checkpoint} is damaged or missing; the run goes on from step {step}",
-                markup=False,
                 soft_wrap=True,
             )
         return path, step
@@ -491,19 +492,19 @@ def millions(module: nn.Module) -> float:
     return sum(parameter.numel() for parameter in module.parameters()) / 1e6
 
 
-def _say_settings(console: Console, settings: TrainSettings, rows: Mapping[str, str]) -> None:
+def _say_settings(console: Terminal, settings: TrainSettings, rows: Mapping[str, str]) -> None:
     """Prints settings, a row each; those of the machine last."""
     table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="bold")
     table.add_column(overflow="fold")
     workers = counted(settings.workers, "loader worker")
     device = f"{settings.accelerator}, {settings.precision}, {workers}, seed {settings.seed}"
     for key, value in {**rows, "device": device, "run folder": settings.out}.items():
-        table.add_row(f"[bold]{key}", value)
+        table.add_row(key, value)
     console.print(table)
 
 
-def _say_length(console: Console, module: ScheduledModule, past: Sequence[Event], step: int) -> None:
+def _say_length(console: Terminal, module: ScheduledModule, past: Sequence[Event], step: int) -> None:
     """Says what becomes of the learning rate, if a resumed run is to have another length than before."""
     before = next((event.fields["steps"] for event in reversed(beginnings(past)) if event.fields["steps"]), None)
     stood = next((event.fields["learning_rate"] for event in reversed(past) if event.kind == "step"), None)
@@ -514,7 +515,7 @@ def _say_length(console: Console, module: ScheduledModule, past: Sequence[Event]
     console.print(f"the run has {steps} steps now, instead of {before}: {rates}")
 
 
-def _say_end(console: Console, finished: Finished[S], draw: Callable[[Finished[S]], Sequence[Any]]) -> None:
+def _say_end(console: Terminal, finished: Finished[S], draw: Callable[[Finished[S]], Sequence[Any]]) -> None:
     """Says how a run went: what it leaves if it is finished, or else how to go on."""
     folder, plan = finished.folder, finished.prepared.plan
     left = draw(finished)
@@ -526,4 +527,4 @@ def _say_end(console: Console, finished: Finished[S], draw: Callable[[Finished[S
     if count := len(finished.monitor.skipped.unique):
         console.print(f"{counted(count, 'unreadable image')} skipped; {folder.log} names them")
     if path := renew_report(folder.path):
-        console.print(f"report: {path}", soft_wrap=True, markup=False)
+        console.print(f"report: {path}", soft_wrap=True)

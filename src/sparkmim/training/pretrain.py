@@ -9,7 +9,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.arrays import WholeArray, array_transform
@@ -29,6 +28,7 @@ from sparkmim.models.spark import DECODER_WIDTH, SparK, encoder_norm
 from sparkmim.results import PretrainResult
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History
+from sparkmim.terminal import Terminal
 from sparkmim.training.callbacks import Pictures
 from sparkmim.training.fit import Prepared, Training, millions, train
 from sparkmim.training.modules import PretrainModule
@@ -79,7 +79,7 @@ class Pretraining(Training[PretrainSettings]):
         return settings
 
     def prepare(
-        self, settings: PretrainSettings, batch_is_free: bool, start: Weights | None, console: Console
+        self, settings: PretrainSettings, batch_is_free: bool, start: Weights | None, console: Terminal
     ) -> Prepared[PretrainSettings]:
         if settings.compile:
             check_compiles(settings.accelerator)

@@ -8,7 +8,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from rich.console import Console
 from torch import Tensor, nn
 
 from sparkmim.data.dataset import TargetDataset
@@ -24,6 +23,7 @@ from sparkmim.interop.weights import SEGMENTER_FILE, Weights
 from sparkmim.models.encoders import create_encoder
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.results import SegmentResult
+from sparkmim.terminal import Terminal
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import SegmentModule
 from sparkmim.training.plan import Plan, plan_for
@@ -55,7 +55,7 @@ class Segmentation(Training[SegmentSettings]):
         return settle(SegmentSettings, asked, before, recipe, known, {"channels": 3, "ignore": 255})
 
     def prepare(
-        self, settings: SegmentSettings, batch_is_free: bool, start: Weights | None, console: Console
+        self, settings: SegmentSettings, batch_is_free: bool, start: Weights | None, console: Terminal
     ) -> Prepared[SegmentSettings]:
         train_images, val_images = open_parts(settings)
         named = class_names(settings.data, settings.classes)

@@ -44,6 +44,7 @@ class TrainSettings:
     mean: list[float] | None
     std: list[float] | None
     max_unreadable: float
+    max_megapixels: float
     resume: bool
     accept_changed_data: bool
     seed: int
@@ -58,7 +59,8 @@ class TrainSettings:
     loggers: list[str]
 
     MAY_CHANGE: ClassVar[frozenset[str]] = frozenset({
-        "data", "out", "max_unreadable", "save_minutes", "max_minutes", "log_every", "loggers", *ONCE, *MACHINE,
+        "data", "out", "max_unreadable", "max_megapixels", "save_minutes", "max_minutes", "log_every", "loggers", *ONCE,
+        *MACHINE,
     })  # fmt: skip
     """Arguments that may differ when a run is resumed: where things are, and what computes."""
 

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from sparkmim.data.decoding import open_picture
+from sparkmim.data.decoding import UnreadableImage, open_picture
 from sparkmim.data.discovery import SUFFIXES
 from sparkmim.data.problems import counted
 from sparkmim.errors import UserError
@@ -103,13 +103,13 @@ def _of_picture(path: Path, grid: Sequence[int]) -> Tensor:
     """Reads a mask from a picture: a patch is visible if its part of the picture is bright on average."""
     if len(grid) != 2:
         raise UserError(f"{path} is a picture, but there are {times(grid)} patches; write the mask as text")
+    if not path.exists():
+        raise UserError(f"there is no mask {path}")
     try:
         with open_picture(path) as picture:
             grey = picture.convert("L").resize((grid[1], grid[0]), Image.Resampling.BOX)
-    except FileNotFoundError as error:
-        raise UserError(f"there is no mask {path}") from error
-    except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"the mask {path} cannot be read as a picture: {error}") from error
+    except UnreadableImage as error:
+        raise UserError(f"the mask {path} cannot be read as a picture: {error.reason}") from error
     return torch.tensor(list(grey.tobytes())).view(tuple(grid)) > 127
 
 

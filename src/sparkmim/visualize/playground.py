@@ -100,7 +100,6 @@ def run_playground(
     image_size: int | Sequence[int] | None,
     host: str,
     port: int | None,
-    max_megapixels: float,
     accelerator: str,
 ) -> None:
     """Runs `sparkmim.playground`."""
@@ -109,7 +108,7 @@ def run_playground(
         raise UserError("the playground needs Gradio: `pip install 'sparkmim[playground]'`")
     files = [file for file in (weights, compare) if file is not None]
     models = [Reconstructor(file, model, image_size, accelerator) for file in files]
-    playground = Playground(models, round(1e6 * max_megapixels))
+    playground = Playground(models)
     samples = sample_images(images, playground)
     with ended_by_signals(), visitors_folder() as folder:
         page: Any = importlib.import_module("sparkmim.visualize.playground_page")  # needs Gradio

@@ -12,7 +12,7 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from sparkmim.data.decoding import open_picture
+from sparkmim.data.decoding import max_pixels, open_picture
 from sparkmim.errors import UserError
 from sparkmim.visualize.masks import mask_text
 from sparkmim.visualize.playground_session import Playground, Refused, Session, View, strip, to_bytes
@@ -146,7 +146,7 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
                     take = gr.Button("Take this mask", elem_id="take")
             with gr.Column(min_width=280):
                 file = gr.File(
-                    label=f"Your image, up to {playground.max_pixels / 1e6:.0f} megapixels", file_types=["image"],
+                    label=f"Your image, up to {max_pixels() / 1e6:g} megapixels", file_types=["image"],
                     height=130, elem_id="upload",
                 )  # fmt: skip
                 gr.Markdown("Or pick one:", visible=len(samples) > 1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from sparkmim.data.decoding import UnreadableImage, decode, stored_size
+from sparkmim.data.decoding import UnreadableImage, decode
 from sparkmim.data.problems import counted
 from sparkmim.data.source import Source
 from sparkmim.drawing.pixels import HIDDEN, at_pixels, to_array
@@ -51,10 +50,10 @@ class View:
 
 
 class Playground:
-    """Models that rebuild hidden patches of images of at most `max_pixels`, compared under the same mask."""
+    """Models that rebuild hidden patches of images, compared under the same mask."""
 
-    def __init__(self, models: Sequence[Reconstructor], max_pixels: int = 50_000_000) -> None:
-        self.models, self.max_pixels = list(models), max_pixels
+    def __init__(self, models: Sequence[Reconstructor]) -> None:
+        self.models = list(models)
         self.grid, self.mask_ratio = models[0].grid, models[0].model.mask_ratio
         self.size, self.channels = models[0].preparation.image_size, models[0].preparation.channels
         self.scale = max(1, -(-SHOWN_SIDE // min(self.size)))  # by which pictures are enlarged
@@ -80,8 +79,6 @@ class Playground:
         """Reads an image and hides patches at random; raises `Refused` if it is too large, or cannot be read."""
         name = Path(path).name
         try:
-            if math.prod(stored_size(path)[0]) > self.max_pixels:  # before any of them is decoded
-                raise Refused(f"{name} is larger than {self.max_pixels / 1e6:.0f} megapixels; send a smaller copy")
             image = decode(path, self.channels)
         except UnreadableImage as error:
             raise Refused(f"{name} cannot be read as an image: {error.reason}") from error
