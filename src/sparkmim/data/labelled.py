@@ -138,8 +138,8 @@ def _open(data: Any) -> tuple[Labelled, Labelled | None]:
 
 
 def _of_folder(root: Path, fewest: int = 2) -> Labelled:
-    found = find_images(root, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
-    paths = [path for path in found if not is_array(path)] or found
+    every = find_images(root, suffixes=(*SUFFIXES, *ARRAY_SUFFIXES))
+    paths = [path for path in every if not is_array(path)] or every
     names = [Path(os.path.relpath(path, root)).parts[0] for path in paths]
     loose = [name for path, name in zip(paths, names, strict=True) if Path(path).parent == root]
     classes = sorted(set(names) - set(loose))
