@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from sparkmim.data.dataset import LabelledDataset, collate
-from sparkmim.data.loading import leave_signals_to_the_parent
+from sparkmim.data.loading import live_with_the_parent
 from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UserError
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
@@ -99,7 +99,7 @@ class HeadStart(pl.Callback):
                 for first in range(0, len(chosen), self.batch_size)]  # fmt: skip
         loader = DataLoader(
             self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
-            worker_init_fn=leave_signals_to_the_parent,
+            worker_init_fn=live_with_the_parent,
         )  # fmt: skip
         model: Any = pl_module.model
         fit_head(model, loader, pl_module.device, trainer.precision_plugin.forward_context)
