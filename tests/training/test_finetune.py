@@ -230,3 +230,12 @@ def test_weights_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"do not fit this model"):
         open_weights(tmp_path / "pre").load_into_encoder(create_classifier("resnet34", 3))
     assert replace(FINETUNE_RECIPES["default"], epochs=3).epochs == 3
+
+
+def test_colour_weights_for_grey_images(settings: dict[str, Any], tmp_path: Path) -> None:
+    pretrained(tmp_path / "pre", settings["model"])
+    for images in (settings["data"], settings["val_data"]):
+        images.images = [image[:1] for image in images.images]
+    sparkmim.finetune(**{**settings, "weights": tmp_path / "pre", "channels": 1, "epochs": 1})
+    known = open_weights(settings["out"]).metadata
+    assert (known.channels, len(known.mean or ())) == (1, 1)
