@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import math
 import pickle
@@ -15,6 +16,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from safetensors.torch import save as to_bytes
+from timm.models import adapt_input_conv
 from torch import nn
 
 from sparkmim.errors import UserError
@@ -155,3 +157,60 @@ def test_what_is_no_weight_file_is_named(content: bytes, ending: str, said: str,
     assert message.startswith(f"{path} {said}")
     assert not {"weights_only", "WeightsUnpickler", "header"} & set(message.split())
     assert len(message.removeprefix(str(path))) < 150
+
+
+# Files of other tools
+
+
+@pytest.mark.parametrize("prefix", ["backbone.", "module.", "model.", "_orig_mod.", "model._orig_mod.encoder_q."])
+def test_a_prefix_is_removed_and_said(
+    tmp_path: Path, network: str, prefix: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder = create_encoder(network)
+    tensors = {prefix + name: tensor for name, tensor in encoder.state_dict().items() if not name.startswith("fc.")}
+    torch.save({"state_dict": {**tensors, "head.weight": torch.ones(3)}}, tmp_path / "theirs.pth")
+    loaded = open_weights(tmp_path / "theirs.pth").encoder(network)
+    assert torch.equal(loaded.state_dict()["body.0.weight"], encoder.state_dict()["body.0.weight"])
+    assert caplog.messages == [f"{tmp_path}/theirs.pth names its tensors with {prefix} in front, which is left out"]
+
+
+def test_a_network_with_parts_of_such_names_loads_as_it_is(
+    tmp_path: Path, network: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrapped = nn.Sequential()
+    wrapped.add_module("model", create_encoder(network))
+    torch.save(wrapped.state_dict(), tmp_path / "mine.pth")
+    loaded = open_weights(tmp_path / "mine.pth").encoder(copy.deepcopy(wrapped))
+    assert torch.equal(loaded.state_dict()["model.body.0.weight"], wrapped.state_dict()["model.body.0.weight"])
+    assert not caplog.messages
+
+
+def test_what_does_not_fit_is_summed_up(tmp_path: Path, network: str) -> None:
+    tensors = create_encoder(network).state_dict()
+    del tensors["stem.0.weight"], tensors["stem.0.bias"]
+    torch.save({**tensors, "body.0.weight": torch.ones(2, 8, 3, 3), "neck.bias": torch.ones(3)}, tmp_path / "few.pth")
+    with pytest.raises(UserError) as refusal:
+        open_weights(tmp_path / "few.pth").encoder(network)
+    assert str(refusal.value).endswith(
+        "few.pth do not fit this model: 2 missing: stem.0.bias, …; 1 without a place in the model: neck.bias; 1 of "
+        "another shape: body.0.weight [2, 8, 3, 3] for [16, 8, 3, 3]"
+    )
+
+
+@pytest.mark.parametrize("channels", [1, 2, 4, 7])
+def test_colour_weights_for_other_channels(
+    tmp_path: Path, network: str, channels: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As timm adapts them; a grey image gives what it gave as a colour image."""
+    weights = open_weights(file_of(tmp_path, "spark", network))
+    model = SparK(network, image_size=16, decoder_width=16, channels=channels)
+    head = model.decoder.head.weight.clone()
+    weights.load_into(model)
+    before, after = weights.tensors["encoder.stem.0.weight"], model.encoder.stem[0].weight
+    assert torch.equal(after, adapt_input_conv(channels, before))
+    assert torch.equal(model.decoder.head.weight, head)
+    assert torch.equal(model.decoder.blocks[0].conv1.weight, weights.tensors["decoder.blocks.0.conv1.weight"])
+    assert f"stem.0.weight, of 3 channels, is adapted to {channels}" in caplog.text
+    classifier = create_classifier(network, 2, channels)
+    weights.load_into_encoder(classifier, channels=channels)
+    assert torch.equal(classifier.encoder.stem[0].weight, after)

@@ -263,3 +263,12 @@ def test_all_commands_agree_on_the_channels_of_arrays(channels: int, network: st
     predicted = sparkmim.predict(images=data, weights=run, out=tmp_path / "classes.csv", **here)
     assert (predicted.images, predicted.unreadable) == (10, [])
     assert sparkmim.embed(images=data, weights=run, out=tmp_path / "features.npy", **here).shape == (10, 16)
+
+
+def test_colour_weights_for_grey_images(settings: dict[str, Any], tmp_path: Path) -> None:
+    pretrained(tmp_path / "pre", settings["model"])
+    for images in (settings["data"], settings["val_data"]):
+        images.images = [image[:1] for image in images.images]
+    sparkmim.finetune(**{**settings, "weights": tmp_path / "pre", "channels": 1, "epochs": 1})
+    known = open_weights(settings["out"]).metadata
+    assert (known.channels, len(known.mean or ())) == (1, 1)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
 
 from torch import Tensor
+
+from sparkmim.data.problems import few
 
 _TORCHVISION_BLOCK = {
     "conv_dw": "block.0", "norm": "block.2", "mlp.fc1": "block.3", "mlp.fc2": "block.5", "gamma": "layer_scale",
@@ -64,3 +67,57 @@ def shaped_like(tensor: Tensor, own: Tensor | None) -> Tensor:
     if own is not None and own.shape != tensor.shape and own.shape[:2] == tensor.shape[:2]:
         return tensor.view(own.shape) if own.numel() == tensor.numel() else tensor
     return tensor
+
+
+def without_prefix(tensors: Mapping[str, Tensor], own: Collection[str]) -> tuple[dict[str, Tensor], str]:
+    """Removes the prefix behind which a network's tensors are named, and what is not behind it; returns the prefix too.
+
+    Wrappers and larger models add one: `module.`, `_orig_mod.`, `backbone.`, `model.encoder_q.`.
+
+    Args:
+        own: names in the network.
+
+    Example:
+        >>> without_prefix({"backbone.stem.bias": Tensor(), "head.bias": Tensor()}, ["stem.bias"])
+        ({'stem.bias': tensor([])}, 'backbone.')
+    """
+    fitting: Counter[str] = Counter()
+    for name in tensors:
+        ends = [0, *(place + 1 for place, letter in enumerate(name) if letter == ".")]
+        fitting.update(name[:end] for end in ends if name[end:] in own)
+    prefix = max(fitting, key=lambda prefix: (fitting[prefix], -len(prefix)), default="")
+    prefix = prefix if 2 * fitting[prefix] > len(own) else ""  # few names are alike in any two networks
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}, prefix
+
+
+def for_channels(weight: Tensor, channels: int) -> Tensor:
+    """Adapts the first convolution `[out, in, *kernel]` to images of other channels, as timm's `adapt_input_conv`.
+
+    One channel gets the sum of all; several get them in turn, scaled so that the sum stays as large.
+    """
+    before = weight.shape[1]
+    if channels == 1:
+        return weight.sum(1, keepdim=True)
+    return weight.repeat(1, -(-channels // before), *[1] * (weight.ndim - 2))[:, :channels] * (before / channels)
+
+
+def misfit(tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], spared: Collection[str] = ()) -> str:
+    """Sums up what does not fit into a network, and names the first of each kind; empty if all does.
+
+    Args:
+        tensors: to be loaded.
+        own: tensors in the network.
+        spared: names that need not be loaded.
+    """
+    both = own.keys() & tensors.keys()
+    problems = {
+        "missing": sorted(own.keys() - tensors.keys() - set(spared)),
+        "without a place in the model": sorted(tensors.keys() - own.keys()),
+        "of another shape": sorted(
+            f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
+            for name in both
+            if own[name].shape != tensors[name].shape
+        ),
+    }
+    told = [f"{len(names)} {what}: {few(names, 1)}" for what, names in problems.items() if names]
+    return "; ".join(told)

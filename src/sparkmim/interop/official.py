@@ -18,7 +18,7 @@ from torch import Tensor
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.names import shaped_like
+from sparkmim.interop.names import misfit, shaped_like
 from sparkmim.interop.unreadable import why_unreadable
 from sparkmim.models import SparK
 
@@ -84,22 +84,8 @@ def load_into(model: SparK, state_dict: Mapping[str, Any]) -> None:
     own = model.state_dict()
     given = translated(state_dict, len(model.densify))
     tensors = {name: shaped_like(tensor, own.get(name)) for name, tensor in given.items()}
-    problems = {
-        "missing": sorted(own.keys() - tensors.keys() - set(model.unreached_parameters)),
-        "without a place in the model": sorted(tensors.keys() - own.keys()),
-        "of another shape": sorted(
-            f"{name} {list(tensors[name].shape)} for {list(own[name].shape)}"
-            for name in own.keys() & tensors.keys()
-            if own[name].shape != tensors[name].shape
-        ),
-    }
-    shown = [
-        f"{len(names)} {what}: {', '.join(names[:3])}{' …' if len(names) > 3 else ''}"
-        for what, names in problems.items()
-        if names
-    ]
-    if shown:
-        raise UserError(f"the weights do not fit this model ({'; '.join(shown)})")
+    if told := misfit(tensors, own, model.unreached_parameters):
+        raise UserError(f"the weights do not fit this model ({told})")
     model.load_state_dict({**own, **tensors})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,13 +21,16 @@ from sparkmim.errors import UserError
 from sparkmim.files import replacing
 from sparkmim.interop import official
 from sparkmim.interop.metadata import WeightsMetadata
-from sparkmim.interop.names import shaped_like
+from sparkmim.interop.names import for_channels, misfit, shaped_like, without_prefix
+from sparkmim.interop.official import first_line
 from sparkmim.interop.unreadable import why_unreadable
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
 from sparkmim.models.detector import create_detector
 from sparkmim.models.segmenter import Segmenter, create_segmenter
 from sparkmim.trust import check_trusted
+
+log = logging.getLogger("sparkmim")
 
 ENCODER_FILE = "encoder.safetensors"
 MODEL_FILE = "spark.safetensors"
@@ -175,20 +179,42 @@ class Weights:
             self.load_into_encoder(model.encoder, model.hierarchy)
             return
         own, unreached = model.state_dict(), set(model.unreached_parameters)
-        tensors = {name: shaped_like(tensor, own.get(name)) for name, tensor in self.tensors.items()}
+        tensors = self._fitted(self.tensors, own)
+        if model.channels != self.channels:
+            log.warning("the last layer of the decoder begins anew, as it rebuilds other channels")
+            tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("decoder.head.")}
+            unreached |= {name for name in own if name.startswith("decoder.head.")}
         kept = {name: own[name] for name in own if _belongs(name, unreached) and name not in tensors}
         _load(model, {**kept, **tensors}, self.path)
 
-    def load_into_encoder(self, encoder: nn.Module, hierarchy: Hierarchy | None = None) -> None:
-        """Loads an encoder, or the encoder in a classifier.
+    def _fitted(self, tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns tensors in the shapes of a network's own, where they can be: linear layers, and other channels."""
+        fitted = {name: shaped_like(tensor, own.get(name)) for name, tensor in tensors.items()}
+        for name, tensor in fitted.items():
+            wanted = own[name].shape if name in own else tensor.shape
+            others = [*tensor.shape[:1], *tensor.shape[2:]] == [*wanted[:1], *wanted[2:]]
+            if tensor.ndim > 2 and others and tensor.shape[1] == self.channels != wanted[1]:
+                fitted[name] = for_channels(tensor, wanted[1])
+                log.warning("%s, of %d channels, is adapted to %d", name, self.channels, wanted[1])
+        return fitted
 
+    def load_into_encoder(
+        self, encoder: nn.Module, hierarchy: Hierarchy | None = None, channels: int | None = None
+    ) -> None:
+        """Loads an encoder, or the encoder in a classifier; `channels` are its image channels, None for the file's.
+
+        A prefix of all names, as wrappers add it, is removed. The first convolution is adapted to other channels.
         Tensors that no feature map depends on (a classifier, a norm before it) are loaded where they fit, and otherwise
         left as they are; all others must be there and fit. `hierarchy` holds the encoder's feature maps, if they have
         been found before.
         """
         encoder = encoder_of(encoder)
-        own, optional = encoder.state_dict(), set((hierarchy or self.hierarchy_of(encoder, whole=True)).unreached)
-        tensors = {name: shaped_like(tensor, own.get(name)) for name, tensor in self.encoder_tensors.items()}
+        hierarchy = hierarchy or self.hierarchy_of(encoder, whole=True, channels=channels)
+        own, optional = encoder.state_dict(), set(hierarchy.unreached)
+        named, prefix = without_prefix(self.encoder_tensors, own)
+        if prefix:
+            log.warning("%s names its tensors with %s in front, which is left out", self.path, prefix)
+        tensors = self._fitted(named, own)
         heads = {name.partition(".")[0] for name in optional} | _HEADS
 
         def wanted(name: str) -> bool:
@@ -205,12 +231,12 @@ class Weights:
         unreached = set(self.hierarchy_of(encoder, whole=True).unreached)
         return {name: tensor for name, tensor in tensors_of(encoder).items() if not _belongs(name, unreached)}
 
-    def hierarchy_of(self, encoder: nn.Module, whole: bool = False) -> Hierarchy:
+    def hierarchy_of(self, encoder: nn.Module, whole: bool = False, channels: int | None = None) -> Hierarchy:
         """Finds the feature maps of an encoder of this kind: those that were pretrained, or with `whole` all."""
         known = self.metadata
         rank = len(known.image_size) if known.image_size else 2
         stages = None if whole else known.stages
-        return Hierarchy(encoder, known.channels, rank, known.image_size, stages, known.feature_modules)
+        return Hierarchy(encoder, channels or known.channels, rank, known.image_size, stages, known.feature_modules)
 
     def _new_encoder(self, model: str | nn.Module | None) -> nn.Module:
         """Returns the given module, or the network of the given name or the one in the file, not loaded."""
@@ -303,6 +329,8 @@ def _load(module: Module, tensors: Mapping[str, Tensor], path: Path) -> Module:
     try:
         module.load_state_dict(tensors)
     except RuntimeError as error:
-        detail = " ".join(line.strip() for line in str(error).splitlines()[1:3])[:300]
+        own = module.state_dict()
+        counts = {name for name in own if name.endswith("num_batches_tracked")}  # which may be left out
+        detail = misfit(tensors, own, counts) or first_line(error)
         raise UserError(f"the weights in {path} do not fit this model: {detail}") from error
     return module

@@ -110,6 +110,7 @@ class SparK(nn.Module):
         # A list keeps the encoder from being registered twice.
         self._hierarchy = [Hierarchy(encoder, channels, rank, size, stages, feature_modules)]
         hierarchy = self.hierarchy
+        self.channels = channels
         self.image_size = size
         self.patch_size = hierarchy.patch_unit if patch_size is None else patch_size
         self.grid = patch_grid(size, self.patch_size, hierarchy.patch_unit)

@@ -130,7 +130,8 @@ def build_model(settings: FinetuneSettings, classes: int, start: Weights | None)
         settings.model, classes, settings.channels, settings.drop_path, settings.image_size, settings.feature_modules
     )
     if start is not None:
-        start.load_into_encoder(encoder_of(model), model.hierarchy if isinstance(model, PooledClassifier) else None)
+        hierarchy = model.hierarchy if isinstance(model, PooledClassifier) else None
+        start.load_into_encoder(encoder_of(model), hierarchy, settings.channels)
     return model
 
 

@@ -265,7 +265,9 @@ def known_of(asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights
         if asked["model"] is None and before.get("model") is None:
             raise UserError("no model given; --model names the network to train from scratch")
         return {}
-    names = ("channels", "image_size", "feature_modules", "mean", "std")
+    names = ["channels", "image_size", "feature_modules"]
+    if asked.get("channels", 3) in (None, start.channels):
+        names += ["mean", "std"]  # which are of those channels
     known = {name: getattr(start.metadata, name) for name in names}
     return known if asked["model"] is not None else {**known, "model": start.model}
 
