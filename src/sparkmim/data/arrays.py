@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.data.augmentation import check_crop_and_flip
+from sparkmim.data.augmentation import check_crop_and_flip, random_window
 from sparkmim.data.decoding import MAX_PIXELS, UnreadableImage
 from sparkmim.data.problems import counted
 from sparkmim.data.tiff import TIFF_SUFFIXES, read_tiff
@@ -27,8 +26,6 @@ ARRAY_SUFFIXES = (".npy", ".npz", ".nii", ".nii.gz")
 """Endings of array files' names. NIfTI needs the extra `nifti`."""
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-
-_ASPECT = math.log(4 / 3)
 
 
 def read_array(path: str | Path) -> Array:
@@ -144,17 +141,7 @@ def array_transform(
 
 
 def _cropped(whole: WholeArray, crop_scale: tuple[float, float], flip: float, array: Array) -> Tensor:
-    rank = len(whole.size)
-    low, high = crop_scale
-    side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
-    stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
-    sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
-    where = [slice(None)]
-    for extent, share in zip(array.shape[1:], sides, strict=True):
-        length = max(1, round(extent * share))
-        start = int(torch.randint(extent - length + 1, ()))
-        where.append(slice(start, start + length))
-    x = whole(array[tuple(where)])
+    x = whole(array[:, *random_window(array.shape[1:], crop_scale)])
     return x.flip(-1) if torch.rand(()) < flip else x
 
 
