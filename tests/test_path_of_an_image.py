@@ -23,7 +23,7 @@ BESIDE = {"data/samplers.py", "machine.py", "models/masking.py", "sparse/layout.
 
 
 @pytest.mark.parametrize("network", ["resnet50", "convnext_atto"])
-def test_an_image_passes_twelve_files_at_most(network: str, photos: Path) -> None:
+def test_an_image_passes_thirteen_files_at_most(network: str, photos: Path) -> None:
     """From the path of a file to the loss."""
     torch.manual_seed(0)
     model = sparkmim.SparK(network, image_size=64, decoder_width=32)
@@ -46,4 +46,4 @@ def test_an_image_passes_twelve_files_at_most(network: str, photos: Path) -> Non
         sys.setprofile(before)
     assert loss.isfinite()
     assert {"data/decoding.py", "models/spark.py", "sparse/packed.py"} <= passed
-    assert len(passed - BESIDE) <= 12, sorted(passed - BESIDE)
+    assert len(passed - BESIDE) <= 13, sorted(passed - BESIDE)

@@ -307,3 +307,14 @@ def test_one_rule_for_mean_and_deviation() -> None:
     assert arrays.normalisation(std=[5.0, 6.0]) == (pytest.approx([23.5, 71.5]), [5.0, 6.0])
     with pytest.raises(ValueError, match="std has 1 value for 2 channels; `sparkmim statistics` measures them"):
         arrays.normalisation([0.0, 0.0], [1.0])
+
+
+def test_long_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        Image.new("RGB", (640, 64)).save(tmp_path / f"{number}.png")
+    source = open_source(str(tmp_path), 3, 2)
+    source.say_shape((64, 640))
+    assert capsys.readouterr().err == ""
+    source.say_shape((224, 224))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith("note: many images are about 640×64; they are squeezed into the network's 224×224, unless")

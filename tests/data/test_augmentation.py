@@ -164,3 +164,33 @@ def test_images_without_colours_change_in_brightness_and_contrast(channels: int)
     slope, _ = np.polyfit(image.flatten(), found.flatten(), 1)
     assert abs(slope - 1) > 0.01
     torch.testing.assert_close(found - found.mean(), float(slope) * (image - image.mean()), atol=1e-5, rtol=0)
+
+
+LINE = torch.arange(640, dtype=torch.float32).mul(255 / 639).round().to(torch.uint8).expand(3, 64, 640)
+"""A picture of a line-scan camera, whose columns can be told by their grey."""
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 640)])
+@pytest.mark.parametrize("turned", [False, True])
+def test_crops_of_long_images_reach_all_of_it(size: tuple[int, int], turned: bool) -> None:
+    """The usual crop would be their middle seventh."""
+    image = LINE.transpose(1, 2) if turned else LINE
+    transform = pretrain_transform(size, [0.0] * 3, [1.0] * 3, flip=0.0)
+    torch.manual_seed(0)
+    shown = [transform(image)[0] for _ in range(40)]
+    assert all(each.shape == size for each in shown)
+    assert min(each.min() for each in shown) < 0.04
+    assert max(each.max() for each in shown) > 0.96
+    widths = [(each.max() - each.min()).item() for each in shown]
+    assert 0.6 < min(widths) < max(widths) <= 1.0
+
+
+@pytest.mark.parametrize("crop", [None, 0.875, 1.0])
+def test_evaluation_sees_all_of_long_images(crop: float | None) -> None:
+    found = eval_transform((32, 32), [0.0] * 3, [1.0] * 3, crop)(LINE)
+    assert found.min() < 0.05
+    assert found.max() > 0.95
+    line = eval_transform((64, 640), [0.0] * 3, [1.0] * 3, 1.0)(LINE)
+    torch.testing.assert_close(line, LINE / 255)  # the input has the picture's proportions
+    usual = eval_transform((32, 32), [0.0] * 3, [1.0] * 3, 1.0)(LINE[:, :, :190])
+    assert (usual.max() - usual.min()).item() == pytest.approx(63 / 639, abs=0.02)  # not long: the centre, as ever

@@ -16,8 +16,10 @@ from PIL import Image
 import sparkmim
 from interrupting import InterruptAt
 from sparkmim.cli import main
+from sparkmim.interop import weights
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.weights import open_weights
+from sparkmim.models import create_encoder
 from sparkmim.runs.history import read_history
 
 SMALL = ["--short-sides", "[48]", "--eval-short-side", "48", "--long-side", "64", "--workers", "0",
@@ -187,6 +189,17 @@ def test_a_detector_is_used_as_asked(data: Path, network: str, tmp_path: Path) -
 def test_mistakes(data: Path, network: str, tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         sparkmim.detect(**{**settings(data, network, tmp_path / "run"), **change})
+    assert not (tmp_path / "run").exists()
+
+
+def test_weights_of_grey_images(data: Path, network: str, tmp_path: Path) -> None:
+    grey = tmp_path / "grey.safetensors"
+    metadata = WeightsMetadata(model=network, image_size=[16, 16], channels=1, mean=[0.5], std=[0.2])
+    weights.write(create_encoder(network, 1), grey, metadata)
+    with pytest.raises(
+        ValueError, match="grey.safetensors takes images of 1 channel, but detectors take colour images"
+    ):
+        sparkmim.detect(**settings(data, network, tmp_path / "run") | {"weights": grey, "model": None})
     assert not (tmp_path / "run").exists()
 
 

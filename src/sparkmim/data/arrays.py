@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparkmim.data.augmentation import check_crop_and_flip
+from sparkmim.data.augmentation import check_crop_and_flip, random_window
 from sparkmim.data.decoding import UnreadableImage, check_regular, max_pixels
 from sparkmim.data.problems import counted
 from sparkmim.data.tiff import TIFF_SUFFIXES, read_tiff
@@ -31,8 +31,6 @@ BYTES_PER_PIXEL = 16
 """For each pixel that an image may have, so many bytes may a compressed array have: four channels of floats."""
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
-
-_ASPECT = math.log(4 / 3)
 
 
 def read_array(path: str | Path) -> Array:
@@ -174,17 +172,7 @@ def array_transform(
 
 
 def _cropped(whole: WholeArray, crop_scale: tuple[float, float], flip: float, array: Array) -> Tensor:
-    rank = len(whole.size)
-    low, high = crop_scale
-    side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
-    stretch = (torch.rand(rank) - 0.5) * _ASPECT if rank > 1 else torch.zeros(1)
-    sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
-    where = [slice(None)]
-    for extent, share in zip(array.shape[1:], sides, strict=True):
-        length = max(1, round(extent * share))
-        start = int(torch.randint(extent - length + 1, ()))
-        where.append(slice(start, start + length))
-    x = whole(array[tuple(where)])
+    x = whole(array[:, *random_window(array.shape[1:], crop_scale)])
     return x.flip(-1) if torch.rand(()) < flip else x
 
 

@@ -126,10 +126,50 @@ def check_crop_and_flip(crop_scale: tuple[float, float], flip: float) -> None:
 
 def _crop_and_flip(image_size: tuple[int, int], crop_scale: tuple[float, float], flip: float) -> list[Transform]:
     check_crop_and_flip(crop_scale, flip)
-    crop = v2.RandomResizedCrop(
-        image_size, scale=crop_scale, ratio=(3 / 4, 4 / 3), interpolation=v2.InterpolationMode.BICUBIC, antialias=True
-    )
-    return [crop, v2.RandomHorizontalFlip(flip)]
+    return [RandomCrop(image_size, crop_scale), v2.RandomHorizontalFlip(flip)]
+
+
+_STRETCH = math.log(4 / 3)
+
+LONG = 3
+"""Images of which one side is more than this many times the other are cropped with their own proportions."""
+
+
+class RandomCrop:
+    """Crops at random, and resizes with bicubic filtering.
+
+    The crop covers `crop_scale` of the image's area. Its aspect ratio lies between 3:4 and 4:3, as usual; of `LONG`
+    images, of which the usual crop would be the middle alone, it differs from their own by up to 4:3.
+    """
+
+    def __init__(self, image_size: tuple[int, int], crop_scale: tuple[float, float]) -> None:
+        how: dict[str, Any] = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+        self.usual = v2.RandomResizedCrop(image_size, crop_scale, (3 / 4, 4 / 3), **how)
+        self.resize = v2.Resize(image_size, **how)
+        self.crop_scale = crop_scale
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """uint8 `[C, H, W]` to `[C, *image_size]`."""
+        if max(image.shape[1:]) <= LONG * min(image.shape[1:]):
+            cropped: Tensor = self.usual(image)
+        else:
+            cropped = self.resize(image[:, *random_window(image.shape[1:], self.crop_scale)])
+        return cropped
+
+
+def random_window(shape: Sequence[int], scale: tuple[float, float]) -> list[slice]:
+    """Draws a window that covers `scale` of an array's volume; its sides deviate from the array's by up to 4:3."""
+    rank = len(shape)
+    low, high = scale
+    side = (low + (high - low) * torch.rand(()).item()) ** (1 / rank)
+    stretch = (torch.rand(rank) - 0.5) * _STRETCH if rank > 1 else torch.zeros(1)
+    sides = (side * torch.exp(stretch - stretch.mean())).clamp(max=1).tolist()
+    where = []
+    for extent, share in zip(shape, sides, strict=True):
+        length = max(1, round(extent * share))
+        start = int(torch.randint(extent - length + 1, ()))
+        where.append(slice(start, start + length))
+    return where
 
 
 Augment = Literal["trivial", "auto", "none"]
@@ -176,15 +216,46 @@ def eval_transform(
     """Makes a transform without anything random: resizes the shorter side, and crops the centre.
 
     The longer side of the result is the share `crop` of the resized shorter side: 224 of 256 by default. With None, the
-    whole image is resized to `image_size`, whatever its shape.
+    whole image is resized to `image_size`, whatever its shape; and so is one of which the crop would show less than
+    `LEAST_SHOWN`, such as a line of 640×64.
     """
     if crop is not None and not 0 < crop <= 1:
         raise UserError(f"crop is {crop}; it is a share, above 0 and at most 1")
-    size = image_size if crop is None else int(max(image_size) / crop)  # rounded down, as in timm
-    resize = v2.Resize(size, interpolation=v2.InterpolationMode.BICUBIC, antialias=True)
-    cropped = [] if crop is None else [v2.CenterCrop(image_size)]
-    transform: Transform = v2.Compose([resize, *cropped, *_to_float(mean, std)])
+    transform: Transform = v2.Compose([_Centre(image_size, crop), *_to_float(mean, std)])
     return transform
+
+
+LEAST_SHOWN = 0.25
+"""Share of an image's area that the centre crop shows at least; else the whole image is resized."""
+
+
+class _Centre:
+    """Crops the centre, or resizes the whole image, as `eval_transform` describes."""
+
+    def __init__(self, image_size: tuple[int, int], crop: float | None) -> None:
+        how: dict[str, Any] = {"interpolation": v2.InterpolationMode.BICUBIC, "antialias": True}
+        self.image_size = image_size
+        self.whole = v2.Resize(image_size, **how)
+        self.shorter = 0
+        if crop is not None:
+            self.shorter = int(max(image_size) / crop)  # rounded down, as in timm
+            self.centre = v2.Compose([v2.Resize(self.shorter, **how), v2.CenterCrop(image_size)])
+
+    def __call__(self, image: Tensor) -> Tensor:
+        resized: Tensor = self.whole(image) if self._is_whole(image.shape[1:]) else self.centre(image)
+        return resized
+
+    def _is_whole(self, size: Sequence[int]) -> bool:
+        if not self.shorter:
+            return True
+        shown = math.prod(self.image_size) / (math.prod(size) * (self.shorter / min(size)) ** 2)
+        return shown < LEAST_SHOWN
+
+
+def are_long(size: Sequence[int], image_size: Sequence[int]) -> bool:
+    """Whether the proportions of height and width differ from those of the network's input by more than `LONG`."""
+    relative = (size[1] / size[0]) / (image_size[1] / image_size[0])
+    return not 1 / LONG <= relative <= LONG
 
 
 def _to_float(mean: Sequence[float], std: Sequence[float]) -> tuple[Transform, Transform]:

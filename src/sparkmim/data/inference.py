@@ -102,6 +102,8 @@ def still_batches(
     Batches are of `batch_size` items, of which unreadable ones are left out. If `workers` is None, there are 2, or none
     for a single batch.
     """
+    if doing is not None:
+        source.say_shape(preparation.image_size)
     if workers is None:
         workers = 2 if len(source.items) > batch_size else 0  # reading one batch beats starting workers
     loader = DataLoader(

@@ -6,13 +6,14 @@ import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
-from sparkmim.data.augmentation import normalisation
-from sparkmim.data.decoding import UnreadableImage, to_image
+from sparkmim.data.augmentation import are_long, normalisation
+from sparkmim.data.decoding import UnreadableImage, size_text, stored_size, to_image
 from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.problems import counted, few, print_notes, report
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
@@ -24,6 +25,9 @@ from sparkmim.terminal import Terminal
 
 _LARGEST = {"mean": 1.0, "std": 5.0}
 """Of images in 0…1; those of 0…255 are larger. Deviations above 1 are a choice of scale."""
+
+_HEADERS = 25
+"""Headers read to learn of the images' proportions."""
 
 _FIRST_LOOK = 200
 """Samples to measure mean and deviation on when a run starts without them."""
@@ -87,6 +91,28 @@ class Source:
                 if "is of shape" in error.reason:
                     raise UserError(str(error)) from error
         return self
+
+    def say_shape(self, image_size: Sequence[int]) -> None:
+        """Says on stderr if most image files have other proportions than the network's input, by their headers."""
+        if (
+            self.arrays
+            or not isinstance(self.items, list)
+            or not all(isinstance(x, (str, Path)) for x in self.items[:1])
+        ):
+            return
+        sizes = []
+        for path in self.items[:: max(1, len(self.items) // _HEADERS)]:
+            with suppress(UnreadableImage):
+                size, turned = stored_size(path)
+                sizes.append(size[::-1] if turned else size)
+        usual = sorted(sizes, key=lambda size: size[1] / size[0])[len(sizes) // 2] if sizes else image_size
+        if are_long(usual, image_size):
+            seen = size_text(image_size)
+            note = f"many images are about {size_text(usual)}; they are squeezed into the network's {seen}"
+            print_notes(
+                Terminal(quiet=not is_main_process()),
+                [f"{note}, unless --image-size has their proportions (height, then width)"],
+            )
 
     @property
     def read(self) -> Callable[..., Any]:

@@ -22,7 +22,6 @@ from sparkmim.files import replacing
 from sparkmim.interop import official
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.names import for_channels, misfit, shaped_like, without_prefix
-from sparkmim.interop.official import first_line
 from sparkmim.interop.unreadable import why_unreadable
 from sparkmim.models import Hierarchy, SparK, create_classifier, create_encoder
 from sparkmim.models.classifier import encoder_of
@@ -331,6 +330,6 @@ def _load(module: Module, tensors: Mapping[str, Tensor], path: Path) -> Module:
     except RuntimeError as error:
         own = module.state_dict()
         counts = {name for name in own if name.endswith("num_batches_tracked")}  # which may be left out
-        detail = misfit(tensors, own, counts) or first_line(error)
+        detail = misfit(tensors, own, counts) or str(error).partition("\n")[0]
         raise UserError(f"the weights in {path} do not fit this model: {detail}") from error
     return module

@@ -14,9 +14,10 @@ from sparkmim.data.coco import CocoFiles, CocoImages, find_coco, open_coco
 from sparkmim.data.dataset import TargetDataset, collate_detection
 from sparkmim.data.detection_transforms import detection_transform
 from sparkmim.data.parts import find_part
-from sparkmim.data.problems import print_notes
+from sparkmim.data.problems import counted, print_notes
 from sparkmim.data.source import Source
 from sparkmim.drawing.annotated import draw_detections
+from sparkmim.errors import UserError
 from sparkmim.evaluation.coco import CocoScores
 from sparkmim.evaluation.detector import coco_notes, run_detector, score_detections
 from sparkmim.interop.metadata import WeightsMetadata
@@ -31,6 +32,9 @@ from sparkmim.training.plan import Plan, plan_for
 from sparkmim.training.recipes import DETECT_RECIPES
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
 from sparkmim.training.settings import DetectSettings, downstream_recipe, known_of, picked, settle
+
+CHANNELS = 3
+"""Channels of the images that torchvision's detectors take."""
 
 
 def run_detection(
@@ -51,10 +55,15 @@ class Detection(Training[DetectSettings]):
     kind = DetectSettings
 
     def settle(self, asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights | None) -> DetectSettings:
+        if start is not None and start.channels != CHANNELS:
+            raise UserError(
+                f"{start.path} takes images of {counted(start.channels, 'channel')}, but detectors take colour images; "
+                f"pretrain with --channels {CHANNELS}, which repeats grey images"
+            )
         recipe = downstream_recipe(asked, DETECT_RECIPES, start)
         known = known_of(asked, before, start)
         settings = settle(DetectSettings, asked, before, recipe, known)
-        mean, std = Source((), False, channels=3, rank=2).normalisation(settings.mean, settings.std)
+        mean, std = Source((), False, CHANNELS, rank=2).normalisation(settings.mean, settings.std)
         return replace(settings, mean=mean, std=std)
 
     def prepare(
@@ -109,7 +118,7 @@ def open_parts(settings: DetectSettings) -> tuple[CocoImages, CocoImages]:
 
 def build_model(settings: DetectSettings, classes: int, start: Weights | None) -> Any:
     """Builds the detector, with the pretrained encoder in it."""
-    encoder = create_encoder(settings.model, 3, settings.drop_path)
+    encoder = create_encoder(settings.model, CHANNELS, settings.drop_path)
     detector: Any = create_detector(
         encoder, classes, bool(settings.masks), mean=settings.mean, std=settings.std, box_head=settings.box_head,
         norm=settings.norm, short_side=settings.eval_short_side, long_side=settings.long_side,
@@ -160,7 +169,7 @@ def _metadata(settings: DetectSettings, images: CocoImages) -> WeightsMetadata:
     return WeightsMetadata(
         task="detection",
         model=settings.model_name,
-        channels=3,
+        channels=CHANNELS,
         classes=images.classes,
         category_ids=images.category_ids,
         **kept,
