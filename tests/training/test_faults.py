@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
+import io
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 import sparkmim
@@ -107,6 +112,119 @@ def test_two_damaged_checkpoints_are_one_sentence(small_pretraining: dict[str, A
         sparkmim.pretrain(out=run, resume=True)
 
 
+def dumped(content: Any) -> bytes:
+    torch.save(content, file := io.BytesIO())
+    return file.getvalue()
+
+
+def changed(path: Path, **values: Any) -> bytes:
+    return dumped({**torch.load(path, weights_only=True), **values})
+
+
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda path: b"version https://git-lfs.github.com/spec/v1\n", "cannot be read, nor the one before; start anew"),
+        (lambda path: path.read_bytes()[:3000] + bytes(8) + path.read_bytes()[3008:], "cannot be read"),  # still a zip
+        (lambda path: dumped([1, 2]), "cannot be read, nor the one before"),
+        (lambda path: dumped(torch.load(path, weights_only=True)["state_dict"]), "cannot be read, nor the one before"),
+        (lambda path: changed(path, global_step="x"), "cannot be read, nor the one before"),
+        (lambda path: changed(path, optimizer_states=[]), "cannot be read, nor the one before"),
+        (lambda path: changed(path, loops={}, state_dict={}), "is of another network or training than config.yaml"),
+        (lambda path: changed(path, global_step=10**6), "stands at step 1000000, and epochs 4 are 12 steps"),
+    ],
+)
+def test_a_foreign_checkpoint_is_one_sentence(
+    damage: Callable[[Path], bytes], sentence: str, small_pretraining: dict[str, Any], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    sparkmim.pretrain(**small_pretraining, out=run, callbacks=[StopAt(4)])
+    last = run / "checkpoints" / "last.ckpt"
+    last.write_bytes(damage(last))
+    with pytest.raises(sparkmim.UserError) as refusal:
+        sparkmim.pretrain(out=run, resume=True)
+    assert sentence in str(refusal.value).replace(str(last), "last.ckpt")
+    assert len(str(refusal.value).replace(str(run), "run")) <= 200
+
+
+CONFIGS = {
+    "empty": "", "not YAML": "epochs: [1\n", "list": "- a\n- b\n", "text": "hello", "binary": "\0\1\2",
+    "aliases": "a: &a [x]\nb: *a\n", "foreign": "lr: 1\nsteps: 2\n",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        *((content, "config.yaml cannot be read as the settings of a run; repair it") for content in CONFIGS.values()),
+        ({"epochs": "many"}, "epochs is 'many'; it must be a finite number, above 0"),
+        ({"batch_size": [1]}, "batch_size is [1]; it must be a whole number, above 0"),
+        ({"data": 7}, "data is 7 in {}; it must be text"),
+        ({"model": 1.5}, "model is 1.5 in {}; it must be text"),
+        ({"recipe": {}}, "recipe is {{}} in {}; it must be text"),
+        ({"loggers": "csv"}, "loggers is 'csv'; it must be a list"),
+    ],
+)
+def test_a_damaged_config_is_one_sentence(change: Any, sentence: str, run_folders: Path) -> None:
+    config = run_folders / "pretrain" / "config.yaml"
+    before = config.read_text()
+    config.write_text(change if isinstance(change, str) else yaml.safe_dump({**yaml.safe_load(before), **change}))
+    try:
+        with pytest.raises(sparkmim.UserError) as refusal:
+            sparkmim.pretrain(out=config.parent, resume=True)
+    finally:
+        config.write_text(before)
+    assert sentence.format(config) in str(refusal.value)
+
+
+def test_what_the_config_has_lost_comes_from_the_history(
+    small_pretraining: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    sparkmim.pretrain(**small_pretraining, out=run, callbacks=[StopAt(4)])
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for name in ("seed", "image_size", "model", "data", "batch_size", "workers"):
+        del config[name]
+    (run / "config.yaml").write_text(yaml.safe_dump({**config, "save_minutes": None}))
+    assert sparkmim.pretrain(out=run, resume=True).finished
+    assert same(run, whole)
+
+
+TRAININGS: dict[str, Callable[..., Any]] = {
+    "pretrain": sparkmim.pretrain, "finetune": sparkmim.finetune, "detect": sparkmim.detect,
+    "segment": sparkmim.segment,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run_folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The arguments of a run of each training, as they are before the first checkpoint."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, train in TRAININGS.items():
+        parameters = inspect.signature(train).parameters.values()
+        asked = {parameter.name: parameter.default for parameter in parameters if parameter.name != "callbacks"}
+        RunFolder(root / name).write_config({**asked, "out": name, "data": "photos", "model": "resnet18"}, {})
+    return root
+
+
+@pytest.mark.parametrize("command", TRAININGS)
+@pytest.mark.parametrize("other", TRAININGS)
+def test_a_run_is_resumed_by_its_own_command(command: str, other: str, run_folders: Path) -> None:
+    expected = f"{run_folders}/{other} holds a run of {other}, not of {command}; continue it with sparkmim {other} --re"
+    with pytest.raises(sparkmim.UserError) as refusal:
+        TRAININGS[command](out=run_folders / other, resume=True)
+    assert (expected in str(refusal.value)) == (command != other)
+
+
+def test_a_damaged_history_is_one_sentence(small_pretraining: dict[str, Any], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    sparkmim.pretrain(**small_pretraining, out=run, callbacks=[StopAt(4)])
+    with (run / "history.jsonl").open("a") as file:
+        file.write("hello\n")  # a whole line; one that a kill cut off has no end
+    with pytest.raises(sparkmim.UserError, match=r"line \d+ of .*history.jsonl is damaged; remove it"):
+        sparkmim.pretrain(out=run, resume=True)
+
+
 def test_one_run_at_a_time(small_pretraining: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
     with (
@@ -131,16 +249,19 @@ def test_the_lock_of_a_killed_process_holds_nobody_up(small_pretraining: dict[st
     assert not (run / LOCK).exists()
 
 
-@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize(("resume", "weights"), [(False, False), (True, False), (False, True), (True, True)])
 def test_a_run_killed_before_its_first_checkpoint_starts_over(
-    resume: bool, small_pretraining: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    resume: bool, weights: bool, small_pretraining: dict[str, Any], whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
     sparkmim.pretrain(**small_pretraining, out=run, callbacks=[StopAt(4)])
-    for folder in ("checkpoints", "weights"):
-        for path in (run / folder).iterdir():
-            path.unlink()
-        (run / folder).rmdir()
+    shutil.rmtree(run / "checkpoints")
+    lines = (run / "history.jsonl").read_text().splitlines(keepends=True)
+    (run / "history.jsonl").write_text("".join(line for line in lines if '"event": "checkpoint"' not in line))
+    if weights:  # the best so far, of a scorer or a probe
+        (run / "weights" / "spark.safetensors").rename(run / "weights" / "spark_best.safetensors")
+    else:
+        shutil.rmtree(run / "weights")
     arguments = {"resume": True} if resume else small_pretraining
     assert sparkmim.pretrain(**arguments, out=run).finished
     assert same(run, whole)
@@ -148,6 +269,15 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     assert (kinds[0], kinds.count("start"), kinds.count("resume")) == ("start", 1, 0)
     said = " ".join(capsys.readouterr().err.split())
     assert ("has no checkpoint yet; the run starts over" in said) == resume
+    assert not (run / "weights" / "spark_best.safetensors").exists()
+
+
+def test_weights_of_a_run_whose_checkpoints_are_deleted_are_kept(whole: Path) -> None:
+    shutil.rmtree(whole / "checkpoints")
+    for arguments in ({"resume": True}, {"data": "photos"}):
+        with pytest.raises(sparkmim.UserError, match="has no checkpoint to resume from|already holds a run"):
+            sparkmim.pretrain(**arguments, out=whole)
+    assert weights_of(whole)
 
 
 def test_a_run_that_was_refused_leaves_nothing(small_pretraining: dict[str, Any], tmp_path: Path) -> None:

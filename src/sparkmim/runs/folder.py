@@ -61,7 +61,7 @@ class RunFolder:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{self.path} is a file; --out names a folder")
         if self.config.is_file():
-            if self.has_checkpoint or self.weights.exists():
+            if not self.may_start_over:
                 raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
         elif self.path.is_dir() and any(inside.name != LOCK for inside in self.path.iterdir()):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
@@ -77,6 +77,18 @@ class RunFolder:
         """Whether there is a checkpoint to resume from."""
         return self.checkpoint.is_file() or self.previous.is_file()
 
+    @property
+    def may_start_over(self) -> bool:
+        """Whether its run was killed before the first checkpoint, and has left nothing to keep.
+
+        There may be weights, the best ones so far, but the history tells of no checkpoint.
+        """
+        if self.has_checkpoint:
+            return False
+        if not self.weights.exists():
+            return True
+        return self.history.is_file() and b'"event": "checkpoint"' not in self.history.read_bytes()
+
     def check_there(self) -> None:
         """Refuses to go on if the folder was moved or removed after the run had begun."""
         if not self.config.is_file():
@@ -89,8 +101,14 @@ class RunFolder:
         """Removes what a run left that was killed before its first checkpoint; its arguments will be written over."""
         for path in (self.history, self.log, self.environment, self.names):
             path.unlink(missing_ok=True)
-        for folder in (self.pictures, self.tensorboard):
+        for folder in (self.pictures, self.tensorboard, self.weights):
             shutil.rmtree(folder, ignore_errors=True)
+
+    def tidy(self) -> None:
+        """Removes checkpoints and weights that a killed run has half-written; for who holds the lock."""
+        for folder in (self.checkpoint.parent, self.weights):
+            for left in folder.glob("*.partial.*"):
+                left.unlink(missing_ok=True)
 
     @contextmanager
     def locked(self) -> Iterator[None]:

@@ -61,6 +61,8 @@ class Event:
         found = json.loads(line)
         if not isinstance(found, dict) or found.get("event") not in get_args(Kind):
             raise ValueError("not an event of a run")
+        if found["event"] in ("start", "resume") and not isinstance(found.get("settings"), dict):
+            raise ValueError("a beginning without settings")
         time = datetime.fromisoformat(str(found.pop("time", "")))
         return cls(found.pop("event"), int(found.pop("step")), time, found)
 
@@ -91,13 +93,14 @@ class History:
 
 def read_history(path: Path) -> list[Event]:
     """Reads the events of a run, except those of lost steps and a last line that is not complete."""
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    lines = text.splitlines()
     events: list[Event] = []
     for number, line in enumerate(lines, 1):
         try:
             events.append(Event.from_json(line))
         except (ValueError, KeyError, TypeError) as error:
-            if number == len(lines):
+            if number == len(lines) and not text.endswith("\n"):
                 break
             raise UserError(f"line {number} of {path} is damaged; remove it to have the rest read") from error
     return without_lost_steps(events)

@@ -366,6 +366,9 @@ class Keeper(StepCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
         self._saved = time.monotonic()
+        if trainer.global_step and self._is_kept(trainer.global_step) and trainer.is_global_zero:
+            self.write_weights(trainer.global_step)  # it may have been killed after the checkpoint
+            self.keep(trainer.global_step)
         if self._listens:  # now, since Lightning has put its own handlers there
             for number in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(number, self._on_signal)
@@ -415,11 +418,11 @@ class Keeper(StepCallback):
     def on_step(self, trainer: pl.Trainer, module: ScheduledModule, step: int) -> None:
         late = time.monotonic() > self.limit
         stop, due = self._agreed(self.signal is not None or late, time.monotonic() - self._saved > 60 * self.minutes)
-        kept = self.keep_steps is not None and step % self.keep_steps == 0
+        kept = self._is_kept(step)
         if step == trainer.max_steps or stop or due or kept:
             self.save(trainer, step)
         if kept and trainer.is_global_zero:
-            self.keep(step // self.monitor.plan.steps_per_epoch)
+            self.keep(step)
         if step == trainer.max_steps or stop:
             self.history.add("finish" if step == trainer.max_steps else "stop", step)
             trainer.should_stop = self._ended = True
@@ -467,10 +470,16 @@ class Keeper(StepCallback):
     def complete(self, step: int) -> None:
         """Writes the weights of a run that was loaded at its last step, and says that it is finished."""
         self.write_weights(step)
+        if self._is_kept(step):
+            self.keep(step)
         self.history.add("finish", step)
 
-    def keep(self, epoch: int) -> None:
-        """Gives the files of the last save a second name, with the number of an epoch."""
+    def _is_kept(self, step: int) -> bool:
+        return self.keep_steps is not None and step % self.keep_steps == 0
+
+    def keep(self, step: int) -> None:
+        """Gives the files of the last save a second name, with the number of their epoch."""
+        epoch = step // self.monitor.plan.steps_per_epoch
         written = [path for path in self.folder.weights.glob("*.safetensors") if not _KEPT.search(path.stem)]
         names = {path: f"{path.stem}_epoch{epoch:04d}{path.suffix}" for path in written}
         for path, name in {**names, self.folder.checkpoint: f"epoch{epoch:04d}.ckpt"}.items():

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic
+from zipfile import ZipFile
 
 import lightning.pytorch as pl
 import torch
@@ -45,17 +46,14 @@ from sparkmim.terminal import Terminal
 from sparkmim.training.batch_norm import synchronised_batch_norm
 from sparkmim.training.callbacks import Abandon, Checkpoints, Ema, Keeper, LoggerFeed, Monitor, Pictures, ProgressBar
 from sparkmim.training.loggers import check_loggers, close, identifiers, log_settings, make_loggers
-from sparkmim.training.modules import ScheduledModule
+from sparkmim.training.modules import ScheduledModule, own_tensors
 from sparkmim.training.plan import Plan
 from sparkmim.training.probing import Probe
 from sparkmim.training.scoring import Scorer
-from sparkmim.training.settings import MACHINE, S, TrainSettings, plain, resumed
+from sparkmim.training.settings import MACHINE, OBJECTS, S, TrainSettings, check_saved, plain, resumed
 from sparkmim.trust import check_trusted
 
 log = logging.getLogger("sparkmim")
-
-OBJECTS = ("model", "data", "val_data", "probe")
-"""Arguments that may be Python objects, which no file can hold."""
 
 
 @dataclass
@@ -188,9 +186,11 @@ def train(
         with images_up_to(settings.max_megapixels):  # of the run's own settings, if it is resumed
             prepared = training.prepare(settings, batch_is_free, start, console)
             with told(folder.path), folder.locked() if is_main_process() else nullcontext():
-                if not asked["resume"] and is_main_process():
-                    folder.check_new()  # another run may have begun there meanwhile
-                    folder.clear()
+                if is_main_process():
+                    folder.tidy()
+                    if not asked["resume"]:
+                        folder.check_new()  # another run may have begun there meanwhile
+                        folder.clear()
                 with told(folder.path, lambda: _after(folder)), _silent_threads():
                     finished = _fit(prepared, asked, folder, callbacks, loggers, console)
     if finished.main:
@@ -232,13 +232,14 @@ def begin(
     saved = folder.read_config()
     settled = settled_settings(read_history(folder.history)) if folder.history.is_file() else {}
     objects = saved.pop("from_python", ())
+    check_saved(kind, saved, folder.config)
     asked = resumed(kind, asked, given, saved, settled, objects)
-    check_arguments(kind.__name__.removesuffix("Settings").lower(), asked)  # the file may have been edited
+    check_arguments(kind.command(), asked)  # the file may have been edited
     if "model" not in given:
         for named in (asked["model"], settled.get("model")):
             check_trusted(named, f"the run in {folder.path}")
     if not folder.has_checkpoint:
-        if folder.weights.exists():
+        if not folder.may_start_over:
             raise UserError(f"{folder.path} has no checkpoint to resume from; start anew with another --out")
         return {**asked, "resume": False}, {}
     changed = {name for name in given & asked.keys() if not open_value(name, asked[name])}
@@ -311,7 +312,7 @@ def _fit(
             enable_model_summary=False,
             log_every_n_steps=1,
         )
-        checkpoint, step = _last_checkpoint(folder, console) if settings.resume else (None, 0)
+        checkpoint, step = _last_checkpoint(folder, module, console) if settings.resume else (None, 0)
         if plan.steps < step:
             raise UserError(
                 f"the run in {folder.path} stands at step {step}, and epochs {settings.epochs:g} are {plan.steps} "
@@ -439,18 +440,30 @@ def _write_start(
     return settled, found
 
 
-def _last_checkpoint(folder: RunFolder, console: Terminal) -> tuple[Path, int]:
-    """Returns the last checkpoint that can be read, and the optimiser steps done then.
+def _last_checkpoint(folder: RunFolder, module: ScheduledModule, console: Terminal) -> tuple[Path, int]:
+    """Returns the last checkpoint that is whole, and the optimiser steps done then.
 
     Raises:
-        UserError: if neither the last nor the one before can be read.
+        UserError: if neither the last nor the one before is whole, or it is of another network or optimiser.
     """
     for path in (folder.checkpoint, folder.previous):
         try:
+            with ZipFile(path) as parts:
+                damaged = parts.testzip()  # PyTorch reads parts without comparing their checksums
             found: Any = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
             step = int(found["global_step"])
+            of_groups = [len(group["params"]) for group in found["optimizer_states"][0]["param_groups"]]
+            shapes = {name: value.shape for name, value in own_tensors(found["state_dict"]).items()}
+            complete = {"loops", "lr_schedulers", "callbacks", "pytorch-lightning_version"} <= found.keys()
         except Exception:  # whatever PyTorch raises at a damaged file
             continue
+        if damaged or not complete:
+            continue
+        with module.frozen():
+            own_groups = [len(group["params"]) for group in module.parameter_groups()]
+        if of_groups != own_groups or shapes != {name: value.shape for name, value in module.state_dict().items()}:
+            raise UserError(f"{path} is of another network or training than {folder.config.name} beside it names; put "
+                            "the right one back, or start anew with another --out")  # fmt: skip
         if path == folder.previous:
             console.print(
                 f"{folder.checkpoint} is damaged or missing; the run goes on from step {step}",

@@ -171,6 +171,11 @@ def decayed_groups(model: nn.Module, exponents: Mapping[str, int], layer_decay: 
     return list(groups.values())
 
 
+def own_tensors(state: Mapping[str, Any]) -> dict[str, Any]:
+    """Leaves out what checkpoints of version 0.1.0 hold twice."""
+    return {name: value for name, value in state.items() if not name.startswith("_compute.")}
+
+
 class PretrainModule(ScheduledModule):
     """Trains a `SparK` model on batches of images and masks.
 
@@ -188,7 +193,12 @@ class PretrainModule(ScheduledModule):
         self.contrast_weight = contrast
         self.contrast = Contrast(model.hierarchy.channels[-1]) if contrast else None
         # Not `model.compile()`: pictures, in evaluation mode, would be compiled too.
-        self._compute: Callable[..., SparKOutput] = torch.compile(model.forward, dynamic=False) if compile else model
+        compute: Any = torch.compile(model.forward, dynamic=False) if compile else model
+        self._compute: Callable[..., SparKOutput] = lambda *args, **kwargs: compute(*args, **kwargs)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_load_checkpoint(checkpoint)
+        checkpoint["state_dict"] = own_tensors(checkpoint["state_dict"])
 
     def untrained(self) -> set[str]:
         return set(self.model.unreached_parameters)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, get_args, get_type_hints
 
 from torch import nn
 
@@ -22,6 +22,9 @@ from sparkmim.training.recipes import recipe_named
 
 MACHINE = ("accelerator", "devices", "num_nodes", "precision", "workers")
 """Settings that the machine decides where they are left open; a run resumed elsewhere decides them anew."""
+
+OBJECTS = ("model", "data", "val_data", "probe")
+"""Arguments that may be Python objects, which no file can hold."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,11 @@ class TrainSettings:
         *MACHINE,
     })  # fmt: skip
     """Arguments that may differ when a run is resumed: where things are, and what computes."""
+
+    @classmethod
+    def command(cls) -> str:
+        """Returns the name of the training."""
+        return cls.__name__.removesuffix("Settings").lower()
 
     @property
     def model_name(self) -> str | None:
@@ -209,6 +217,8 @@ class SegmentSettings(PyramidSettings):
     MAY_CHANGE: ClassVar[frozenset[str]] = PyramidSettings.MAY_CHANGE | {"labels", "val_labels", "classes"}
 
 
+KINDS: tuple[type[TrainSettings], ...] = (PretrainSettings, FinetuneSettings, DetectSettings, SegmentSettings)
+
 S = TypeVar("S", bound=TrainSettings)
 
 
@@ -275,6 +285,26 @@ def known_of(asked: Mapping[str, Any], before: Mapping[str, Any], start: Weights
 # Resuming
 
 
+def check_saved(kind: type[TrainSettings], saved: Mapping[str, Any], file: Path) -> None:
+    """Checks that the arguments of a run that is resumed are those of such a training, and texts where they must be.
+
+    Raises:
+        UserError: if they are not.
+    """
+    known = {other: {field.name for field in fields(other)} for other in KINDS}
+    if len(known[kind] & saved.keys()) < len(known[kind]) / 4:
+        raise UserError(f"{file} cannot be read as the settings of a run; repair it, or name another run")
+    nearest = max(known, key=lambda other: len(known[other] & saved.keys()) - len(known[other] - saved.keys()))
+    if nearest is not kind:
+        raise UserError(f"{file.parent} holds a run of {nearest.command()}, not of {kind.command()}; continue it with "
+                        f"sparkmim {nearest.command()} --resume")  # fmt: skip
+    hints = get_type_hints(kind)
+    for name, value in saved.items():
+        text = set(get_args(hints.get(name, int))) or {hints.get(name)}
+        if isinstance(value, int | float | dict) and (name in OBJECTS or text <= {str, type(None), nn.Module}):
+            raise UserError(f"{name} is {value!r} in {file}; it must be text")
+
+
 def resumed(
     kind: type[TrainSettings],
     asked: Mapping[str, Any],
@@ -306,8 +336,10 @@ def resumed(
     if missing := sorted(set(objects) - given):
         names = ", ".join(missing)
         raise UserError(f"the run in {asked['out']} was started from Python objects; pass {names} again to resume")
-    kept = {name: value for name, value in saved.items() if name in asked}
-    return {**asked, **kept, **{name: asked[name] for name in given & free}, "out": asked["out"], "resume": True}
+    left_open = {name for name, value in asked.items() if value is None} | set(objects)
+    kept = {name: value for name, value in saved.items() if name in asked and (value is not None or name in left_open)}
+    lost = {name: value for name, value in settled.items() if name in asked and name not in {*saved, *MACHINE, *ONCE}}
+    return {**asked, **lost, **kept, **{name: asked[name] for name in given & free}, "out": asked["out"], "resume": True}
 
 
 def _same(given: Any, saved: Any) -> bool:
