@@ -313,8 +313,26 @@ def test_long_images_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for number in range(3):
         Image.new("RGB", (640, 64)).save(tmp_path / f"{number}.png")
     source = open_source(str(tmp_path), 3, 2)
-    source.say_shape((64, 640))
+    source.say_loss((64, 640))
     assert capsys.readouterr().err == ""
-    source.say_shape((224, 224))
+    source.say_loss((224, 224))
     said = " ".join(capsys.readouterr().err.split())
     assert said.startswith("note: many images are about 640×64; they are squeezed into the network's 224×224, unless")
+
+
+@pytest.mark.parametrize("ending", ["png", "tif", "pgm"])
+def test_a_range_of_which_little_is_used_is_said(
+    tmp_path: Path, ending: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """12 bits in 16."""
+    values = np.linspace(0, 4095, 256).astype(np.uint16).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / f"a.{ending}")
+    source = open_source(str(tmp_path), 1, 2)
+    source.say_loss((16, 16))
+    said = " ".join(capsys.readouterr().err.split())
+    assert said.startswith(
+        "note: 16-bit images reach 4,095 of 65,535, of which the network sees 16 levels of 256; save"
+    )
+    Image.fromarray(values * 16).save(tmp_path / f"b.{ending}")
+    open_source(str(tmp_path), 1, 2).say_loss((16, 16))
+    assert capsys.readouterr().err == ""

@@ -87,9 +87,7 @@ def test_a_run_that_is_killed_again_and_again(small_pretraining: dict[str, Any],
 
 
 @pytest.mark.parametrize("resume", [False, True])
-def test_of_two_that_start_at_once_one_goes_on(
-    resume: bool, small_pretraining: dict[str, Any], tmp_path: Path
-) -> None:
+def test_of_two_that_start_at_once_one_goes_on(resume: bool, small_pretraining: dict[str, Any], tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = {**small_pretraining, "epochs": 8}
     sparkmim.pretrain(**settings, out=tmp_path / "whole")

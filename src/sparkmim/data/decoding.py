@@ -284,8 +284,7 @@ def _to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     """Scales modes of more than 8 bits, which Pillow's own conversion would clip."""
     if not image.mode.startswith(("I", "F")):
         return image
-    # Older Pillow reads 16-bit PNG as mode I, all read 16-bit PGM so.
-    if image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM")):
+    if _has_16_bits(image, file_format):
         levels = np.array(image).astype(np.int32)  # [h, w]
         levels += 128  # in place, as an image may be large; 257 is odd, so there are no ties
         levels //= 257
@@ -295,6 +294,21 @@ def _to_8_bit(image: Image.Image, file_format: str | None) -> Image.Image:
     low, high = (finite.min(), finite.max()) if finite.size else (0.0, 0.0)
     scaled = (np.nan_to_num(values, nan=low, posinf=high, neginf=low) - low) * (255 / ((high - low) or 1))
     return Image.fromarray(np.rint(scaled).astype(np.uint8))
+
+
+def _has_16_bits(image: Image.Image, file_format: str | None) -> bool:
+    # Older Pillow reads 16-bit PNG as mode I, all read 16-bit PGM so.
+    return image.mode.startswith("I;16") or (image.mode == "I" and file_format in ("PNG", "PPM"))
+
+
+def highest_of_16_bits(path: str | Path) -> int | None:
+    """Returns the highest value of an image file of 16-bit grey; None for others.
+
+    Raises:
+        UnreadableImage: if it cannot be read.
+    """
+    with pillow_errors(path), open_picture(path) as image:
+        return int(np.array(image).max()) if _has_16_bits(image, image.format) else None
 
 
 _lock = threading.Lock()

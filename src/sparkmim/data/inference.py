@@ -103,7 +103,7 @@ def still_batches(
     for a single batch.
     """
     if doing is not None:
-        source.say_shape(preparation.image_size)
+        source.say_loss(preparation.image_size)
     if workers is None:
         workers = 2 if len(source.items) > batch_size else 0  # reading one batch beats starting workers
     loader = DataLoader(

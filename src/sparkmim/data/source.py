@@ -13,7 +13,7 @@ from typing import Any
 
 from sparkmim.data.arrays import ARRAY_SUFFIXES, to_array
 from sparkmim.data.augmentation import are_long, normalisation
-from sparkmim.data.decoding import UnreadableImage, size_text, stored_size, to_image
+from sparkmim.data.decoding import UnreadableImage, highest_of_16_bits, size_text, stored_size, to_image
 from sparkmim.data.discovery import SUFFIXES, find_images
 from sparkmim.data.problems import counted, few, print_notes, report
 from sparkmim.data.statistics import ChannelStatistics, channel_statistics
@@ -26,8 +26,8 @@ from sparkmim.terminal import Terminal
 _LARGEST = {"mean": 1.0, "std": 5.0}
 """Of images in 0…1; those of 0…255 are larger. Deviations above 1 are a choice of scale."""
 
-_HEADERS = 25
-"""Headers read to learn of the images' proportions."""
+_LOOKS = 25
+"""Images looked at to learn what the network does not see of them."""
 
 _FIRST_LOOK = 200
 """Samples to measure mean and deviation on when a run starts without them."""
@@ -92,27 +92,32 @@ class Source:
                     raise UserError(str(error)) from error
         return self
 
-    def say_shape(self, image_size: Sequence[int]) -> None:
-        """Says on stderr if most image files have other proportions than the network's input, by their headers."""
-        if (
-            self.arrays
-            or not isinstance(self.items, list)
-            or not all(isinstance(x, (str, Path)) for x in self.items[:1])
-        ):
+    def say_loss(self, image_size: Sequence[int]) -> None:
+        """Says on stderr what the network does not see of image files, by some of them.
+
+        That is if most have other proportions than its input, or if 16-bit files use little of their range.
+        """
+        paths = self.items if isinstance(self.items, list) and all(isinstance(x, str) for x in self.items[:1]) else []
+        if self.arrays or not paths:
             return
-        sizes = []
-        for path in self.items[:: max(1, len(self.items) // _HEADERS)]:
+        sizes, highest, notes = [], 0, []
+        for path in paths[:: max(1, len(paths) // _LOOKS)]:
             with suppress(UnreadableImage):
                 size, turned = stored_size(path)
                 sizes.append(size[::-1] if turned else size)
+                highest = max(highest, highest_of_16_bits(path) or 0)
         usual = sorted(sizes, key=lambda size: size[1] / size[0])[len(sizes) // 2] if sizes else image_size
         if are_long(usual, image_size):
             seen = size_text(image_size)
             note = f"many images are about {size_text(usual)}; they are squeezed into the network's {seen}"
-            print_notes(
-                Terminal(quiet=not is_main_process()),
-                [f"{note}, unless --image-size has their proportions (height, then width)"],
+            notes.append(f"{note}, unless --image-size has their proportions (height, then width)")
+        if 0 < highest < 0.25 * 65535:
+            levels = counted(highest // 257 + 1, "level")
+            notes.append(
+                f"16-bit images reach {highest:,} of 65,535, of which the network sees {levels} of 256; save them as "
+                ".npy or float TIFF, which keep their units"
             )
+        print_notes(Terminal(quiet=not is_main_process()), notes)
 
     @property
     def read(self) -> Callable[..., Any]:

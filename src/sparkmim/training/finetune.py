@@ -83,7 +83,7 @@ class Finetuning(Training[FinetuneSettings]):
         if warning := few_of(train_images.labels, train_images.classes):
             print_notes(console, [warning])
         source = Source.of(train_images.items, channels, rank)
-        source.say_shape(settings.image_size)
+        source.say_loss(settings.image_size)
         mean, std = source.normalisation(settings.mean, settings.std)
         settings = replace(settings, mean=mean, std=std)
         model = build_model(settings, len(train_images.classes), start)

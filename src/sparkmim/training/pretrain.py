@@ -166,7 +166,7 @@ def build_datasets(
             raise UserError("val_data and val_split both say what to validate on; give one")
         items, held = source.items, open_source(settings.val_data, settings.channels, len(size)).items
         held_names = names_of(held, settings.val_data)
-    source.say_shape(size)
+    source.say_loss(size)
     mean, std = source.normalisation(settings.mean, settings.std)
     flip = settings.flip if settings.flip is not None else 0.5 if len(size) == 2 else 0.0
     settings = replace(settings, mean=mean, std=std, flip=flip)

@@ -339,7 +339,14 @@ def resumed(
     left_open = {name for name, value in asked.items() if value is None} | set(objects)
     kept = {name: value for name, value in saved.items() if name in asked and (value is not None or name in left_open)}
     lost = {name: value for name, value in settled.items() if name in asked and name not in {*saved, *MACHINE, *ONCE}}
-    return {**asked, **lost, **kept, **{name: asked[name] for name in given & free}, "out": asked["out"], "resume": True}
+    return {
+        **asked,
+        **lost,
+        **kept,
+        **{name: asked[name] for name in given & free},
+        "out": asked["out"],
+        "resume": True,
+    }
 
 
 def _same(given: Any, saved: Any) -> bool:
