@@ -49,11 +49,11 @@ def training(
     """A training, its settings, and the number of times that it is killed between two writes."""
     shared = {"model": network, "workers": 0, "precision": "32-true", "save_minutes": 1e-9, "ema": 0.5}
     if request.param == "pretrain":
-        return sparkmim.pretrain, {**small_pretraining, **shared, "val_split": 0.25, "keep_every": 1, "epochs": 2}, 5
+        return sparkmim.pretrain, {**small_pretraining, **shared, "val_split": 0.25, "keep_every": 1, "epochs": 2}, 4
     if request.param == "finetune":
         return sparkmim.finetune, {
             **shared, "data": photos, "image_size": 32, "batch_size": 6, "epochs": 2, "val_split": 0.25,
-        }, 2  # fmt: skip
+        }, 1  # fmt: skip
     return sparkmim.segment, {
         **shared, "data": write_shapes(tmp_path / "shapes"), "iterations": 2, "warmup_iterations": 1, "batch_size": 2,
         "short_side": 32, "crop": 32, "eval_short_side": 32,
@@ -66,7 +66,7 @@ def test_kills_between_two_writes(training: tuple[Callable[..., Any], dict[str, 
     writes: list[int] = []
     with before_each_write(writes.append):
         train(**settings, out=tmp_path / "whole")
-    for write in random.Random(0).sample(writes, times):
+    for write in [1, *random.Random(0).sample(writes[1:], times)]:
         run = tmp_path / f"run{write}"
         assert killed_at(write, functools.partial(train, **settings, out=run))
         go_on(train, settings, run)

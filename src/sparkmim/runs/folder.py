@@ -63,7 +63,9 @@ class RunFolder:
         if self.config.is_file():
             if not self.may_start_over:
                 raise UserError(f"{self.path} already holds a run; continue it with --resume, or choose another --out")
-        elif self.path.is_dir() and any(inside.name != LOCK for inside in self.path.iterdir()):
+        elif self.path.is_dir() and any(
+            inside.name != LOCK and ".partial." not in inside.name for inside in self.path.iterdir()
+        ):
             raise UserError(f"{self.path} is not empty and holds no run; choose another --out")
         check_parents(self.path)
 
@@ -99,7 +101,7 @@ class RunFolder:
 
     def clear(self) -> None:
         """Removes what a run left that was killed before its first checkpoint; its arguments will be written over."""
-        for path in (self.history, self.log, self.environment, self.names):
+        for path in (self.history, self.log, self.environment, self.names, *self.path.glob("*.partial.*")):
             path.unlink(missing_ok=True)
         for folder in (self.pictures, self.tensorboard, self.weights):
             shutil.rmtree(folder, ignore_errors=True)

@@ -336,17 +336,11 @@ def resumed(
     if missing := sorted(set(objects) - given):
         names = ", ".join(missing)
         raise UserError(f"the run in {asked['out']} was started from Python objects; pass {names} again to resume")
-    left_open = {name for name, value in asked.items() if value is None} | set(objects)
+    left_open = {name for name, value in asked.items() if value is None} | set(objects) | given
     kept = {name: value for name, value in saved.items() if name in asked and (value is not None or name in left_open)}
     lost = {name: value for name, value in settled.items() if name in asked and name not in {*saved, *MACHINE, *ONCE}}
-    return {
-        **asked,
-        **lost,
-        **kept,
-        **{name: asked[name] for name in given & free},
-        "out": asked["out"],
-        "resume": True,
-    }
+    changed = {name: asked[name] for name in given & free}
+    return {**asked, **lost, **kept, **changed, "out": asked["out"], "resume": True}
 
 
 def _same(given: Any, saved: Any) -> bool:
