@@ -140,4 +140,5 @@ def check_parents(path: Path) -> None:
     if not parent.is_dir():
         raise UserError(f"{parent} cannot be made a folder, for it is a file; choose another --out")
     if not os.access(parent, os.W_OK | os.X_OK):
-        raise UserError(f"{parent} cannot be written (Permission denied); choose another --out")
+        reason = os.strerror(errno.EROFS if os.statvfs(parent).f_flag & os.ST_RDONLY else errno.EACCES)
+        raise UserError(f"{parent} cannot be written ({reason}); choose another --out")

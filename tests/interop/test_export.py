@@ -583,7 +583,7 @@ def test_the_hub_prepares_images_as_validation_did(tmp_path: Path, crop: float, 
     network = timm.create_model(f"local-dir:{hub}", pretrained=True)
     config = timm.data.resolve_model_data_config(network)
     assert config["crop_mode"] == mode
-    wide = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (32, 1, 3)))  # 32×128, a ramp
+    wide = Image.fromarray(np.tile(np.arange(0, 256, 2, dtype=np.uint8)[None, :, None], (64, 1, 3)))  # 64×128, a ramp
     seen = timm.data.create_transform(**config)(wide)[0]  # [64, 64]
     ours = eval_transform((64, 64), crop=crop or None)(pil_to_tensor(wide))[0]
     assert (seen - ours).abs().max() < 0.1

@@ -273,9 +273,9 @@ def test_a_run_killed_before_its_first_checkpoint_starts_over(
     assert not (run / "weights" / "spark_best.safetensors").exists()
 
 
-def test_weights_of_a_run_whose_checkpoints_are_deleted_are_kept(whole: Path) -> None:
+def test_weights_of_a_run_whose_checkpoints_are_deleted_are_kept(whole: Path, photos: Path) -> None:
     shutil.rmtree(whole / "checkpoints")
-    for arguments in ({"resume": True}, {"data": "photos"}):
+    for arguments in ({"resume": True}, {"data": photos}):
         with pytest.raises(sparkmim.UserError, match="has no checkpoint to resume from|already holds a run"):
             sparkmim.pretrain(**arguments, out=whole)
     assert weights_of(whole)

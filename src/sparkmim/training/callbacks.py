@@ -298,6 +298,7 @@ class Checkpoints(TorchCheckpointIO):
     """Writes checkpoints straight to their files, where Lightning goes by way of memory and the temporary folder."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         with opened_for_torch(Path(path)) as file:
             torch.save(checkpoint, file)
 
