@@ -316,6 +316,7 @@ def test_several_folders_and_files_are_one_data_set(photos: Path, network: str, 
     assert (last.kind, last.step) == ("finish", 4)
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks at it, and says so
 def test_saving_memory_and_compiling_change_nothing(photos: Path, network: str, tmp_path: Path) -> None:
     """And a run may go on with or without either."""
     pretrain(photos, network, tmp_path / "plain")
