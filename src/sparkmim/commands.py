@@ -56,7 +56,6 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
         bound.apply_defaults()
         check_paths(function.__name__, bound.arguments)
         token = _given.set(frozenset(kwargs))
-        bound.apply_defaults()
         try:
             with told(), _limits(bound.arguments):
                 return function(*args, **kwargs)

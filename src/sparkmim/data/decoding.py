@@ -307,7 +307,7 @@ def highest_of_16_bits(path: str | Path) -> int | None:
     Raises:
         UnreadableImage: if it cannot be read.
     """
-    with pillow_errors(path), open_picture(path) as image:
+    with open_picture(path) as image:
         return int(np.array(image).max()) if _has_16_bits(image, image.format) else None
 
 

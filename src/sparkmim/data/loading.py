@@ -14,7 +14,7 @@ from typing import Any
 
 from torch.utils.data import DataLoader, Dataset
 
-from sparkmim.data.dataset import collate, unchanged
+from sparkmim.data.dataset import AugmentedDataset, collate, unchanged
 from sparkmim.data.decoding import UnreadableImage
 from sparkmim.data.samplers import StepBatchSampler
 
@@ -83,6 +83,16 @@ def one_by_one(
             complain(complaint)
         else:
             yield place, item
+
+
+def in_order(
+    dataset: AugmentedDataset, places: Sequence[int], batch_size: int, workers: int
+) -> DataLoader[dict[str, Any]]:
+    """Makes the loader of some samples of a data set, as epoch 0 gives them, in this order."""
+    keys = [[(0, place) for place in places[first : first + batch_size]] for first in range(0, len(places), batch_size)]
+    return DataLoader(
+        dataset, batch_sampler=keys, collate_fn=collate, num_workers=workers, worker_init_fn=live_with_the_parent
+    )
 
 
 def make_loader(

@@ -9,10 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from sparkmim.data.dataset import LabelledDataset, collate
-from sparkmim.data.loading import live_with_the_parent
+from sparkmim.data.dataset import LabelledDataset
+from sparkmim.data.loading import in_order
 from sparkmim.data.samplers import counted_seed
 from sparkmim.errors import UserError
 from sparkmim.evaluation.linear import Standardiser, fit_logistic
@@ -95,11 +94,6 @@ class HeadStart(pl.Callback):
         # Every process fits it, to the same images.
         generator = torch.Generator().manual_seed(counted_seed(self.dataset.seed, "head"))
         chosen = torch.randperm(len(self.dataset), generator=generator)[:MOST_IMAGES].sort().values.tolist()
-        keys = [[(0, index) for index in chosen[first : first + self.batch_size]]
-                for first in range(0, len(chosen), self.batch_size)]  # fmt: skip
-        loader = DataLoader(
-            self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
-            worker_init_fn=live_with_the_parent,
-        )  # fmt: skip
+        loader = in_order(self.dataset, chosen, self.batch_size, self.workers)
         model: Any = pl_module.model
         fit_head(model, loader, pl_module.device, trainer.precision_plugin.forward_context)

@@ -9,10 +9,9 @@ from typing import Any, Generic, TypeVar
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from sparkmim.data.dataset import AugmentedDataset, collate
-from sparkmim.data.loading import live_with_the_parent
+from sparkmim.data.dataset import AugmentedDataset
+from sparkmim.data.loading import in_order
 from sparkmim.evaluation.scores import Scores, known_figures, write_metrics
 from sparkmim.runs.folder import RunFolder
 from sparkmim.runs.history import History
@@ -173,14 +172,7 @@ class ImageScorer(Scorer[C]):
 
     def batches(self, trainer: pl.Trainer) -> Iterator[dict[str, Any]]:
         """Yields batches of the images that this process scores."""
-        own = share_of(trainer, self.dataset)
-        keys = [[(0, index) for index in own[first : first + self.batch_size]]
-                for first in range(0, len(own), self.batch_size)]  # fmt: skip
-        loader = DataLoader(
-            self.dataset, batch_sampler=keys, collate_fn=collate, num_workers=self.workers,
-            worker_init_fn=live_with_the_parent,
-        )  # fmt: skip
-        for batch in loader:
+        for batch in in_order(self.dataset, share_of(trainer, self.dataset), self.batch_size, self.workers):
             for complaint in batch["unreadable"]:
                 self.complain(complaint)
             yield batch
