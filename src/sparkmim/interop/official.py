@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparkmim.data.augmentation import IMAGENET_MEAN, IMAGENET_STD
 from sparkmim.errors import UserError
+from sparkmim.interop import fcmae
 from sparkmim.interop.metadata import WeightsMetadata
 from sparkmim.interop.names import misfit, shaped_like
 from sparkmim.interop.unreadable import why_unreadable
@@ -39,7 +40,7 @@ def encoder_name(name: str) -> str:
     """
     name = re.sub(r"^downsample_layers\.0\.", "stem.", name)
     name = re.sub(r"^downsample_layers\.(\d+)\.", r"stages.\1.downsample.", name)
-    for ours, theirs in {**CONVNEXT, "norm": "norm", "gamma": "gamma"}.items():
+    for ours, theirs in {**CONVNEXT, **fcmae.GRN, "norm": "norm", "gamma": "gamma"}.items():
         name = re.sub(rf"^stages\.(\d+)\.(\d+)\.{theirs}\b", rf"stages.\1.blocks.\2.{ours}", name)
     return name
 
@@ -61,14 +62,18 @@ def parameter_name(name: str, maps: int = 4) -> str:
 
 
 def translated(module: Mapping[str, Any], maps: int | None = None) -> dict[str, Tensor]:
-    """Translates an original `module` dictionary, leaving out what the model does not use.
+    """Translates an original `module` dictionary, or one of FCMAE, leaving out what the model does not use.
 
     Names in an encoder alone, or in a classifier, become timm's. `maps` as for `parameter_name`; None for the number of
     mask tokens.
     """
     used = {name: tensor for name, tensor in module.items() if name not in _LEFTOVERS}
+    if fcmae.is_autoencoder(used):
+        encoder, decoder = fcmae.parts(used)
+        named = {f"encoder.{name}": tensor for name, tensor in translated(encoder).items()}
+        return named | {f"decoder.{name}": tensor for name, tensor in decoder.items()}
     if not any(name.startswith("sparse_encoder.") for name in used):
-        return {encoder_name(name): tensor for name, tensor in used.items()}
+        return {encoder_name(name): fcmae.flat_grn(name, tensor) for name, tensor in used.items()}
     maps = maps or sum(name.startswith("mask_tokens.") for name in used)
     return {parameter_name(name, maps): tensor for name, tensor in used.items()}
 
@@ -97,6 +102,12 @@ _CONVNEXTS = {
     ((3, 3, 9, 3), 96): "convnext_tiny", ((3, 3, 27, 3), 96): "convnext_small", ((3, 3, 27, 3), 128): "convnext_base",
     ((3, 3, 27, 3), 192): "convnext_large", ((3, 3, 27, 3), 256): "convnext_xlarge",
 }  # fmt: skip
+_CONVNEXTS_V2 = {
+    ((2, 2, 6, 2), 40): "convnextv2_atto", ((2, 2, 6, 2), 48): "convnextv2_femto",
+    ((2, 2, 6, 2), 64): "convnextv2_pico", ((2, 2, 8, 2), 80): "convnextv2_nano",
+    ((3, 3, 9, 3), 96): "convnextv2_tiny", ((3, 3, 27, 3), 128): "convnextv2_base",
+    ((3, 3, 27, 3), 192): "convnextv2_large", ((3, 3, 27, 3), 352): "convnextv2_huge",
+}  # fmt: skip
 
 
 def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
@@ -115,7 +126,8 @@ def architecture_of(tensors: Mapping[str, Tensor]) -> str | None:
         return name
     if "stem.0.weight" in tensors:
         depths = tuple(blocks(rf"stages\.{stage}\.blocks\.(\d+)\.") for stage in range(4))
-        return _CONVNEXTS.get((depths, tensors["stem.0.weight"].shape[0]))  # type: ignore[arg-type]
+        known = _CONVNEXTS_V2 if "stages.0.blocks.0.mlp.grn.weight" in tensors else _CONVNEXTS
+        return known.get((depths, tensors["stem.0.weight"].shape[0]))  # type: ignore[arg-type]
     return None
 
 
@@ -123,8 +135,9 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
     """Reads a file of the original release, or another PyTorch file, without running any code in it.
 
     Recognised are: encoder and decoder (`*_withdecoder_*_spark_style.pth`), an encoder alone (`*_timm_style.pth`,
-    `*_official_style.pth`), a fine-tuned classifier (`*_1kfinetuned_*.pth`), and a plain state dict, also under the key
-    `state_dict` or `model`. Returns the tensors under our names, and the metadata that content and names give.
+    `*_official_style.pth`), a fine-tuned classifier (`*_1kfinetuned_*.pth`), ConvNeXt V2's files with and without the
+    decoder of FCMAE, and a plain state dict, also under the key `state_dict` or `model`. Returns the tensors under our
+    names, and the metadata that content and names give.
     """
     try:
         with warnings.catch_warnings():
@@ -152,7 +165,11 @@ def read(path: str | Path) -> tuple[dict[str, Tensor], WeightsMetadata]:
         "std": list(IMAGENET_STD),
     }
     known |= {key: content[key] for key in ("mean", "std") if isinstance(content.get(key), list)}  # our exports
-    if "decoder.head.weight" in tensors:
+    if fcmae.is_autoencoder(named):
+        channels, patch_size = fcmae.pixels(named)
+        width = tensors["decoder.mask_token"].shape[1]
+        known |= {"channels": channels, "patch_size": patch_size, "decoder": "fcmae", "decoder_width": width}
+    elif "decoder.head.weight" in tensors:
         known |= {
             "channels": tensors["decoder.head.weight"].shape[0],
             "patch_size": 2 ** decoder_blocks(tensors),
