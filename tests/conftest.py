@@ -43,6 +43,10 @@ def tiny(in_chans=3):
 """
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, help="how often each training of test_kills.py is killed in either way")
+
+
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
     """A folder of 24 small pictures in two sub-folders: smooth colours with a shape on them."""

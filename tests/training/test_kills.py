@@ -1,16 +1,21 @@
-"""Runs that are killed, at seeded moments, end up as those that are not; of two that start at once, one goes on."""
+"""Runs that are killed, at seeded moments, end up as those that are not; of two that start at once, one goes on.
+
+`pytest tests/training/test_kills.py --kills 50` kills each training more often.
+"""
 
 from __future__ import annotations
 
 import functools
 import os
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from coco_files import annotation, write_coco
 from label_map_files import write_shapes
 from safetensors.torch import load_file
 
@@ -42,11 +47,11 @@ def go_on(train: Callable[..., Any], settings: dict[str, Any], run: Path) -> Non
     assert train(**({"resume": True} if there else settings), out=run).finished
 
 
-@pytest.fixture(params=["pretrain", "finetune", "segment"])
+@pytest.fixture(params=["pretrain", "finetune", "segment", "detect"])
 def training(
     request: pytest.FixtureRequest, small_pretraining: dict[str, Any], network: str, photos: Path, tmp_path: Path
 ) -> tuple[Callable[..., Any], dict[str, Any], int]:
-    """A training, its settings, and the number of times that it is killed between two writes."""
+    """A training, its settings, and how often it is killed."""
     shared = {"model": network, "workers": 0, "precision": "32-true", "save_minutes": 1e-9, "ema": 0.5}
     if request.param == "pretrain":
         return sparkmim.pretrain, {**small_pretraining, **shared, "val_split": 0.25, "keep_every": 1, "epochs": 2}, 4
@@ -54,35 +59,57 @@ def training(
         return sparkmim.finetune, {
             **shared, "data": photos, "image_size": 32, "batch_size": 6, "epochs": 2, "val_split": 0.25,
         }, 1  # fmt: skip
-    return sparkmim.segment, {
-        **shared, "data": write_shapes(tmp_path / "shapes"), "iterations": 2, "warmup_iterations": 1, "batch_size": 2,
-        "short_side": 32, "crop": 32, "eval_short_side": 32,
+    shared |= {"iterations": 2, "warmup_iterations": 1, "batch_size": 2, "eval_short_side": 32}
+    if request.param == "segment":
+        return sparkmim.segment, {**shared, "data": write_shapes(tmp_path / "shapes"), "short_side": 32, "crop": 32}, 1
+    if request.config.getoption("--kills") is None:
+        pytest.skip("a minute long; --kills runs it")
+    for part in ("train2017", "val2017"):
+        write_coco(
+            tmp_path / "coco", [annotation(10, 3, (5, 5, 30, 30)), annotation(11, 12, (10, 8, 40, 36))], part=part
+        )
+    return sparkmim.detect, {
+        **shared, "data": tmp_path / "coco", "short_sides": [32], "long_side": 64, "regions": 16,
     }, 1  # fmt: skip
 
 
-def test_kills_between_two_writes(training: tuple[Callable[..., Any], dict[str, Any], int], tmp_path: Path) -> None:
+@pytest.fixture
+def kills(request: pytest.FixtureRequest, training: tuple[Callable[..., Any], dict[str, Any], int]) -> int:
+    """How often a training is killed: as `--kills` says, or a few times."""
+    asked = request.config.getoption("--kills")
+    return asked if asked is not None else training[2]
+
+
+def test_kills_between_two_writes(
+    training: tuple[Callable[..., Any], dict[str, Any], int], kills: int, tmp_path: Path
+) -> None:
     """Among them those between the files of a save."""
-    train, settings, times = training
+    train, settings, _ = training
     writes: list[int] = []
     with before_each_write(writes.append):
         train(**settings, out=tmp_path / "whole")
-    for write in [1, *random.Random(0).sample(writes[1:], times)]:
+    for write in [1, *random.Random(0).sample(writes[1:], min(kills, len(writes) - 1))]:
         run = tmp_path / f"run{write}"
         assert killed_at(write, functools.partial(train, **settings, out=run))
         go_on(train, settings, run)
         assert same(run, tmp_path / "whole"), f"killed before write {write} of {len(writes)}"
 
 
-def test_a_run_that_is_killed_again_and_again(small_pretraining: dict[str, Any], tmp_path: Path) -> None:
-    settings = {**small_pretraining, "save_minutes": 1e-9}
-    sparkmim.pretrain(**settings, out=tmp_path / "whole")
-    run, draw = tmp_path / "run", random.Random(0)
-    for _ in range(3):
+def test_a_run_that_is_killed_again_and_again(
+    training: tuple[Callable[..., Any], dict[str, Any], int], kills: int, tmp_path: Path
+) -> None:
+    """At moments between its start and as long as it takes, until it is through."""
+    train, settings, _ = training
+    begun = time.perf_counter()
+    assert status_of(forked(functools.partial(train, **settings, out=tmp_path / "whole"))) == 0
+    length, draw, run = time.perf_counter() - begun, random.Random(0), tmp_path / "run0"
+    for kill in range(kills):
         resume = (run / "checkpoints" / "last.ckpt").exists()
-        killed_after(draw.uniform(0.2, 1.2), functools.partial(
-            sparkmim.pretrain, **({"resume": True} if resume else settings), out=run
-        ))  # fmt: skip
-    go_on(sparkmim.pretrain, settings, run)
+        going_on = functools.partial(train, **({"resume": True} if resume else settings), out=run)
+        if not killed_after(draw.uniform(0, length), going_on):
+            assert same(run, tmp_path / "whole"), f"after {kill} kills"
+            run = tmp_path / f"run{kill}"
+    go_on(train, settings, run)
     assert same(run, tmp_path / "whole")
 
 
