@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -127,6 +128,15 @@ def test_text_file(root: Path, tmp_path: Path) -> None:
     file.write_text("\ufeff" + names, encoding="utf-8")
     expected = [root / "b.jpg", root / "a.jpg", root / "sub/c#1.jpg", tmp_path / "far.png", root / "../far.png"]
     assert find_images(file) == [*map(str, expected), str(root / "no suffix")]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes on Linux alone")
+def test_a_list_of_names_that_are_no_utf8(root: Path) -> None:
+    name = "café.jpg".encode("latin-1")
+    Path(os.fsdecode(os.fsencode(root) + b"/" + name)).touch()
+    (root / "list.txt").write_bytes(name + b"\n")
+    (found,) = find_images(root / "list.txt")
+    assert Path(found).exists()
 
 
 def test_text_file_errors(root: Path) -> None:

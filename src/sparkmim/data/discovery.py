@@ -89,10 +89,10 @@ def find_images(
 
 
 def _read_list(file: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file} is neither a folder of images nor a text file of paths") from error
+    text = file.read_text(encoding="utf-8-sig", errors="surrogateescape")  # names are bytes, of any encoding
+    if "\0" in text:
+        raise UserError(f"{file} is neither a folder of images nor a text file of paths")
+    lines = [line.strip() for line in text.splitlines()]
     paths = [os.path.join(file.parent, line) for line in lines if line and not line.startswith("#")]  # noqa: PTH118
     if not paths:
         raise UserError(f"{file} names no image; it should have one path per line")
