@@ -37,6 +37,7 @@ from masked_dense import masked_dense
 from sparkmim.data.augmentation import eval_transform
 from sparkmim.data.decoding import decode
 from sparkmim.data.labelled import Labelled, open_labelled
+from sparkmim.data.loading import die_with_the_parent
 from sparkmim.evaluation import few_shot, knn_accuracy, linear_probe, pooled_features
 from sparkmim.files import replacing
 from sparkmim.models import Hierarchy, create_encoder
@@ -291,7 +292,8 @@ def _keep(file: Path, function: Callable[..., Score], arguments: Sequence[Any]) 
 
 
 def _alone() -> None:
-    """Sets up a worker: one thread, and nothing on the screen, which shows the results."""
+    """Sets up a worker: one thread, no life of its own, and nothing on the screen, which shows the results."""
+    die_with_the_parent()
     torch.set_num_threads(1)
     sys.stderr = io.StringIO()
     logging.getLogger("sparkmim").setLevel(logging.ERROR)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+from sparkmim.machine import is_running
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -102,6 +108,30 @@ def test_jobs_are_done_once(tmp_path: Path) -> None:
     assert not (tmp_path / "three.json").exists()
     with pytest.raises(SystemExit, match="results of other settings"):
         fewshot.Jobs(tmp_path, 2, {"minutes": 2})
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone ends children with their parent")
+def test_workers_end_with_a_benchmark_that_is_killed(tmp_path: Path) -> None:
+    sleep = f"(os.system, ('echo $PPID > {tmp_path}/worker; exec sleep 60',))"
+    program = f"""
+import os, pathlib, fewshot
+with fewshot.Jobs(pathlib.Path({str(tmp_path)!r}), 1, {{}}) as jobs:
+    jobs.run({{"sleep": {sleep}}})
+"""
+    benchmark = subprocess.Popen([sys.executable, "-c", program], cwd=BENCHMARKS)
+    worker = tmp_path / "worker"
+    wait_until(lambda: worker.exists() and worker.read_text().endswith("\n"))
+    benchmark.kill()
+    benchmark.wait()
+    wait_until(lambda: not is_running(int(worker.read_text())))
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    for _ in range(600):
+        if true():
+            return
+        time.sleep(0.1)
+    pytest.fail("not within a minute")
 
 
 class Instant:

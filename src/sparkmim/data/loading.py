@@ -30,10 +30,15 @@ def live_with_the_parent(worker: int) -> None:
     """Makes a loader worker outlive a request to stop, which terminals and schedulers send to all processes alike.
 
     A worker that died at once would fail the last step. After SIGTERM it lives on for `_GRACE_SECONDS`, so that
-    nobody waits for it for ever. On Linux it dies when its parent does, whatever library it is busy in.
+    nobody waits for it for ever.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_later)
+    die_with_the_parent()
+
+
+def die_with_the_parent() -> None:
+    """Makes this process, on Linux, end when the one that started it does, whatever library it is busy in."""
     if sys.platform == "linux":
         set_death_signal = 1  # PR_SET_PDEATHSIG of prctl(2)
         ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
