@@ -51,7 +51,7 @@ CHOOSING = 0.15
 STEPS = {10: 100, 50: 300, 200: 400}
 """Optimiser steps of a fine-tuning run, by labels per class."""
 
-FINETUNINGS = ((1e-3, False), (3e-3, False), (1e-2, False), (3e-4, True), (3e-3, True))
+FINETUNINGS = ((3e-3, False), (1e-2, False), (3e-4, True), (3e-3, True))
 """Candidates: learning rate per 256 images; whether the head is fitted first."""
 
 Score = dict[str, Any]

@@ -9,7 +9,7 @@ way of pretraining gets the same network and images, and as many steps as take t
 turn before. Its learning rate is the best of three, each tried in a part of that time, by a linear classifier of frozen
 features on choosing images. The network is fine-tuned several times, each with other labelled images, and scored on the
 test images. Rates of fine-tuning, and whether the head is fitted to frozen features first, are chosen for each way on
-choosing images, from the same five; all have the same steps and augmentation, and no layer decay.
+choosing images, from the same four; all have the same steps and augmentation, and no layer decay.
 
 What is done is kept in `--runs`, and the same command goes on with it.
 """
