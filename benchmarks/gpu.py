@@ -22,7 +22,7 @@ from rich.console import Console
 from measure import peak_memory, provenance, take_turns
 from sparkmim import SparK
 from sparkmim.models import Hierarchy, create_encoder, random_visible
-from sparkmim.sparse import MaskedDense, PatchLayout, pack, unpack
+from sparkmim.sparse import PatchLayout, mask_map, pack, unpack
 from step import OURS, PARTS, WAYS, Work
 
 FAMILIES = ("resnet18", "convnext_atto", "efficientnet_b0", "regnety_002", "mobilenetv3_small_050", "densenet121",
@@ -57,7 +57,6 @@ class Bench:
         images = torch.randn(2, 3, size, size, device=self.device)
         visible = random_visible(2, (3, 3), 0.5, torch.Generator().manual_seed(0))
         layout = PatchLayout(visible, images.device)
-        mask = layout.upsampled((hierarchy.patch_unit,) * 2).unsqueeze(1)
 
         def run(packed: bool) -> tuple[torch.Tensor, torch.Tensor]:
             torch.manual_seed(1)
@@ -66,9 +65,7 @@ class Bench:
                 if packed:
                     maps = [unpack(map_) for map_ in hierarchy(pack(images, layout))]
                 else:
-                    with MaskedDense(visible.to(self.device)):
-                        maps = hierarchy(images * mask)
-            maps = [map_ * layout.upsampled([n // 3 for n in map_.shape[2:]]).unsqueeze(1) for map_ in maps]
+                    maps = [map_.values for map_ in hierarchy(mask_map(images, layout))]
             torch.stack([map_.float().square().mean() for map_ in maps]).sum().backward()
             grads = [p.grad.flatten() for p in hierarchy.parameters() if p.grad is not None]
             return torch.cat([map_.detach().float().flatten() for map_ in maps]), torch.cat(grads)

@@ -2,23 +2,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 from unittest.mock import patch
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from sparkmim import SparK
 from sparkmim.models.decoder import DecoderBlock, Densify
 from sparkmim.models.spark import SparKOutput, reconstruction_loss
-from sparkmim.sparse import MaskedDense, PatchLayout
+from sparkmim.sparse import PatchLayout
+
+
+class MaskedLayers(TorchFunctionMode):
+    """Masks what convolutions and pooling give, and normalises visible positions alone, as the original does.
+
+    For networks of convolutions, BatchNorm and ReLU.
+    """
+
+    def __init__(self, layout: PatchLayout) -> None:
+        super().__init__()
+        self.layout = layout
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is F.batch_norm:
+            x, *others = args
+            visible = _at(x, self.layout)[:, 0]  # [B, H, W]
+            normed = func(x.movedim(1, -1)[visible], *others, **kwargs)  # [positions, C]
+            out = normed.new_zeros(*visible.shape, x.shape[1])
+            out[visible] = normed
+            return out.movedim(-1, 1)
+        out = func(*args, **kwargs)
+        windows = getattr(func, "__name__", "") in ("conv2d", "max_pool2d", "avg_pool2d")
+        return out * _at(out, self.layout) if windows else out
 
 
 def encode_dense(model: SparK, images: Tensor, layout: PatchLayout) -> list[Tensor]:
     """Returns dense maps `[B, C_i, H_i, W_i]`, zero where masked."""
-    with MaskedDense(layout.visible):
-        return [map_ * _at(map_, layout) for map_ in model.hierarchy(images * _at(images, layout))]
+    with MaskedLayers(layout):
+        maps: list[Tensor] = model.hierarchy(images * _at(images, layout))
+        return maps
 
 
 def densify_dense(model: SparK, maps: Iterable[Tensor], layout: PatchLayout) -> list[Tensor]:
@@ -27,7 +61,7 @@ def densify_dense(model: SparK, maps: Iterable[Tensor], layout: PatchLayout) -> 
 
 
 def _densify(part: Densify, x: Tensor, layout: PatchLayout) -> Tensor:
-    with MaskedDense(layout.visible):
+    with MaskedLayers(layout):
         normed = part.norm(x)
     return part.project(torch.where(_at(x, layout), normed, part.mask_token.to(normed.dtype)))
 

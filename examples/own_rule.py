@@ -4,7 +4,8 @@
 
 Fake quantisation is elementwise, so the rule applies it to the stored visible patches. An operation that looks at
 neighbours and is local can run on the whole map by `sparkmim.sparse.on_dense_map`, which is exact too, but as slow as
-without a mask. The rule must be registered before the network runs, as it is in the file that `--model` names.
+without a mask. A rule written by `like` or `on_dense_map` also serves as the definition, on a dense tensor with a mask,
+that `verify` compares it with. Both must be registered before the network runs, as in the file that `--model` names.
 """
 
 from __future__ import annotations
@@ -15,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparkmim.sparse import PackedTensor, like, on_dense_map, register_rule
+from sparkmim.sparse import PackedTensor, define, like, on_dense_map, register_rule
 
 
+@define("fake_quantize_per_tensor_affine")
 @register_rule("fake_quantize_per_tensor_affine")
 def _fake_quantise(func: Callable[..., Any], x: PackedTensor, *settings: Any) -> PackedTensor:
-    """Inside a rule `x` is the plain tensor `[n, C, *block]` of all visible patches; `like` wraps the result."""
+    """Inside a rule, `x` is the plain tensor `[n, C, *block]` of all visible patches; `like` wraps the result."""
     return like(x, func(x, *settings))
 
 
+@define("lp_pool2d")
 @register_rule("lp_pool2d")
 def _lp_pool(func: Callable[..., Any], x: PackedTensor, *settings: Any, **options: Any) -> PackedTensor:
     """Looks at neighbours: runs on the dense map, zero where masked, and keeps the visible patches."""

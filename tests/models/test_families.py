@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparkmim.models import Hierarchy, create_encoder, random_visible, verify_encoder
-from sparkmim.sparse import MaskedDense, PatchLayout, pack, unpack
+from sparkmim.sparse import PatchLayout, mask_map, pack, unpack
 
 MEMBERS = [
     "test_byobnet", "convmixer_1024_20_ks9_p14", "test_convnext", "convnextv2_atto", "cpubone_nano",
@@ -47,12 +47,7 @@ def run(hierarchy: Hierarchy, images: Tensor, visible: Tensor, packed: bool) -> 
     if packed:
         maps = [unpack(map_) for map_ in hierarchy(pack(images, PatchLayout(visible)))]
     else:
-        definition = MaskedDense(visible)
-        block = images.shape[2] // visible.shape[1]
-        with definition:
-            maps = hierarchy(images * PatchLayout(visible).upsampled((block, block)).unsqueeze(1))
-        masks = [definition.mask_of(map_) for map_ in maps]
-        maps = [torch.where(mask.unsqueeze(1), map_, 0) for map_, mask in zip(maps, masks, strict=True)]
+        maps = [map_.values for map_ in hierarchy(mask_map(images, PatchLayout(visible)))]
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(map_.shape, generator=generator).to(map_.dtype) for map_ in maps]
     total = torch.stack([(map_ * weight).sum() for map_, weight in zip(maps, weights, strict=True)]).sum()

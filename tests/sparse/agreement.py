@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sparkmim.sparse import MaskedDense, PackedTensor, PatchLayout, pack
+from sparkmim.sparse import MaskedTensor, PackedTensor, PatchLayout, mask_map, pack
 
 TOLERANCE = 1e-10
 
@@ -119,15 +118,15 @@ def agree(
 ) -> None:
     """Asserts that `function` agrees on packed tensors with the definition, forward and backward.
 
-    Runs twice: under `visible`, against `reference` (by default `function`) in `MaskedDense`; and with every patch
+    Runs twice: under `visible`, against `reference` (by default `function`) of a masked map; and with every patch
     visible, against plain PyTorch. Compares all outputs, the gradients of the input and of the parameters, and the
     buffers if `function` is a module.
     """
     for mask, kind in ((visible, "under the mask"), (torch.ones_like(visible), "all visible")):
         packed = _run(function, mask, block, channels, seed)
-        oracle = MaskedDense(mask) if kind == "under the mask" else nullcontext()
-        expected = reference if reference is not None and kind == "under the mask" else function
-        dense = _run(expected, mask, block, channels, seed, oracle, packed.shown)
+        masked = kind == "under the mask"
+        expected = reference if reference is not None and masked else function
+        dense = _run(expected, mask, block, channels, seed, "masked" if masked else "plain", packed.shown)
         assert len(packed.outputs) == len(dense.outputs)
         for ours, theirs in zip(packed.outputs, dense.outputs, strict=True):
             assert ours.dtype == theirs.dtype
@@ -153,10 +152,10 @@ def _run(
     block: Sequence[int],
     channels: int,
     seed: int,
-    oracle: AbstractContextManager[Any] | None = None,
+    kind: str = "packed",
     shown: list[Tensor] | None = None,
 ) -> _Run:
-    """Runs `function` packed without an `oracle`, dense within it; output masks come from the packed run."""
+    """Runs `function` on a packed, masked or plain map; output masks come from the packed run."""
     function = copy.deepcopy(function)  # equal running statistics
     module = function if isinstance(function, nn.Module) else None
     generator = torch.Generator().manual_seed(seed)
@@ -165,12 +164,12 @@ def _run(
     images.requires_grad_()
     parameters = {"input": images, **(dict(module.named_parameters()) if module else {})}
     torch.manual_seed(seed)
-    if oracle is None or shown is None:
+    if shown is None:
         dense = [dense_of(out, block) for out in as_list(function(pack(images, PatchLayout(visible))))]
         outputs, shown = [out for out, _ in dense], [mask for _, mask in dense]
     else:
-        with oracle:
-            outputs = as_list(function(images * upsample(visible, block).unsqueeze(1)))
+        found = as_list(function(mask_map(images, PatchLayout(visible)) if kind == "masked" else images))
+        outputs = [out.values if isinstance(out, MaskedTensor) else out for out in found]
         outputs = [torch.where(mask, out, out.new_zeros(())) for mask, out in zip(shown, outputs, strict=True)]
     total = images.new_zeros(())
     for number, out in enumerate(outputs):

@@ -19,7 +19,7 @@ import sparkmim
 from sparkmim.cli import main
 from sparkmim.drawing.pixels import at_pixels
 from sparkmim.models import Hierarchy, create_encoder, random_visible
-from sparkmim.sparse import MaskedDense
+from sparkmim.sparse import PatchLayout, mask_map
 from sparkmim.visualize.vanishing import LAYERS, calibrate, drift, kolmogorov_smirnov, masked_shapes, through_layers
 
 SMALL: dict[str, Any] = {"image_size": 32, "accelerator": "cpu"}
@@ -95,8 +95,7 @@ def test_drift_is_that_of_the_masked_definition(network: str) -> None:
     visible = random_visible(2, (4, 4), 0.6, torch.Generator().manual_seed(1))
     found = drift(hierarchy, image, visible)
 
-    with MaskedDense(visible):
-        masked = [images, *hierarchy(images * at_pixels(visible, (32, 32)))]
+    masked = [images, *(map_.values for map_ in hierarchy(mask_map(images, PatchLayout(visible))))]
     zeroed = [images * at_pixels(visible, (32, 32))]
     zeroed += hierarchy(zeroed[0])
     whole = [image[None], *hierarchy(image[None])]

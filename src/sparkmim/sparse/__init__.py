@@ -8,14 +8,15 @@ The files in reading order:
 - `layout`: `PatchLayout`, which patches are visible, and index tables of their neighbours.
 - `gather`: convolution as a gather of rows and a matrix product; also into a dense map, for the decoder.
 - `windows`: depthwise and narrow convolution, and pooling, by dense kernels.
-- `oracle`: `MaskedDense`, the definition of a masked network, simple and slow.
+- `masked`: `MaskedTensor`, the definition of a masked network, simple and slow.
 - `verify`: compares a packed network with the dense one and with the definition.
 """
 
+from sparkmim.sparse import definition as definition
 from sparkmim.sparse import rules as rules
 from sparkmim.sparse.gather import filled_convolution
 from sparkmim.sparse.layout import PatchLayout
-from sparkmim.sparse.oracle import MaskedDense
+from sparkmim.sparse.masked import MaskedTensor, define, mask_map
 from sparkmim.sparse.packed import (
     PackedTensor,
     UnsupportedOperation,
@@ -28,12 +29,14 @@ from sparkmim.sparse.packed import (
 )
 
 __all__ = [
-    "MaskedDense",
+    "MaskedTensor",
     "PackedTensor",
     "PatchLayout",
     "UnsupportedOperation",
+    "define",
     "filled_convolution",
     "like",
+    "mask_map",
     "naming_modules",
     "on_dense_map",
     "pack",

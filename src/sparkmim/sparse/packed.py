@@ -103,7 +103,7 @@ class PackedTensor(torch.Tensor):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        name = _name_of(func)
+        name = name_of(func)
         if not args and kwargs and (first := next((key for key in ("input", "self") if key in kwargs), None)):
             kwargs = dict(kwargs)
             args = (kwargs.pop(first),)  # rules take the map first
@@ -183,7 +183,7 @@ class PendingTensor(PackedTensor):
         return PackedTensor.wrap(self.values, self.patches, self.axes)
 
 
-def _name_of(func: Callable[..., Any]) -> str:
+def name_of(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", str(func))
     if name in ("__get__", "__set__"):
         owner: Any = func
@@ -215,7 +215,13 @@ def dense_shape(x: PackedTensor) -> torch.Size:
 
 
 def like(x: PackedTensor, values: Tensor, axes: tuple[int, ...] | None = None) -> PackedTensor:
-    """Wraps the result of a rule with the layout of `x`; a result that is packed already (in place) is returned."""
+    """Wraps the result of a rule with the layout of `x`; a result that is packed already (in place) is returned.
+
+    `x` may be a `MaskedTensor` too, for a rule that is also its definition.
+    """
+    if not isinstance(x, PackedTensor):
+        masked: PackedTensor = x.like(values)
+        return masked
     if isinstance(values, PackedTensor):
         return values
     out = PackedTensor.wrap(values, x.patches, x.axes if axes is None else axes)
@@ -344,6 +350,9 @@ def on_dense_map(x: PackedTensor, name: str, function: Callable[[Tensor], Tensor
     Raises:
         UnsupportedOperation: if the result does not divide into patches.
     """
+    if not isinstance(x, PackedTensor):
+        masked: PackedTensor = x.on_map(function)
+        return masked
     rank, patches = x.patches.rank, x.patches
     if x.axes != tuple(range(2, 2 + rank)) or x.ndim != 2 + rank:
         raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))} whose channels are not second")

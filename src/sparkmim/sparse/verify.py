@@ -1,4 +1,4 @@
-"""Check that a network is exact under masking: packed against dense, and packed against the definition."""
+"""Check that a network is exact under masking: packed against dense, and packed against masked."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from sparkmim.errors import UserError
 from sparkmim.sparse.layout import PatchLayout
-from sparkmim.sparse.oracle import MaskedDense
+from sparkmim.sparse.masked import MaskedTensor, is_on_grid, mask_map
 from sparkmim.sparse.packed import PackedTensor, PendingTensor, UnsupportedOperation, naming_modules, pack, unpack
 
 TOLERANCE = 1e-6
@@ -52,8 +52,8 @@ def verify_packed(
     """Compares a network on packed images with the same network on dense images and with the masked definition.
 
     Makes three comparisons in float64 and training mode, each forward and backward: all patches visible against the
-    dense network; a partial mask against the definition (`MaskedDense`); and the same with different numbers of
-    visible patches per sample.
+    dense network; a partial mask against the definition (`MaskedTensor`), for images with other hidden pixels; and
+    the same with different numbers of visible patches per sample.
 
     Args:
         network: maps images `[B, C, *S]` to a list of feature maps. Modified in place: converted to float64 and
@@ -179,10 +179,12 @@ def _forward(network: nn.Module, images: Tensor, visible: Tensor, packed: bool, 
     if packed:
         with naming_modules(network), _InDouble():
             return list(network(pack(images, PatchLayout(visible))))
-    block = [size // cells for size, cells in zip(images.shape[2:], visible.shape[1:], strict=True)]
-    mask = PatchLayout(visible).upsampled(block).unsqueeze(1)
-    with MaskedDense(visible), _InDouble():
-        return list(network(images * mask))
+    with _InDouble():
+        if visible.all():
+            return list(network(images))
+        masked = mask_map(images, PatchLayout(visible))
+        noise = torch.where(masked.mask, images, images.roll(1, -1))  # what stands in hidden pixels changes nothing
+        return list(network(mask_map(noise, masked.patches)))
 
 
 @contextmanager
@@ -202,10 +204,9 @@ def _dense(value: Any, visible: Tensor, packed: bool) -> Tensor | None:
     if isinstance(value, PackedTensor):
         spatial = value.axes == tuple(range(2, value.ndim)) and len(value.axes) == visible.ndim - 1
         return unpack(value) if spatial else None
-    if not isinstance(value, Tensor) or packed:
-        return value if isinstance(value, Tensor) else None
-    mask = MaskedDense(visible).mask_of(value)
-    return value if mask is None else torch.where(mask.unsqueeze(1), value, 0)
+    if isinstance(value, MaskedTensor):
+        return value.values if is_on_grid(value) else None
+    return value if isinstance(value, Tensor) else None
 
 
 def _first_to_differ(network: nn.Module, images: Tensor, visible: Tensor, seed: int) -> str | None:

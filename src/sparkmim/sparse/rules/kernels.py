@@ -34,7 +34,7 @@ _MAX_POOLS: dict[int, Callable[..., Tensor]] = {1: F.max_pool1d, 2: F.max_pool2d
 _AVG_POOLS: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
-def _per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+def per_axis(value: int | Sequence[int], rank: int) -> tuple[int, ...]:
     """Repeats a single value for every axis: `3` or `(3,)` to `(3, 3)`."""
     values = (value,) if isinstance(value, int) else tuple(value)
     return values * rank if len(values) == 1 else values
@@ -98,13 +98,13 @@ def _convolution(
         return _convolve_each(func, x, weight, bias, (stride, padding, dilation), groups)
     if int(name[4]) != rank:
         raise UnsupportedOperation(f"`{name}` of a masked map {list(dense_shape(x))}, which has {rank} spatial axes")
-    kernel, stride, dilation = tuple(weight.shape[2:]), _per_axis(stride, rank), _per_axis(dilation, rank)
+    kernel, stride, dilation = tuple(weight.shape[2:]), per_axis(stride, rank), per_axis(dilation, rank)
     total = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     if isinstance(padding, str):
         before = tuple(size // 2 if padding == "same" else 0 for size in total)
         after = tuple(size - size // 2 if padding == "same" else 0 for size in total)
     else:
-        before = after = _per_axis(padding, rank)
+        before = after = per_axis(padding, rank)
     if isinstance(x, PendingTensor):
         if not x.extends_by(0.0):
             return on_dense_map(x, name, lambda dense: func(dense, weight, bias, stride, padding, dilation, groups))
@@ -193,9 +193,9 @@ def _max_pool(
     if return_indices:
         raise UnsupportedOperation(f"`{func.__name__}` with return_indices: positions in a masked map have no rule")
     rank = _rank_of(func, x)
-    kernel = _per_axis(kernel_size, rank)
-    steps = _per_axis(stride, rank) if stride else kernel
-    before, dilation = _per_axis(padding, rank), _per_axis(dilation, rank)
+    kernel = per_axis(kernel_size, rank)
+    steps = per_axis(stride, rank) if stride else kernel
+    before, dilation = per_axis(padding, rank), per_axis(dilation, rank)
     after, outside = before, -math.inf
     if isinstance(x, PendingTensor):
         if any(before) or ceil_mode or not x.extends_by(x.border_value):
@@ -225,9 +225,9 @@ def _avg_pool(
         options = (stride, padding, ceil_mode, count_include_pad, *([divisor_override] if divisor_override else []))
         return on_dense_map(x, func.__name__, lambda dense: func(dense, kernel_size, *options))
     rank = _rank_of(func, x)
-    kernel = _per_axis(kernel_size, rank)
-    steps = _per_axis(stride, rank) if stride else kernel
-    padding = _per_axis(padding, rank)
+    kernel = per_axis(kernel_size, rank)
+    steps = per_axis(stride, rank) if stride else kernel
+    padding = per_axis(padding, rank)
     geometry = _geometry(func.__name__, x, kernel, steps, padding, (1,) * rank, padding, ceil_mode)
     means = _AVG_POOLS[rank](_windows(x, geometry, outside=0.0), kernel, steps)
     if divisor_override:
