@@ -271,3 +271,24 @@ def test_encoders_that_cannot_be_built(name: str, settings: dict[str, float], me
 @pytest.mark.parametrize("name", ["vgg11", "torchvision/resnet18"])
 def test_networks_without_drop_path_have_one_of_zero(name: str) -> None:
     assert create_encoder(name, drop_path=0.0).state_dict().keys() == create_encoder(name).state_dict().keys()
+
+
+class ChannelsLast(nn.Module):
+    """Its blocks give maps with the channels last, as many as the positions along a side at 256 pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.block = nn.Conv2d(3, 64, 4, 4), nn.Linear(64, 64)
+        self.down, self.last = nn.Conv2d(64, 32, 2, 2), nn.Linear(32, 32)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.block(self.stem(images).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)  # [B, 64, 64, 64] either way
+        out: Tensor = self.last(self.down(x).permute(0, 2, 3, 1))
+        return out
+
+
+def test_maps_are_told_by_growing_with_the_image() -> None:
+    """Not by sizes that agree by chance."""
+    hierarchy = Hierarchy(ChannelsLast())
+    assert (hierarchy.strides, hierarchy.channels, hierarchy.patch_unit) == ((4, 8), (64, 32), 8)
+    assert verify_encoder(ChannelsLast()).exact

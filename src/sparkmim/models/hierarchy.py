@@ -121,7 +121,9 @@ class Hierarchy(nn.Module):
         if self._names is not None:
             self._names = self._names[: self._stages]
 
-        maps = self._probe(shape, train=True)
+        inner: dict[str, int] = {}
+        maps = self._probe(shape, train=True, inner=inner)
+        self._coarsest = max(_alike(inner, self._inner_strides(_longer(shape))).values(), default=1)
         self.strides = tuple(_stride(shape, map_.shape) or 0 for map_ in maps)
         self.channels = tuple(map_.shape[1] for map_ in maps)
         if not all(self.strides) or list(self.strides) != sorted(set(self.strides)):
@@ -150,16 +152,21 @@ class Hierarchy(nn.Module):
         maps: list[Tensor] = encoder.forward_intermediates(images, intermediates_only=True, **extra)
         return maps
 
-    def _probe(self, shape: tuple[int, ...], train: bool) -> list[Tensor]:
-        """Returns the feature maps of a zero image; with `train`, sets `unreached`."""
+    def _probe(self, shape: tuple[int, ...], train: bool, inner: dict[str, int] | None = None) -> list[Tensor]:
+        """Returns the feature maps of a zero image; with `train`, sets `unreached`.
+
+        `inner` receives the strides of the outputs of modules that may be maps.
+        """
         twins = _twins(self, self._device, train)
         tensors = {name: twins[name] for name, _ in self.named_parameters()}
         dtype = next((tensor.dtype for tensor in tensors.values()), torch.float32)
         images = torch.zeros(shape, device=self._device, dtype=dtype)
         probe = _Probe(self, list(tensors.values()) if train else [])
         state = {f"hierarchy.{name}": tensor for name, tensor in twins.items()}
-        modules = self.encoder.modules() if train else ()
-        handles = [module.register_forward_hook(self._coarsen(shape)) for module in modules]
+        handles = [] if inner is None else [
+            module.register_forward_hook(_keep_stride(inner, name, shape))
+            for name, module in self.encoder.named_modules()
+        ]  # fmt: skip
         try:
             with torch.set_grad_enabled(train), _finding_maps(self.encoder, shape):
                 maps, reached = functional_call(probe, state, (images,), tie_weights=False)
@@ -172,13 +179,14 @@ class Hierarchy(nn.Module):
             )
         return list(maps)
 
-    def _coarsen(self, shape: Sequence[int]) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            stride = _stride(shape, output.shape) if isinstance(output, Tensor) else None
-            if stride is not None:
-                self._coarsest = max(self._coarsest, stride)
-
-        return hook
+    def _inner_strides(self, shape: tuple[int, ...]) -> dict[str, int] | None:
+        """Returns the strides of the outputs of modules that may be maps; None if the network takes no such images."""
+        inner: dict[str, int] = {}
+        try:
+            self._probe(shape, train=False, inner=inner)
+        except UserError:
+            return None
+        return inner
 
     def _trace(self, shape: tuple[int, ...]) -> list[str]:
         """Returns the names of the modules whose outputs are the maps.
@@ -187,6 +195,15 @@ class Hierarchy(nn.Module):
             NoHierarchy: if there are none, or if maps get finer again, so that it is unclear which ones to use.
         """
         calls = _traced_calls(self.encoder, shape, self._device)
+        try:
+            others = {
+                name: call.stride for name, call in _traced_calls(self.encoder, _longer(shape), self._device).items()
+            }
+        except UserError:  # a network that takes images of one size alone
+            others = {name: call.stride for name, call in calls.items()}
+        for name, call in calls.items():
+            if call.stride != others.get(name):
+                call.stride = None  # not a map: another axis is as long as one of a map's by chance
         found = sorted((calls[name].done, name) for name in _units(self.encoder, calls))
         maps = [(calls[name].stride, name) for _, name in found if calls[name].times == 1]
         chosen = _deepest(maps)
@@ -284,6 +301,26 @@ def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
         raise UserError(
             f"{type(encoder).__name__} could not be run on an image of {size} to find its feature maps: {error}"
         ) from error
+
+
+def _longer(shape: Sequence[int]) -> tuple[int, ...]:
+    """Returns the shape of images that are longer along the first axis, to tell maps by: they grow with the image."""
+    batch, channels, first, *others = shape
+    return batch, channels, first + first // 2, *others
+
+
+def _alike(strides: dict[str, int], others: dict[str, int] | None) -> dict[str, int]:
+    """Returns the strides by name that are the same for both sizes of images, or all without `others`."""
+    return {name: stride for name, stride in strides.items() if others is None or others.get(name) == stride}
+
+
+def _keep_stride(strides: dict[str, int], name: str, shape: Sequence[int]) -> Any:
+    def hook(_: nn.Module, __: Any, output: Any) -> None:
+        stride = _stride(shape, output.shape) if isinstance(output, Tensor) else None
+        if stride is not None:
+            strides[name] = max(stride, strides.get(name, 1))
+
+    return hook
 
 
 def _stride(image: Sequence[int], map_: Sequence[int]) -> int | None:
