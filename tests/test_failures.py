@@ -23,6 +23,14 @@ def failed(number: int, path: str | None = None) -> OSError:
         (RuntimeError("DataLoader worker (pid 71) is killed by signal: Killed. Details are lost"), MEMORY),
         (RuntimeError("DataLoader worker (pid(s) 71, 72) exited unexpectedly"), MEMORY),
         (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried "
+                "to allocate 30000000000 bytes. Error code 12 (Cannot allocate memory)"
+            ),
+            "there is not enough memory for 30.0 GB; use a smaller --batch-size or --image-size",
+        ),
+        (MemoryError(), "there is not enough memory; use a smaller --batch-size or --image-size"),
+        (
             RuntimeError("DataLoader worker (pid 71) is killed by signal: Segmentation fault. "),
             "a loader worker ended (Segmentation fault); use --workers 0",
         ),
@@ -65,7 +73,7 @@ def test_sentences(error: Exception, sentence: str) -> None:
     assert sentence in str(found.value)
     assert "\n" not in str(found.value)
     assert len(str(found.value)) <= 200
-    assert isinstance(found.value, Killed) == (type(error) is RuntimeError)
+    assert isinstance(found.value, Killed) == (type(error) in (RuntimeError, MemoryError))
     assert str(found.value).endswith(", then resume") or "'a.npy'" in sentence
 
 

@@ -24,7 +24,7 @@ LAYERS = (
     ("evaluation",),
     ("training",),
     ("visualize",),
-    ("commands", "words", "paths"),
+    ("commands", "words", "paths", "together"),
     ("cli", "__main__", "__init__"),
 )
 """Lowest first."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import py_compile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +81,33 @@ def test_code_that_the_user_names_is_trusted_until_it_changes(
     file.write_text(file.read_text() + "# changed\n")
     with pytest.raises(sparkmim.UserError, match="would run code"):
         sparkmim.load(strange)
+
+
+def test_trust_is_in_a_function_not_in_all_of_its_file(strange: Path, photos: Path, network: str) -> None:
+    """What a stranger names could be a script's `main`, which does other things than to make a network."""
+    file = Path(network.rpartition(":")[0])
+    file.write_text(file.read_text() + "\n\ndef other():\n    return tiny()\n")
+    sparkmim.verify(f"{file}:other", image_size=64)
+    with pytest.raises(sparkmim.UserError, match="would run code"):
+        sparkmim.load(strange)
+
+
+def test_bytecode_beside_a_trusted_file_is_not_run(strange: Path, photos: Path, network: str, tmp_path: Path) -> None:
+    sparkmim.embed(weights=strange, images=str(photos), model=network, out=tmp_path / "a.npy")
+    file = Path(network.rpartition(":")[0])
+    copy = tmp_path / "copy" / file.name
+    copy.parent.mkdir()
+    copy.write_bytes(file.read_bytes())
+    other = tmp_path / "other.py"
+    other.write_text(file.read_text() + "\nraise SystemExit('bytecode was run')\n")
+    cached = importlib.util.cache_from_source(str(copy))
+    py_compile.compile(str(other), cached, invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH)
+    weights = strange / "weights" / "spark.safetensors"
+    with safe_open(weights, "pt") as opened:
+        content = json.loads(opened.metadata()["sparkmim"])
+    metadata = {"format": "pt", "sparkmim": json.dumps({**content, "model": f"{copy}:tiny"})}
+    save_file(load_file(weights), weights, metadata)
+    sparkmim.load(weights)
 
 
 def test_the_shell_may_trust(strange: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

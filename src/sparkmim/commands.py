@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any, Literal, ParamSpec, TypeVar
 
 from sparkmim.arguments import MAX_MEGAPIXELS, check_arguments
+from sparkmim.errors import UserError
 from sparkmim.failures import told
 from sparkmim.paths import check_paths
 from sparkmim.results import (
@@ -32,6 +32,7 @@ from sparkmim.results import (
     SegmentResult,
     VanishingResult,
 )
+from sparkmim.together import check_together
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -55,6 +56,7 @@ def _command(function: Callable[P, R]) -> Callable[P, R]:
         check_arguments(function.__name__, bound.arguments)
         bound.apply_defaults()
         check_paths(function.__name__, bound.arguments)
+        check_together(function.__name__, bound.arguments)
         token = _given.set(frozenset(kwargs))
         try:
             with told(), _limits(bound.arguments):
@@ -76,10 +78,12 @@ def _limits(arguments: Mapping[str, Any]) -> AbstractContextManager[None]:
 
 def _at_home(value: Any) -> Any:
     """Expands `~`, in a list too; returns the same object if there is none."""
-    if isinstance(value, str) and value.startswith("~"):
-        return os.path.expanduser(value)  # noqa: PTH111 (which fails on a user that is not there)
-    if isinstance(value, Path):
-        return value.expanduser()
+    if isinstance(value, str | Path) and str(value).startswith("~"):
+        try:
+            return type(value)(Path(value).expanduser())
+        except RuntimeError as error:
+            user, folder = str(value).partition("/")[0], f"./{value}"
+            raise UserError(f"{user} is the home of no user here; for a folder of that name, write {folder}") from error
     if type(value) is list:
         found = [_at_home(item) for item in value]
         return found if any(one is not other for one, other in zip(found, value, strict=True)) else value
@@ -1208,8 +1212,8 @@ def export(
         weights: run folder, weight file of ours, or original SparK file
         format: timm, torchvision, detectron2 (ResNets), mmdet, mmpretrain (ResNets and ConvNeXts), huggingface (a
             folder), onnx, torch-export, or spark (as in the original release, with the decoder if there is one)
-        out: file to write, ending in .safetensors or .pth, .pkl (detectron2), .onnx, or .pt2 (torch-export); or
-            folder (huggingface)
+        out: file to write (.safetensors or .pth; .pkl for detectron2, .onnx, .pt2 for torch-export), or folder
+            (huggingface)
         model: timm name, torchvision/NAME, path/to/file.py:factory, or (from Python) a module; None for what the
             weights say
         image_size: for onnx and torch-export, side in pixels, or one size per axis; None for that of training

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ from sparkmim.errors import FULL, Unwritable, UserError
 
 
 class Killed(UserError, RuntimeError):
-    """A loader worker, or another process of a run, that is gone."""
+    """A loader worker or another process of a run that is gone, or memory that is not there."""
 
 
 @contextmanager
@@ -31,8 +32,8 @@ def told(place: object = "a file", after: Callable[[], str] = str) -> Iterator[N
         raise
     except OSError as error:
         raise _of_files(error, error.filename or place, after()) from error
-    except RuntimeError as error:
-        remedy = _of_workers(error)
+    except (RuntimeError, MemoryError) as error:
+        remedy = _of_memory(error) or _of_workers(error)
         if remedy is None:
             raise
         then = after()
@@ -47,6 +48,15 @@ def _of_files(error: OSError, path: object, after: str) -> UserError:
     then = f", then {after}" if after else ""
     reason = os.strerror(error.errno)
     return UserError(f"{path} cannot be used ({reason}); see that it is there and yours{then}")
+
+
+def _of_memory(error: BaseException) -> str | None:
+    """Returns what to lower if memory was asked for that there is not; None if it was something else."""
+    if not isinstance(error, MemoryError) and "can't allocate memory" not in str(error):
+        return None
+    asked = re.search(r"tried to allocate (\d+) bytes", str(error))
+    size = f" for {int(asked[1]) / 1e9:,.1f} GB" if asked else ""
+    return f"there is not enough memory{size}; use a smaller --batch-size or --image-size"
 
 
 def _of_workers(error: BaseException | None) -> str | None:

@@ -1,7 +1,8 @@
 """Code that weights or runs name, as `path/to/file.py:factory`. It is run only if the user has named the same code.
 
-What the user passes as `model` is remembered by the digest of its file, in a folder of the user's own, which no weight
-file or run folder can write to. Weights may then name that code, wherever it lies; any other is refused.
+What the user passes as `model` is remembered by the digest of its file and the function's name, in a folder of the
+user's own, which no weight file or run folder can write to. Weights may then name that function, wherever its file
+lies; any other is refused.
 """
 
 from __future__ import annotations
@@ -52,9 +53,10 @@ def check_trusted(name: object, whose: str) -> None:
 
 
 def _digest(name: str) -> str | None:
-    """Returns the digest of the file in a name; None if there is none, which is told where it is opened."""
-    path = Path(name.rpartition(":")[0])
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+    """Returns the digest of a file's content and a function's name; None without the file, as is told elsewhere."""
+    file, _, function = name.rpartition(":")
+    path = Path(file)
+    return hashlib.sha256(path.read_bytes() + b"\0" + function.encode()).hexdigest() if path.is_file() else None
 
 
 def _known() -> dict[str, str]:

@@ -28,9 +28,12 @@ POSITIONAL = {
     "pretrain": ("data",), "finetune": ("data",), "detect": ("data",), "segment": ("data",), "statistics": ("data",),
     "evaluate": ("weights",), "export": ("weights",), "playground": ("weights",), "verify": ("model",),
     "reconstruct": ("weights", "images"), "features": ("weights", "images"), "neighbors": ("weights", "query"),
-    "predict": ("images",), "embed": ("images",), "explain": ("topic",), "report": ("run",),
+    "predict": ("weights", "images"), "embed": ("weights", "images"), "explain": ("topic",), "report": ("run",),
 }  # fmt: skip
 """Arguments that may be given without their flags, in this order."""
+
+IMAGES_ALONE = ("predict", "embed")
+"""Commands of which a single word without a flag names images."""
 
 SEVERAL = {
     "reconstruct": ("images",), "explain": ("images",), "features": ("images",), "playground": ("images",),
@@ -144,6 +147,10 @@ def spell(words: Sequence[str], commands: Mapping[str, Command]) -> list[str]:
     if name in ASKING:
         return list(words)
     if name not in commands:
+        if asked := nearest(name.lstrip("-"), [word.lstrip("-") for word in ASKING if len(word) > 2], cutoff=0.7):
+            raise UserError(f"there is no command {name!r}; did you mean --{asked}?")
+        if name in ("-v", "-V"):
+            raise UserError(f"there is no flag {name}; did you mean --version?")
         if name.startswith("-"):
             raise UserError(f"{name} comes before the command; write sparkmim pretrain {name}, or another command")
         near = nearest(name, commands)
@@ -172,7 +179,7 @@ class _Words:
             if word in ASKING:
                 spelled.append(word.replace("-config", "_config"))
                 given.update(self.flags)
-            elif not word.startswith("-") or _is_number(word):
+            elif not word.startswith(("-", "–", "—")) or _is_number(word):
                 if before is not None and (_is_number(word) or not self.positional):
                     raise UserError(f"{before} takes one value; {word!r} is one too many")
                 alone.append(word)
@@ -191,6 +198,8 @@ class _Words:
 
     def _flag(self, word: str, left: list[str]) -> tuple[str, str]:
         """Returns the argument of a flag, and its value; takes the words of the value from those left."""
+        if not word.isascii() and word.lstrip("–—-") != word.lstrip("-"):
+            raise UserError(f"{word} begins with a long dash; write --{word.lstrip('–—-')}")
         if not word.startswith("--"):
             name = word.lstrip("-").partition("=")[0].replace("-", "_")
             known = name in self.flags
@@ -221,6 +230,10 @@ class _Words:
 
     def _unknown(self, name: str, written: str) -> str:
         """Says what may have been meant by a flag that the command has not."""
+        if asked := nearest(written, ["--print_config", "--help", "--version", TRUST], cutoff=0.8):
+            return (
+                f"{asked} takes no value" if asked == written else f"there is no flag {written}; did you mean {asked}?"
+            )
         plain = name.removeprefix("no_")
         meant = meant_by(plain, self.flags, cutoff=0.9)
         others = [other for other, command in self.commands.items() if name in flags_of(command)]
@@ -230,11 +243,14 @@ class _Words:
         meant = meant or meant_by(plain, self.flags)
         if meant is None:
             return f"there is no flag {written}; sparkmim {self.name} --help lists its flags"
-        return f"there is no flag {written}; did you mean {self.flags[meant]}{'=false' if plain != name else ''}?"
+        off = "=false" if plain != name and self.flags[meant].switch else ""
+        return f"there is no flag {written}; did you mean {self.flags[meant]}{off}?"
 
     def _placed(self, alone: Sequence[str], given: set[str]) -> list[tuple[str, str]]:
         """Returns the arguments of words that stand without a flag, and their values."""
         open_ = [flag for flag in self.positional if flag.name not in given]
+        if self.name in IMAGES_ALONE and len(alone) == 1:
+            open_ = [flag for flag in open_ if flag.name == "images"]
         placed = []
         rest = list(alone)
         for place, flag in enumerate(open_):
@@ -297,7 +313,7 @@ def _items(flag: Flag, values: Sequence[str]) -> list[Any]:
             read = read_yaml(values[0])
             items = read if isinstance(read, list) else values
     elif flag.several and flag.number:
-        items = [item for value in values for item in re.split(r"[,x×]", value) if item] or values
+        items = [item for value in values for item in re.split(r"(?<=\d)[,x×](?=[\d-])|,$", value) if item] or values
     return [_number(str(item)) if flag.number else str(item) for item in items]
 
 
@@ -323,11 +339,15 @@ def check_config(command: str, path: str, flags: Mapping[str, Flag]) -> set[str]
         UserError: if it is not such a file, or has a name that the command has not.
     """
     file = Path(path).expanduser()
-    if not path or not file.is_file():
+    if not path or not file.exists():
         raise MissingPath(f"--config is {path!r}; there is no such file")
+    if not file.is_file():
+        raise UserError(f"{path} is {'a folder' if file.is_dir() else 'no ordinary file'}; --config names a YAML file")
     try:
         content = read_yaml(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8; save it in that encoding") from None
+    except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         raise UserError(f"{path}{where} is not YAML; each line is an argument, such as epochs: 100") from None
@@ -335,9 +355,11 @@ def check_config(command: str, path: str, flags: Mapping[str, Flag]) -> set[str]
         raise UserError(f"{path} holds no arguments; each line is one, such as epochs: 100")
     for name, value in content.items():
         flag = flags.get(name)
-        if flag is None and name != "config":
+        if name == "config":
+            raise UserError(f"{path} names another file of arguments; put all of them into one file")
+        if flag is None:
             meant = meant_by(str(name), flags)
-            hint = f"did you mean {meant}?" if meant else f"sparkmim {command} --help lists them"
+            hint = f"did you mean {meant}?" if meant and name != "trust" else f"sparkmim {command} --help lists them"
             raise UserError(f"{path}: there is no argument {name!r}; {hint}")
         if flag is not None and value is not None:
             try:

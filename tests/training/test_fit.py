@@ -158,3 +158,25 @@ def test_gradients_are_clipped_unless_the_limit_is_0(limit: float, expected: flo
     module.configure_gradient_clipping(torch.optim.SGD(model.parameters(), 0.1))
     assert module.grad_norm == 5
     assert model.weight.grad.norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_warm_up_that_nobody_asked_for_fits_the_run() -> None:
+    """Of a run that is no longer than a recipe's, it takes a tenth; what was asked for stays."""
+    settings = argparse.Namespace(warmup_iterations=100)
+    plan = Plan(1, 1, 4, 10, 40)
+    assert plan.warmup(settings, 100) == 4  # type: ignore[arg-type]
+    assert plan.warmup(argparse.Namespace(warmup_iterations=60), 100) == 60  # type: ignore[arg-type]
+    assert Plan(1, 1, 4, 10, 101).warmup(settings, 100) == 100  # type: ignore[arg-type]
+
+
+def test_what_python_passes_is_checked_before_anything_is_written(photos: Any, network: str, tmp_path: Any) -> None:
+    settings: dict[str, Any] = {"model": network, "image_size": 32, "out": tmp_path / "run"}
+    with pytest.raises(sparkmim.UserError, match="data is a dataset without items"):
+        sparkmim.pretrain(data=[], **settings)
+    with pytest.raises(sparkmim.UserError, match="callbacks holds 3; they are Lightning's"):
+        sparkmim.pretrain(data=photos, callbacks=[3], **settings)  # type: ignore[list-item]
+    assert not (tmp_path / "run").exists()
+    model = SparK(create_encoder("test_resnet"), 64)
+    for images in (torch.zeros(2, 1, 64, 64), torch.zeros(2, 3, 64, 64, dtype=torch.uint8)):
+        with pytest.raises(sparkmim.UserError, match="but this model takes 3 channels, normalised, as floats"):
+            model(images)

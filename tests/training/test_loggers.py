@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import struct
 import sys
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import sparkmim
 from interrupting import InterruptAt
-from processes import Cli
+from processes import SPARKMIM, Cli, run
 from sparkmim.drawing.pixels import GAP
 from sparkmim.runs.folder import PICTURES
 from sparkmim.runs.history import read_history
@@ -148,3 +149,14 @@ def test_a_missing_package(settings: dict[str, Any], monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"the logger wandb needs a package; install it by `pip install 'sparkmim"):
         sparkmim.pretrain(**settings, loggers=["wandb"])
     assert not settings["out"].exists()
+
+
+def test_nobody_is_logged_in(photos: Path, network: str, tmp_path: Path) -> None:
+    home = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc"), "WANDB_MODE": "online", "WANDB_API_KEY": ""}
+    command = [*SPARKMIM, "pretrain", photos, "--model", network, "--image-size", 32, "--patch-size", 8, "--epochs", 1,
+               "--workers", 0, "--out", tmp_path / "run", "--loggers"]  # fmt: skip
+    refused = run([*command, "wandb"], tmp_path, **home)
+    assert refused.returncode == 2
+    assert re.search(r"wandb does not log: .*; run `wandb login`, or set WANDB_MODE=offline$", refused.stderr.strip())
+    assert "Traceback" not in refused.stderr
+    assert run([*command, "csv"], tmp_path).returncode == 0  # nothing is left in its way

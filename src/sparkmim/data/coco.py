@@ -92,9 +92,8 @@ def find_coco(root: str | Path, part: Part) -> CocoFiles:
         if inside:
             return CocoFiles(inside[0], root / name)
     raise MissingPath(
-        f"{root} holds no annotations to {PURPOSE[part]}: there is neither "
-        f"annotations/instances_{part}2017.json, nor annotations/{part}.json, nor {part}/_annotations.coco.json; name "
-        "the file and the folder of images"
+        f"{root} holds no annotations to {PURPOSE[part]}, such as annotations/instances_{part}2017.json or "
+        f"{part}/_annotations.coco.json; name the file and the folder of images"
     )
 
 

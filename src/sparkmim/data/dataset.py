@@ -142,8 +142,8 @@ class AugmentedDataset(Dataset[dict[str, Any]]):
             except OSError as error:  # a dataset that opens files itself
                 unreadable.append(f"{name}: {error}")
         raise UnusableData(
-            f"{len(unreadable)} images in a row are unreadable, from number {index} of {len(self)} on. "
-            f"The first are {'; '.join(unreadable[:3])}"
+            f"{len(unreadable)} images in a row are unreadable, from number {index} of {len(self)} on; the first is "
+            f"{unreadable[0]}"
         )
 
 

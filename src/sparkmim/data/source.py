@@ -176,6 +176,8 @@ def open_source(data: Any, channels: int, rank: int) -> Source:
         several = images_source(data, channels, rank)
         return replace(several, items=list(dict.fromkeys(several.items)))
     if not isinstance(data, (str, Path)):
+        if hasattr(data, "__len__") and not len(data):
+            raise UserError("data is a dataset without items; give images to train on")
         return Source.of(data, channels, rank)
     return Source.of_files(data, channels, rank).checked()  # before a run begins
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import difflib
-import importlib.util
 import inspect
 import sys
 import traceback
@@ -45,6 +44,8 @@ def create_encoder(
         return name
     if own:
         return _from_file(name, channels, classes)
+    if name.startswith("timm/"):  # as its authors and the Hugging Face hub call it
+        name = name.removeprefix("timm/")
     if name.startswith("torchvision/"):
         return _from_torchvision(name.removeprefix("torchvision/"), channels, drop_path, classes)
     return _from_timm(name, channels, drop_path, classes)
@@ -141,14 +142,12 @@ def _module_of(path: Path) -> ModuleType:
     written = path.stat().st_mtime_ns
     if name in sys.modules and sys.modules[name].__dict__.get("_written") == written:
         return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"{path} is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    module.__dict__["_written"] = written
+    module = ModuleType(name)
+    module.__dict__.update(_written=written, __file__=str(path))
     sys.modules[name] = module
     try:
-        spec.loader.exec_module(module)
+        # Not by importlib, which would take the bytecode of a `__pycache__` beside the file: of anybody's making.
+        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import math
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -298,9 +301,21 @@ def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
         raise
     except Exception as error:
         size = "×".join(map(str, shape[1:]))
+        why = " ".join(str(error).split())
         raise UserError(
-            f"{type(encoder).__name__} could not be run on an image of {size} to find its feature maps: {error}"
+            f"{type(encoder).__name__} could not be run on an image of {size} to find its feature maps"
+            f"{place_of(error, type(encoder))}: {why}"
         ) from error
+
+
+def place_of(error: Exception, kind: type) -> str:
+    """Returns where the code of a class raised an error, as ` (file.py:12)`; empty if that is not known."""
+    try:
+        own = inspect.getfile(kind)
+    except (OSError, TypeError):
+        return ""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
+    return f" ({Path(own).name}:{lines[-1]})" if lines else ""
 
 
 def _longer(shape: Sequence[int]) -> tuple[int, ...]:

@@ -155,6 +155,9 @@ class SparK(nn.Module):
         if list(images.shape[2:]) != list(self.image_size):
             expected, got = ("×".join(map(str, size)) for size in (self.image_size, images.shape[2:]))
             raise UserError(f"images are {got}, but this model was built for {expected}")
+        if images.shape[1] != self.channels or not images.is_floating_point():
+            got = f"{images.shape[1]} channels of {images.dtype}"
+            raise UserError(f"images have {got}, but this model takes {self.channels} channels, normalised, as floats")
         check_visible(visible, images.shape[0], self.grid)
         packed = pack(images, PatchLayout(visible, images.device))
         saving = self.checkpoint_gradients and torch.is_grad_enabled()

@@ -29,7 +29,7 @@ from sparkmim.terminal import Terminal
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import DetectModule
 from sparkmim.training.plan import Plan, plan_for
-from sparkmim.training.recipes import DETECT_RECIPES
+from sparkmim.training.recipes import DETECT_RECIPES, recipe_named
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
 from sparkmim.training.settings import DetectSettings, downstream_recipe, known_of, picked, settle
 
@@ -79,7 +79,8 @@ class Detection(Training[DetectSettings]):
         transform = detection_transform(settings.short_sides, settings.long_side, settings.flip, settings.crop)
         dataset = TargetDataset(train_images, transform, settings.seed)
         plan = plan_for(settings, batch_is_free, len(dataset), settings.iterations)
-        settings = replace(settings, batch_size=plan.batch_size)
+        usual = recipe_named(settings.recipe, DETECT_RECIPES).warmup_iterations
+        settings = replace(settings, batch_size=plan.batch_size, warmup_iterations=plan.warmup(settings, usual))
         module = DetectModule(
             model,
             plan.adamw(settings),

@@ -172,12 +172,12 @@ def train(
         NonFiniteLoss: if training diverges.
     """
     console = Terminal(quiet=not is_main_process())
+    if strange := [callback for callback in callbacks if not isinstance(callback, pl.Callback)]:
+        raise UserError(f"callbacks holds {strange[0]!r}; they are Lightning's, of class Callback")
     folder = RunFolder(asked["out"])
     with generators_restored():
         resume = asked["resume"]
         asked, before = begin(training.kind, asked, given, folder)
-        if resume and not asked["resume"]:
-            console.print(f"{folder.path} has no checkpoint yet; the run starts over", soft_wrap=True)
         check_loggers(asked["loggers"])
         start = _start_of(asked)
         settings = training.settle(asked, before, start)
@@ -190,6 +190,8 @@ def train(
                     folder.tidy()
                     if not asked["resume"]:
                         folder.check_new()  # another run may have begun there meanwhile
+                        if resume:
+                            console.print(f"{folder.path} has no checkpoint yet; the run starts over", soft_wrap=True)
                         folder.clear()
                 with told(folder.path, lambda: _after(folder)), _silent_threads():
                     finished = _fit(prepared, asked, folder, callbacks, loggers, console)

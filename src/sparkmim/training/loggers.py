@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Mapping, Sequence
@@ -38,9 +39,7 @@ def make_loggers(names: Sequence[str], folder: RunFolder, known: Mapping[str, st
         elif name == "csv":
             made.append(CSVLogger(folder.path, name="csv"))  # a new version_N for every session
         elif name == "wandb":
-            made.append(WandbLogger(
-                folder.path.name, folder.path, project=_PROJECT, version=known.get(name), resume="allow",
-            ))  # fmt: skip
+            made.append(_wandb_logger(folder, known.get(name)))
         elif name == "mlflow":
             own, server = folder.path.absolute(), os.environ.get("MLFLOW_TRACKING_URI")
             files = None if server else (own / "mlflow").as_uri()  # by default, MLflow puts them where it is called
@@ -48,6 +47,17 @@ def make_loggers(names: Sequence[str], folder: RunFolder, known: Mapping[str, st
             named = known.get(name)
             made.append(MLFlowLogger(_PROJECT, own.name, server, artifact_location=files, run_id=named))
     return made
+
+
+def _wandb_logger(folder: RunFolder, known: str | None) -> WandbLogger:
+    wandb: Any = importlib.import_module("wandb")
+    logger = WandbLogger(folder.path.name, folder.path, project=_PROJECT, version=known, resume="allow")
+    try:
+        _ = logger.experiment  # begins the run
+    except wandb.errors.Error as error:
+        why = str(error).strip().partition("\n")[0].rstrip(".")
+        raise UserError(f"wandb does not log: {why}; run `wandb login`, or set WANDB_MODE=offline") from error
+    return logger
 
 
 def identifiers(loggers: Sequence[Logger]) -> dict[str, str]:

@@ -52,6 +52,10 @@ class Plan:
             settings.clip_grad, self.steps, min(round(warmup), self.steps - 1),
         )  # fmt: skip
 
+    def warmup(self, settings: PyramidSettings, usual: int) -> int:
+        """Returns the steps of warm-up; a tenth of the run if that is not longer than `usual`, a recipe's."""
+        return self.steps // 10 if settings.warmup_iterations == usual >= self.steps else settings.warmup_iterations
+
     def adamw(self, settings: PyramidSettings) -> OptimizerSettings:
         """Returns AdamW's settings for detection and segmentation, whose rates are for 16 images per step."""
         return self.optimizer(settings, 16, settings.warmup_iterations)

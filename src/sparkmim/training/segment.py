@@ -27,7 +27,7 @@ from sparkmim.terminal import Terminal
 from sparkmim.training.fit import Prepared, Training, network_text, scored, train
 from sparkmim.training.modules import SegmentModule
 from sparkmim.training.plan import Plan, plan_for
-from sparkmim.training.recipes import SEGMENT_RECIPES
+from sparkmim.training.recipes import SEGMENT_RECIPES, recipe_named
 from sparkmim.training.scoring import DRAWN, Scorer, share_of
 from sparkmim.training.settings import SegmentSettings, downstream_recipe, known_of, picked, settle
 
@@ -68,7 +68,8 @@ class Segmentation(Training[SegmentSettings]):
         )
         dataset = TargetDataset(train_images, transform, settings.seed)
         plan = plan_for(settings, batch_is_free, len(dataset), settings.iterations)
-        settings = replace(settings, batch_size=plan.batch_size)
+        usual = recipe_named(settings.recipe, SEGMENT_RECIPES).warmup_iterations
+        settings = replace(settings, batch_size=plan.batch_size, warmup_iterations=plan.warmup(settings, usual))
         return Prepared(
             settings=settings,
             module=SegmentModule(model, plan.adamw(settings), settings.seed, settings.layer_decay, settings.schedule),
