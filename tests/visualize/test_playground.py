@@ -167,6 +167,12 @@ for name, arguments in (("slide", [0.5]), ("draw", [0.5]), ("click", [where]), (
     if name != "slide":
         changed = by_name[name](session, *arguments, visitor)[0]
         assert (changed.visible != session.visible).any()
+# What the page would not send changes nothing.
+bad = [("slide", [None]), ("slide", ["x"]), ("click", [None]), ("click", [types.SimpleNamespace(index=None)]),
+       ("write", [None]), ("pick", [0.5, types.SimpleNamespace(index=7)]), ("pick", [0.5, None]), ("upload", [None])]
+for name, arguments in bad:
+    words = [None, session, 0.5] if name == "upload" else [session, *arguments]
+    assert all(part == gr.skip() for part in by_name[name](*words, visitor)), name
 by_name["leave"](visitor)
 assert outside.read_text() == "mine" and not list(folder.iterdir())
 # A call from elsewhere has no session, and leaves nothing.

@@ -74,7 +74,9 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
             return render(change(*arguments), request)
         except Refused as error:
             gr.Warning(str(error), duration=8, title="Not possible")
-            return (gr.skip(),) * len(shown)
+        except (AttributeError, IndexError, TypeError, ValueError):
+            gr.Warning("That request is none of this page's.", duration=8, title="Not possible")
+        return (gr.skip(),) * len(shown)
 
     def start(ratio: float, request: gr.Request) -> Any:
         return attempt(request, playground.open, samples[0], ratio)
@@ -86,7 +88,7 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
         return attempt(request, change, session, *arguments)
 
     def pick(session: Session | None, ratio: float, chosen: gr.SelectData, request: gr.Request) -> Any:
-        return open_file(samples[chosen.index], session, ratio, request)
+        return attempt(request, lambda: playground.open(samples[chosen.index], ratio, session.seed if session else 0))
 
     def upload(path: str | None, session: Session | None, ratio: float, request: gr.Request) -> Any:
         return (gr.skip(),) * len(shown) if path is None else open_file(path, session, ratio, request)
@@ -101,7 +103,7 @@ def build_app(playground: Playground, samples: Sequence[str], folder: Path) -> A
         return go_on(session, request, playground.redrawn, ratio, 1)
 
     def click(session: Session | None, where: gr.SelectData, request: gr.Request) -> Any:
-        return go_on(session, request, playground.toggle, *where.index)
+        return go_on(session, request, lambda session: playground.toggle(session, *where.index))
 
     def write(session: Session | None, text: str, request: gr.Request) -> Any:
         return go_on(session, request, playground.written, text)
