@@ -222,6 +222,24 @@ def test_truncated(tmp_path: Path, suffix: str, share: float) -> None:
     assert caught.value.reason
 
 
+@pytest.mark.parametrize(("rows", "level"), [(10, 200), (64, 200), (64, 0), (63, 0)])
+def test_a_png_of_too_few_rows(rows: int, level: int, tmp_path: Path) -> None:
+    """Its stream ends as it should, so that Pillow would leave the rest black; a black picture is none of that."""
+
+    def chunk(kind: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    path = tmp_path / "short.png"
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 64, 64, 8, 2, 0, 0, 0))
+    data = chunk(b"IDAT", zlib.compress((b"\0" + bytes([level]) * 192) * rows))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + data + chunk(b"IEND", b""))
+    if rows == 64:
+        assert decode(path).unique().tolist() == [level]
+    else:
+        with pytest.raises(UnreadableImage, match="its data end before the last row"):
+            decode(path)
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3, 10])
 def test_jpeg_without_its_last_bytes(tmp_path: Path, cut: int) -> None:
     path = saved(tmp_path / "image.jpg")

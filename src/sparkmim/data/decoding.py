@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import os
 import stat
+import struct
 import threading
 import warnings
+import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -141,7 +143,37 @@ def decode(path: str | Path, channels: int = 3, upright: bool = True) -> Tensor:
         check_bands(image, path)
         if channels == 1:
             image.draft("L", image.size)  # a colour JPEG stores grey: torchvision takes it from there too
-        return _to_tensor(image, channels, upright)
+        pixels = _to_tensor(image, channels, upright)
+        if image.format == "PNG" and _may_end_early(image) and _png_ends_early(path):
+            raise UnreadableImage(path, "its data end before the last row")
+        return pixels
+
+
+def _may_end_early(image: Image.Image) -> bool:
+    """Whether the last row is all zeros, which Pillow leaves where data are missing."""
+    return not bool(np.array(image.crop((0, image.height - 1, image.width, image.height))).any())
+
+
+def _png_ends_early(path: str | Path) -> bool:
+    """Whether a PNG's data are complete as a stream, but fewer than its header says."""
+    with Path(path).open("rb") as file:
+        file.seek(8)
+        inflating, found, row, height = zlib.decompressobj(), 0, 1, 0
+        while header := file.read(8):
+            length, kind = struct.unpack(">I4s", header)
+            if kind == b"IHDR":
+                width, height, depth, colour, _, _, interlaced = struct.unpack(">IIBBBBB", file.read(13))
+                if interlaced:
+                    return False
+                row = 1 + -(-width * depth * {2: 3, 4: 2, 6: 4}.get(colour, 1) // 8)
+                length -= 13
+            elif kind == b"IDAT":
+                part, length = file.read(length), 0
+                while part:
+                    found += len(inflating.decompress(part, 2**20))
+                    part = inflating.unconsumed_tail
+            file.seek(length + 4, 1)  # and the checksum
+    return bool(found + len(inflating.flush()) < row * height)
 
 
 def check_bands(image: Image.Image, path: str | Path) -> None:
