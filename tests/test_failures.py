@@ -6,6 +6,7 @@ import errno
 import os
 
 import pytest
+from torch.utils.data import DataLoader, Dataset
 
 from sparkmim.errors import Unwritable, UserError
 from sparkmim.failures import Killed, told
@@ -91,3 +92,23 @@ def test_other_errors_stay(error: Exception) -> None:
     with pytest.raises(type(error)) as found, told():
         raise error
     assert found.value is error
+
+
+class Broken(Dataset[int]):
+    """Breaks off as the connection to a killed worker does, where the loader reads from it."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, place: int) -> int:
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
+
+
+def test_a_connection_to_a_worker_that_breaks_off() -> None:
+    with (
+        pytest.raises(Killed, match="a loader worker was killed, .* or a smaller batch, then resume$"),
+        told("run", lambda: "resume"),
+    ):
+        list(DataLoader(Broken(), collate_fn=list))
+    with pytest.raises(UserError, match=r"run cannot be used \(Connection reset by peer\)"), told("run"):
+        raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))

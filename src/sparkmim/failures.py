@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,6 +32,9 @@ def told(place: object = "a file", after: Callable[[], str] = str) -> Iterator[N
             raise Unwritable(error.path, error.cause, error.size, then) from error
         raise
     except OSError as error:
+        if _in_the_loader(error):
+            then = after()
+            raise Killed(f"{_KILLED}, then {then}" if then else _KILLED) from error
         raise _of_files(error, error.filename or place, after()) from error
     except (RuntimeError, MemoryError) as error:
         remedy = _of_memory(error) or _of_workers(error)
@@ -38,6 +42,15 @@ def told(place: object = "a file", after: Callable[[], str] = str) -> Iterator[N
             raise
         then = after()
         raise Killed(f"{remedy}, then {then}" if then else remedy) from error
+
+
+_KILLED = "a loader worker was killed, as happens where memory runs out; use fewer --workers or a smaller batch"
+
+
+def _in_the_loader(error: OSError) -> bool:
+    """Whether the connection to a loader worker broke off: what the worker was sending when it was killed."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return isinstance(error, ConnectionError) and any("torch/utils/data" in frame.filename for frame in frames)
 
 
 def _of_files(error: OSError, path: object, after: str) -> UserError:
@@ -70,7 +83,7 @@ def _of_workers(error: BaseException | None) -> str | None:
     if "DataLoader worker" not in said or "Original Traceback" in said:
         return None
     if "signal: Killed" in said or "unexpectedly" in said:
-        return "a loader worker was killed, as happens where memory runs out; use fewer --workers or a smaller batch"
+        return _KILLED
     return f"a loader worker ended ({said.partition('signal: ')[2].partition('.')[0]}); use --workers 0"
 
 
