@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import traceback
+from collections.abc import Collection
 
 
 class UserError(ValueError):
@@ -26,6 +28,12 @@ class UnusableData(UserError, RuntimeError):
 
 class MissingPath(UserError, FileNotFoundError):
     """A path that does not exist."""
+
+
+def line_in(files: Collection[str], error: BaseException) -> int | None:
+    """Returns the line of a user's own files where an error arose; None if it was elsewhere."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in files]
+    return lines[-1] if lines else None
 
 
 FULL = (errno.ENOSPC, errno.EDQUOT)

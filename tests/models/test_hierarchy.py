@@ -1,6 +1,7 @@
 """Feature hierarchies of networks that know nothing of it."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -10,6 +11,7 @@ from small_networks import PlainCNN, signal_network, volume_network
 from torch import Tensor, nn
 
 from sparkmim.models import Hierarchy, create_encoder, verify_encoder
+from sparkmim.models.encoders import factory_of
 from sparkmim.models.hierarchy import NoHierarchy
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], tuple[int, ...]]] = {
@@ -292,3 +294,10 @@ def test_maps_are_told_by_growing_with_the_image() -> None:
     hierarchy = Hierarchy(ChannelsLast())
     assert (hierarchy.strides, hierarchy.channels, hierarchy.patch_unit) == ((4, 8), (64, 32), 8)
     assert verify_encoder(ChannelsLast()).exact
+
+
+def test_a_file_is_compiled_as_it_is(tmp_path: Path) -> None:
+    """Without what our own files import from `__future__`."""
+    file = tmp_path / "net.py"
+    file.write_text("from torch import nn\ndef net(in_chans: int = 3): return nn.Conv2d(in_chans, 4, 1)\n")
+    assert factory_of(f"{file}:net").__annotations__ == {"in_chans": int}

@@ -17,7 +17,7 @@ from typing import Any, cast
 from torch import nn
 
 from sparkmim.arguments import listed, nearest
-from sparkmim.errors import UserError
+from sparkmim.errors import UserError, line_in
 from sparkmim.trust import remember
 
 
@@ -124,10 +124,10 @@ def _blaming(path: Path) -> Iterator[None]:
         raise
     except (Exception, SystemExit) as error:
         own = {str(path), str(path.absolute())}
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename in own]
+        line = line_in(own, error)
         if isinstance(error, SyntaxError) and error.filename in own:
-            lines = [error.lineno]
-        place = f"{path}:{lines[-1]}" if lines else path
+            line = error.lineno
+        place = path if line is None else f"{path}:{line}"
         why = " ".join(traceback.format_exception_only(error)[-1].split())
         raise UserError(f"{place} fails with {why[:120]}; mend your file") from error
 
@@ -147,7 +147,7 @@ def _module_of(path: Path) -> ModuleType:
     sys.modules[name] = module
     try:
         # Not by importlib, which would take the bytecode of a `__pycache__` beside the file: of anybody's making.
-        exec(compile(path.read_bytes(), str(path), "exec"), module.__dict__)
+        exec(compile(path.read_bytes(), str(path), "exec", dont_inherit=True), module.__dict__)
     except BaseException:
         del sys.modules[name]
         raise

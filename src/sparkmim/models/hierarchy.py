@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
-from sparkmim.errors import UserError
+from sparkmim.errors import UserError, line_in
 
 MAX_MAPS = 4
 """SparK decodes from the four deepest maps: strides 4 to 32 of an ordinary network."""
@@ -103,7 +102,6 @@ class Hierarchy(nn.Module):
         """Chooses the maps by running the encoder on images of one shape."""
         self._indices: list[int] | None = None
         self._names: list[str] | None = None
-        self._coarsest = 1
         kind = type(self.encoder).__name__
         size = "×".join(map(str, shape[1:]))
         if self._feature_modules is not None:
@@ -199,13 +197,11 @@ class Hierarchy(nn.Module):
         """
         calls = _traced_calls(self.encoder, shape, self._device)
         try:
-            others = {
-                name: call.stride for name, call in _traced_calls(self.encoder, _longer(shape), self._device).items()
-            }
+            longer = _traced_calls(self.encoder, _longer(shape), self._device)
         except UserError:  # a network that takes images of one size alone
-            others = {name: call.stride for name, call in calls.items()}
+            longer = calls
         for name, call in calls.items():
-            if call.stride != others.get(name):
+            if name not in longer or call.stride != longer[name].stride:
                 call.stride = None  # not a map: another axis is as long as one of a map's by chance
         found = sorted((calls[name].done, name) for name in _units(self.encoder, calls))
         maps = [(calls[name].stride, name) for _, name in found if calls[name].times == 1]
@@ -304,18 +300,18 @@ def _finding_maps(encoder: nn.Module, shape: Sequence[int]) -> Iterator[None]:
         why = " ".join(str(error).split())
         raise UserError(
             f"{type(encoder).__name__} could not be run on an image of {size} to find its feature maps"
-            f"{place_of(error, type(encoder))}: {why}"
+            f"{_place_of(error, type(encoder))}: {why}"
         ) from error
 
 
-def place_of(error: Exception, kind: type) -> str:
+def _place_of(error: Exception, kind: type) -> str:
     """Returns where the code of a class raised an error, as ` (file.py:12)`; empty if that is not known."""
     try:
         own = inspect.getfile(kind)
     except (OSError, TypeError):
         return ""
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == own]
-    return f" ({Path(own).name}:{lines[-1]})" if lines else ""
+    line = line_in({own}, error)
+    return "" if line is None else f" ({Path(own).name}:{line})"
 
 
 def _longer(shape: Sequence[int]) -> tuple[int, ...]:
