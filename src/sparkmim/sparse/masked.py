@@ -25,7 +25,7 @@ from torch._C import DisableTorchFunctionSubclass
 
 from sparkmim.errors import UserError
 from sparkmim.sparse.layout import PatchLayout
-from sparkmim.sparse.packed import Rule, UnsupportedOperation, name_of
+from sparkmim.sparse.packed import Rule, UnsupportedOperation, map_first, name_of
 
 _AnyRule = TypeVar("_AnyRule", bound=Rule)
 
@@ -97,9 +97,7 @@ class MaskedTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = name_of(func)
-        kwargs = dict(kwargs or {})
-        if not args and (first := next((key for key in ("input", "self", "tensors") if key in kwargs), None)):
-            args = (kwargs.pop(first),)
+        args, kwargs = map_first(args, kwargs)
         found = DEFINITIONS.get("im2col" if func is F.unfold else name.strip("_"))
         if found is None:
             raise UnsupportedOperation(

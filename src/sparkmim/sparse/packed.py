@@ -104,9 +104,7 @@ class PackedTensor(torch.Tensor):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         name = name_of(func)
-        if not args and kwargs and (first := next((key for key in ("input", "self") if key in kwargs), None)):
-            kwargs = dict(kwargs)
-            args = (kwargs.pop(first),)  # rules take the map first
+        args, kwargs = map_first(args, kwargs)
         cls._check(name)
         rule = RULES.get(name.strip("_"))
         if rule is None:
@@ -114,10 +112,10 @@ class PackedTensor(torch.Tensor):
                 f"`{name}` has no rule for masked images. Replace the operation, give the encoder without "
                 f"that part, or write a rule with sparkmim.sparse.register_rule({name.strip('_')!r})"
             )
-        if kwargs and kwargs.get("out") is not None:
+        if kwargs.get("out") is not None:
             raise UnsupportedOperation(f"`{name}` of a masked map with out= has no rule; use its result")
         with DisableTorchFunctionSubclass():
-            return rule(func, *args, **(kwargs or {}))
+            return rule(func, *args, **kwargs)
 
     @classmethod
     def _check(cls, name: str) -> None:
@@ -181,6 +179,13 @@ class PendingTensor(PackedTensor):
         if self.folded is not None and not unfold:
             raise UnsupportedOperation("a batch folded into the channels must be convolved, and unfolded again")
         return PackedTensor.wrap(self.values, self.patches, self.axes)
+
+
+def map_first(args: tuple[Any, ...], kwargs: dict[str, Any] | None) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns arguments with the map, or the list of maps, in the first place, where rules take it."""
+    kwargs = dict(kwargs or {})
+    named = next((key for key in ("input", "self", "tensors") if key in kwargs), None)
+    return (args, kwargs) if args or named is None else ((kwargs.pop(named),), kwargs)
 
 
 def name_of(func: Callable[..., Any]) -> str:

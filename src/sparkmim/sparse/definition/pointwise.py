@@ -11,18 +11,11 @@ from torch import Tensor
 
 from sparkmim.sparse.masked import MaskedTensor, define, masked_among
 from sparkmim.sparse.packed import UnsupportedOperation
-from sparkmim.sparse.rules.pointwise import BINARY, UNARY
-
-_QUERIES = """
-    get:shape size dim ndimension get:ndim get:dtype get:device get:layout get:names get_device get:is_cuda get:is_cpu
-    get:is_meta get:is_mps get:is_xpu get:is_sparse get:is_mkldnn get:is_quantized get:is_nested is_floating_point
-    is_complex element_size get:itemsize get:requires_grad set:requires_grad get:grad_fn get:is_leaf get:grad
-    get:retains_grad get:output_nr get:version is_inference register_hook retain_grad backward data_ptr len stride
-    is_contiguous new_empty new_zeros new_ones new_full new_tensor requires_grad detach_ hash
-"""
+from sparkmim.sparse.rules.pointwise import AUTOGRAD, BINARY, NEW, QUERIES, SAME, UNARY
 
 
-@define(*_QUERIES.split())
+@define(*QUERIES.split(), *AUTOGRAD.split(), *NEW.split())
+@define("get:shape", "size", "len", "stride", "is_contiguous", "detach_", "requires_grad", "hash")
 def _query(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
@@ -38,11 +31,8 @@ def _repr(func: Callable[..., Any], x: MaskedTensor, *_: Any, **__: Any) -> str:
     return f"MaskedTensor(shape={list(x.shape)}, dtype={x.dtype}, {x.patches!r})"
 
 
-_SAME = "to type type_as float double half bfloat16 cuda cpu clone detach alias get:data contiguous"
-_WITH_CHANNELS = "prelu dropout1d dropout2d dropout3d feature_dropout"
-
-
-@define(*UNARY.split(), *BINARY.split(), *_SAME.split(), *_WITH_CHANNELS.split())
+@define(*UNARY.split(), *BINARY.split(), *SAME.split())
+@define("contiguous", "prelu", "dropout1d", "dropout2d", "dropout3d", "feature_dropout")
 def elementwise(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     operands = masked_among([*args, *kwargs.values()])
     target = args[0]
@@ -57,7 +47,6 @@ def elementwise(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
             target.copy_(torch.where(mask, out, out.new_zeros(())))
             target.mask = mask
             return target
-        args = (target, *args[1:])
     out = func(*args, **kwargs)
     mask = functools.reduce(torch.logical_and, (operand.mask for operand in operands)).expand(out.shape)
     return MaskedTensor.wrap(out, mask.to(out.device), operands[0].patches, _common_grid_mask(func, operands, out.ndim))

@@ -34,11 +34,9 @@ def _reduce(func: Callable[..., Any], x: MaskedTensor, *args: Any, **kwargs: Any
     if isinstance(dim, bool) or dim is None or (isinstance(dim, Sequence) and not dim):
         return func(x.values[x.mask], *args, **kwargs)
     axes = sorted(axis % x.ndim for axis in (dim if isinstance(dim, Sequence) else [dim]))
-    if is_constant(x.mask, *axes):
-        out, mask = func(x, *args, **kwargs), _over(x.mask, axes)
-    else:
-        out, mask = _over_visible(func, name, x, axes, args, kwargs), _over(x.mask, axes)
-    return _reduced(x, out, mask)
+    whole = is_constant(x.mask, *axes)
+    out = func(x, *args, **kwargs) if whole else _over_visible(func, name, x, axes, args, kwargs)
+    return _reduced(x, out, _over(x.mask, axes))
 
 
 def _over(mask: Tensor, axes: Sequence[int]) -> Tensor:

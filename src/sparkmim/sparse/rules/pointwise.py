@@ -40,6 +40,17 @@ BINARY = """
     eq ne lt le gt ge greater greater_equal less less_equal not_equal logical_and logical_or logical_xor
     bitwise_and bitwise_or bitwise_xor and or xor
 """
+QUERIES = """
+    dim ndimension get:ndim get:dtype get:device get:layout get:names get_device get:is_cuda get:is_cpu get:is_meta
+    get:is_mps get:is_xpu get:is_sparse get:is_mkldnn get:is_quantized get:is_nested is_floating_point is_complex
+    element_size get:itemsize get:requires_grad
+"""
+AUTOGRAD = """
+    set:requires_grad get:grad_fn get:is_leaf get:grad get:retains_grad get:output_nr get:version is_inference
+    register_hook retain_grad backward data_ptr
+"""
+SAME = "to type type_as float double half bfloat16 cuda cpu clone detach alias get:data"
+NEW = "new_empty new_zeros new_ones new_full new_tensor"
 
 
 def align(x: PackedTensor, other: Tensor) -> Tensor:
@@ -210,18 +221,9 @@ def _repr(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -> str:
     return f"PackedTensor(shape={list(dense_shape(x))}, dtype={x.dtype}, {x.patches!r}, block={block})"
 
 
-@register_rule(
-    "dim", "ndimension", "get:ndim", "get:dtype", "get:device", "get:layout", "get:names", "get_device",
-    "get:is_cuda", "get:is_cpu", "get:is_meta", "get:is_mps", "get:is_xpu", "get:is_sparse", "get:is_mkldnn",
-    "get:is_quantized", "get:is_nested", "is_floating_point", "is_complex", "element_size", "get:itemsize",
-    "get:requires_grad", pending=True,
-)  # fmt: skip
-@register_rule(
-    "set:requires_grad", "get:grad_fn", "get:is_leaf", "get:grad", "get:retains_grad",
-    "get:output_nr", "get:version", "is_inference", "register_hook", "retain_grad", "backward", "data_ptr",
-    # Counts stored elements, the visible ones, as normalisation code needs.
-    "numel", "nelement",
-)  # fmt: skip
+@register_rule(*QUERIES.split(), pending=True)
+# `numel` counts stored elements, the visible ones, as normalisation code needs.
+@register_rule(*AUTOGRAD.split(), "numel", "nelement")
 def _as_stored(func: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
@@ -237,16 +239,13 @@ def _contiguous(func: Callable[..., Any], x: PackedTensor, *_: Any, **__: Any) -
     return like(x, x.clone()) if x._is_view() else x
 
 
-@register_rule(
-    "to", "type", "type_as", "float", "double", "half", "bfloat16", "cuda", "cpu", "clone", "detach", "detach_",
-    "alias", "requires_grad", "get:data",
-)  # fmt: skip
+@register_rule(*SAME.split(), "detach_", "requires_grad")
 def _same_elements(func: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = func(x, *args, **kwargs)
     return like(x, out) if isinstance(x, PackedTensor) else out
 
 
-@register_rule("new_empty", "new_zeros", "new_ones", "new_full", "new_tensor")
+@register_rule(*NEW.split())
 def _new(func: Callable[..., Any], x: PackedTensor, *args: Any, **kwargs: Any) -> Tensor:
     out: Tensor = func(x, *args, **kwargs)
     return out
