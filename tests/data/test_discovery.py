@@ -233,6 +233,14 @@ def test_a_link_to_itself_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureF
     assert f"left out {tmp_path / 'loop.png'}" in caplog.text
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no pipes here")
+def test_a_pipe_among_images_is_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    touch(root, "a.jpg")
+    os.mkfifo(root / "b.jpg")
+    assert find_images(root) == [str(root / "a.jpg")]
+    assert f"left out {root / 'b.jpg'} (no ordinary file)" in caplog.text
+
+
 def test_a_pipe_is_no_list(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "list.txt")
     with pytest.raises(UserError, match="is neither a folder of images nor a text file of paths"):

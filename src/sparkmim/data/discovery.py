@@ -181,6 +181,8 @@ def _list(folder: str, mtime_ns: int, suffixes: tuple[str, ...]) -> Listing:
                         images.append(entry.name)
                     elif (ending := os.path.splitext(entry.name)[1].lower()) not in _COMPANIONS:  # noqa: PTH122
                         others[ending] += 1
+                else:
+                    log.warning("left out %s (no ordinary file)", printable(entry.path))
             except OSError as error:  # a link to itself
                 log.warning("left out %s (%s)", printable(entry.path), error.strerror)
     return Listing(mtime_ns, sorted(images), sorted(folders), others)
