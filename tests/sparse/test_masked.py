@@ -55,7 +55,7 @@ def test_networks_with_attention(name: str) -> None:
     def run(x: Tensor) -> tuple[Tensor, Tensor]:
         copied = copy.deepcopy(network)
         out = copied.forward_features(x)
-        if isinstance(out, MaskedTensor) and not bool(x.mask.all()):  # type: ignore[attr-defined]
+        if isinstance(out, MaskedTensor) and not bool(x.mask.all()):
             last = out if out.ndim < 4 or is_on_grid(out) else out.permute(0, 3, 1, 2)
             assert last.ndim < 4 or is_on_grid(last)
         values = out.values if isinstance(out, MaskedTensor) else out
@@ -80,39 +80,41 @@ def test_networks_with_attention(name: str) -> None:
 LAYOUT = PatchLayout(torch.tensor([[[True, False], [False, True]], [[True, True], [False, True]]]))
 
 
-def masked(channels: int = 4, side: int = 8, **options: Any) -> MaskedTensor:
-    generator = torch.Generator().manual_seed(0)
-    dense = torch.randn(2, channels, side, side, dtype=torch.float64, generator=generator)
-    return mask_map(dense.requires_grad_(options.get("grad", False)), LAYOUT)
+def dense(channels: int = 4) -> Tensor:
+    return torch.randn(2, channels, 8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+def masked(channels: int = 4) -> MaskedTensor:
+    return mask_map(dense(channels), LAYOUT)
 
 
 def test_a_window_off_the_grid_and_back() -> None:
     """Average pooling of stride 1 gives one position less; the next convolution is on the grid again."""
-    x = masked()
-    off = F.avg_pool2d(x, 2, 1)
-    assert off.mask.all()  # type: ignore[attr-defined]
-    assert_close(off.values, F.avg_pool2d(x.values, 2, 1), "off the grid")  # type: ignore[operator]
+    x: Any = masked()
+    off: Any = F.avg_pool2d(x, 2, 1)
+    assert off.mask.all()
+    assert_close(off.values, F.avg_pool2d(x.values, 2, 1), "off the grid")
     weight = torch.randn(3, 4, 3, 3, dtype=torch.float64)
-    back = F.conv2d(off * 2, weight, stride=2, padding=1)
-    assert is_on_grid(back)  # type: ignore[arg-type]
+    back: Any = F.conv2d(off * 2, weight, stride=2, padding=1)
+    assert is_on_grid(back)
     expected = mask_map(F.conv2d(2 * F.avg_pool2d(x.values, 2, 1), weight, stride=2, padding=1), LAYOUT)
-    assert torch.equal(back.values, expected.values)  # type: ignore[operator]
-    gone = F.conv2d(F.conv2d(x, weight), torch.ones(1, 3, 3, 3).double())  # 8 to 6 to 4: no grid of 2 by chance
-    assert not is_on_grid(gone)  # type: ignore[arg-type]
+    assert torch.equal(back.values, expected.values)
+    gone: Any = F.conv2d(F.conv2d(x, weight), torch.ones(1, 3, 3, 3).double())  # 8 to 6 to 4: no grid of 2 by chance
+    assert not is_on_grid(gone)
 
 
 def test_padding_and_cropping() -> None:
-    x = masked()
+    x: Any = masked()
     weight = torch.randn(3, 4, 3, 3, dtype=torch.float64)
     for mode in ("constant", "reflect", "replicate", "circular"):
-        out = F.conv2d(F.pad(x, (1, 1, 1, 1), mode), weight)
-        expected = F.conv2d(F.pad(x.values, (1, 1, 1, 1), mode), weight)  # type: ignore[operator]
-        assert is_on_grid(out)  # type: ignore[arg-type]
-        assert torch.equal(out.values, mask_map(expected, LAYOUT).values)  # type: ignore[operator]
-    shifted = F.conv2d(x[:, :, 1:, 1:], weight[:, :, :1, :1], stride=2)
-    assert is_on_grid(shifted)  # type: ignore[arg-type]
-    channels = F.pad(x, (0, 0, 0, 0, 1, 2))
-    assert is_on_grid(channels)  # type: ignore[arg-type]
+        out: Any = F.conv2d(F.pad(x, (1, 1, 1, 1), mode), weight)
+        expected = F.conv2d(F.pad(x.values, (1, 1, 1, 1), mode), weight)
+        assert is_on_grid(out)
+        assert torch.equal(out.values, mask_map(expected, LAYOUT).values)
+    shifted: Any = F.conv2d(x[:, :, 1:, 1:], weight[:, :, :1, :1], stride=2)
+    assert is_on_grid(shifted)
+    channels: Any = F.pad(x, (0, 0, 0, 0, 1, 2))
+    assert is_on_grid(channels)
     assert channels.shape == (2, 7, 8, 8)
 
 
@@ -164,29 +166,37 @@ def _multiplied(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", IN_PLACE)
 def test_in_place(name: str) -> None:
-    """Views see the change, hidden entries stay zero, and gradients are those of the function out of place."""
-    x = masked(grad=True) * 1.5
-    view = x[:, :2]
-    out = IN_PLACE[name](x)
-    assert (out is x) == (name != "dropout")
-    assert torch.equal(view.values, out[:, :2].values)
-    assert torch.equal(out.values[~out.mask], torch.zeros(int((~out.mask).sum()), dtype=torch.float64))
-    out.sum().backward()
+    """Views see the change, hidden entries stay zero, and values and gradients are those of plain tensors."""
+    inputs, outputs = [dense().requires_grad_() for _ in range(2)], []
+    for images in inputs:
+        x: Any = (mask_map(images, LAYOUT) if images is inputs[0] else images) * 1.5
+        view = x[:, :2]
+        out: Any = IN_PLACE[name](x)
+        assert (out is x) == (name != "dropout" or not isinstance(x, MaskedTensor))
+        for part in (view, out[:, :2]):
+            assert torch.equal(part.detach().as_subclass(Tensor), out.detach().as_subclass(Tensor)[:, :2])
+        outputs.append(out)
+    found, plain = outputs
+    assert torch.equal(found.values, plain * found.mask)
+    assert not found.values[~found.mask].any()
+    (found.values**2).sum().backward()
+    ((plain * found.mask) ** 2).sum().backward()
+    assert torch.equal(inputs[0].grad, inputs[1].grad)
 
 
 def test_writing_a_part() -> None:
-    x = masked() * 1.0
-    other = masked(2) * 2.0
+    x: Any = masked() * 1.0
+    other: Any = masked(2) * 2.0
     x[:, :2] = other
-    assert torch.equal(x[:, :2].values, other.values)  # type: ignore[operator]
-    assert is_on_grid(x)  # type: ignore[arg-type]
+    assert torch.equal(x[:, :2].values, other.values)
+    assert is_on_grid(x)
     with pytest.raises(UnsupportedOperation, match="cannot be written into a dense tensor"):
         torch.zeros(2, 4, 8, 8, dtype=torch.float64)[:, :2] = other
 
 
 def test_checkpoints_and_autocast() -> None:
     network = randomised(nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()))
-    x = masked()
+    x: Any = masked()
     plain = network(x).sum()
     saved = checkpoint(network, x, use_reentrant=False).sum()
     assert torch.equal(plain, saved)
@@ -220,24 +230,24 @@ def test_what_has_no_meaning_is_refused_by_name(name: str) -> None:
 
 
 def test_products_and_attention_see_visible_positions_alone() -> None:
-    x = masked()
-    tokens = x.flatten(2).mT  # [B, 64, 4]
-    attended = F.scaled_dot_product_attention(tokens, tokens, tokens)
-    by_einsum = torch.einsum("bij,bjc->bic", (tokens @ tokens.mT / 2).softmax(-1), tokens)
+    x: Any = masked()
+    tokens: Any = x.flatten(2).mT  # [B, 64, 4]
+    attended: Any = F.scaled_dot_product_attention(tokens, tokens, tokens)
+    by_einsum: Any = torch.einsum("bij,bjc->bic", (tokens @ tokens.mT / 2).softmax(-1), tokens)
     for sample in range(2):
-        seen = tokens.mask[sample, :, 0]  # type: ignore[attr-defined]
-        own = tokens.values[sample][seen][None]  # type: ignore[operator, index]
+        seen = tokens.mask[sample, :, 0]
+        own = tokens.values[sample][seen][None]
         expected = F.scaled_dot_product_attention(own, own, own)[0]
         for found in (attended, by_einsum):
-            assert_close(found.values[sample][seen], expected, "attention")  # type: ignore[operator, index]
-            assert not found.values[sample][~seen].any()  # type: ignore[operator, index]
+            assert_close(found.values[sample][seen], expected, "attention")
+            assert not found.values[sample][~seen].any()
 
 
 def test_windows_cut_from_a_map() -> None:
     """Neighbourhoods by `unfold` keep what is hidden in them hidden; beyond the border is visible, as zeros."""
-    x = masked(1)
-    blocks = F.unfold(x, 3, padding=1).view(2, 9, 8, 8)
-    centre = blocks[:, 4:5]
-    assert torch.equal(centre.mask, x.mask)  # type: ignore[attr-defined]
-    assert blocks[:, 0, 0].mask.all()  # type: ignore[attr-defined]
-    assert torch.equal(x.unfold(2, 2, 2).mask, x.mask.unfold(2, 2, 2))  # type: ignore[attr-defined]
+    x: Any = masked(1)
+    blocks: Any = F.unfold(x, 3, padding=1).view(2, 9, 8, 8)
+    centre: Any = blocks[:, 4:5]
+    assert torch.equal(centre.mask, x.mask)
+    assert blocks[:, 0, 0].mask.all()
+    assert torch.equal(x.unfold(2, 2, 2).mask, x.mask.unfold(2, 2, 2))
